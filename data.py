@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 import cars
 
-CACHE = Path("cache")   # rendered data sets, relative to where the command runs
+CACHE = Path("cache")                                # rendered data sets, relative to where the command runs
+SHIPPED = Path(__file__).resolve().parent / "weights"   # trained models that come with the source
 
 
 class UserError(Exception):
@@ -211,13 +212,29 @@ def fp16(model):
     return {name: p.detach().half().cpu().contiguous() for name, p in model.state_dict().items()}
 
 
-def restore(model, content):
-    """Fill a model with a checkpoint's weights, in fp32; every name and shape must match."""
+def load_model(path, kind, build):
+    """-> (model, content). build(content), such as tinyclip.from_checkpoint, makes the model; every name and shape must match."""
+    content = load_checkpoint(path, kind)
     try:
-        model.load_state_dict({name: p.float() for name, p in content["weights"].items()})
-    except (KeyError, RuntimeError, AttributeError) as error:
-        raise UserError(f"the checkpoint does not fit its own config: {str(error).splitlines()[-1].strip()}") from None
-    return model.eval()
+        return build(content).eval().requires_grad_(False), content
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path} does not fit its own config: {str(error).splitlines()[-1].strip()}") from None
+
+
+def find_weights(clip=None, ddpm=None):
+    """Where the two models are: as given, else both from runs/ if a CLIP and a DDPM were trained there, else the shipped ones."""
+    trained = [Path("runs") / kind / "weights.pt" for kind in ("clip", "ddpm")]
+    shipped = [SHIPPED / f"{kind}.pt" for kind in ("clip", "ddpm")]
+    usual = trained if all(path.exists() for path in trained) else shipped
+    return Path(clip or usual[0]), Path(ddpm or usual[1])
+
+
+def check_fit(clip, ddpm):
+    """Both contents of checkpoints. Guidance is meaningless if CLIP knows other pictures or other noise than the DDPM."""
+    for name, a, b in (("data", clip["data"], ddpm["data"]), ("schedule", clip["schedule"], ddpm["schedule"]),
+                       *((key, clip["config"][key], ddpm["config"][key]) for key in ("image_size", "T"))):
+        if a != b:
+            raise UserError(f"these CLIP and DDPM do not fit together: {name} is {a} for CLIP and {b} for the DDPM; train both alike")
 
 
 if __name__ == "__main__":   # what a batch is

@@ -57,6 +57,13 @@ class Block(nn.Module):
         return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
 
 
+def from_checkpoint(content):
+    """The content of a checkpoint of kind "judge" -> Judge in fp32."""
+    judge = Judge(JudgeConfig(**content["config"]), {name: len(values) for name, values in content["attributes"].items()})
+    judge.load_state_dict({name: p.float() for name, p in content["weights"].items()})
+    return judge
+
+
 def judge_loss(judge, x, labels):
     """Mean cross-entropy summed over the attributes; labels: (B, A) int, one column per attribute."""
     return sum(F.cross_entropy(logits.float(), labels[:, i]) for i, logits in enumerate(judge(x).values()))
@@ -66,3 +73,10 @@ def judge_loss(judge, x, labels):
 def verdict(judge, x, batch=256):
     """x: (N, 3, H, W) in [-1, 1] -> (N, A) int, what the judge sees, one column per attribute."""
     return torch.cat([torch.stack([logits.argmax(1) for logits in judge(part).values()], 1) for part in x.split(batch)])
+
+
+def wilson(right, n, z=1.96):
+    """The 95 % interval of a proportion (Wilson 1927), honest near 0 and 1 too: right of n -> (low, high)."""
+    p = right / n
+    centre, half = p + z * z / (2 * n), z * ((p * (1 - p) + z * z / (4 * n)) / n) ** 0.5
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)

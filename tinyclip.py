@@ -279,7 +279,7 @@ class TextEncoder(nn.Module):
 class CLIP(nn.Module):
     def __init__(self, config, tokenizer):
         super().__init__()
-        self.config, D = config, config.width
+        self.config, self.tokenizer, D = config, tokenizer, config.width
         self.image, self.text = ImageEncoder(config), TextEncoder(config, tokenizer)
         self.time = nn.Sequential(nn.Linear(1, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU())   # smooth in t: nothing jumps
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))                     # sec. 2.5 of the paper
@@ -309,6 +309,18 @@ class CLIP(nn.Module):
         t = torch.zeros(len(image_features), dtype=torch.long, device=image_features.device) if t is None else t
         cosine = F.normalize(image_features.float(), dim=-1) @ F.normalize(text_features.float(), dim=-1).T
         return self.logit_scale(t) * cosine
+
+
+def from_checkpoint(content):
+    """The content of a checkpoint of kind "clip" -> CLIP in fp32."""
+    clip = CLIP(CLIPConfig(**content["config"]), Tokenizer(content["merges"]))
+    clip.load_state_dict({name: p.float() for name, p in content["weights"].items()})
+    return clip
+
+
+def canonical(prompt):
+    """Prompts that mean the same caption, spelled the same: "  A White and red car" -> "white and red car"."""
+    return regex.sub(r"^(a|an|the) ", "", clean(prompt))
 
 
 def clip_loss(logits, caption_of, clean):

@@ -139,7 +139,7 @@ class UNet(nn.Module):
                 self.up.append(nn.ModuleList([block(c + kept.pop(), width), attention(level)]))
                 c = width
             if level > 0:
-                self.up.append(nn.Conv2d(c, c, 3, padding=1))
+                self.up.append(nn.Conv2d(c, c := widths[level - 1], 3, padding=1))
         self.last = nn.Sequential(norm(c), nn.SiLU(), zero(nn.Conv2d(c, 3, 3, padding=1)))
 
     def forward(self, x_t, t):
@@ -161,8 +161,15 @@ class UNet(nn.Module):
                 block, attention = layer
                 h = attention(block(torch.cat([h, kept.pop()], dim=1), time))
             else:
-                h = layer(F.interpolate(h, scale_factor=2.0))              # (B, C, H, W) -> (B, C, 2H, 2W)
+                h = F.interpolate(layer(h), scale_factor=2.0)              # (B, C, H, W) -> (B, C, 2H, 2W)
         return self.last(h)
+
+
+def from_checkpoint(content):
+    """The content of a checkpoint of kind "ddpm" -> UNet in fp32."""
+    unet = UNet(UNetConfig(**content["config"]))
+    unet.load_state_dict({name: p.float() for name, p in content["weights"].items()})
+    return unet
 
 
 # ---- training -----------------------------------------------------------------------------------------------------

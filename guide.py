@@ -1,0 +1,83 @@
+"""Chapter 4: guidance. A guided denoiser is a denoiser.
+
+    Dhariwal, Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis"   arxiv.org/abs/2105.05233   (classifier guidance)
+    Nichol et al. 2021, "GLIDE", sec. 2.4                                    arxiv.org/abs/2112.10741   (with a noised CLIP)
+
+The diffusion model knows what cars look like, p(x); CLIP knows how well words fit a picture, p(text | x). Bayes' rule says
+p(x | text) ~ p(x) p(text | x), so the score of the one we want is the sum of two:
+
+    grad log p(x_t | text) = grad log p(x_t) + grad log p(text | x_t)
+
+and a score is an opinion about the clean picture: x_0_hat = (x_t + (1 - alpha_bar) score) / sqrt(alpha_bar). So all that
+guidance does is move x_0_hat by (1 - alpha_bar) / sqrt(alpha_bar) times CLIP's gradient. `guided` does that and returns a
+denoiser again: the sampler never knows, and guidance composes with any sampler, any eta and any number of steps.
+
+The makers below return log_p(x_t, t, x_0_hat) -> (B,): log p(text | x_t) up to a constant. Its gradient is always ascent.
+Shapes: B pictures, K captions, E embedding width; x_t, x_0_hat (B, 3, H, W); t (B,) int in 1..T; target (B,) int in 0..K-1.
+Left out: guidance through x_0_hat, classifier-free guidance.
+"""
+import torch
+
+from tinyddpm import at, denoiser, noise, sample
+
+
+def guided(denoise, log_p, alpha_bar, scale, interval=(1, 1000)):
+    """x_0_hat + scale (1 - alpha_bar)/sqrt(alpha_bar) grad, with grad = d sum(log_p) / d x_t -> a denoiser.
+
+    The same statement as eps_hat - scale sqrt(1 - alpha_bar) grad (Dhariwal & Nichol 2021, Alg. 2), in the form that
+    stays well-conditioned near t = T. Scale 0 is no guidance, 1 is Bayes' rule if log_p is calibrated, and more samples
+    from p(x) p(text | x)^scale, where only the most typical pictures of that text are left.
+    interval: the times lo..hi at which to guide. Near T the factor explodes (6 at t = 900, 13 at 950, 20,000 at 1000) while
+    CLIP can see next to nothing.
+    The batch may be summed before the derivative, because pictures do not interact: nothing normalises across the batch.
+    """
+    def guided_denoise(x_t, t):
+        x_0_hat = denoise(x_t, t)
+        if not interval[0] <= int(t[0]) <= interval[1]:
+            return x_0_hat
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_()
+            grad, = torch.autograd.grad(log_p(x, t, x_0_hat).sum(), x)
+        a = at(alpha_bar, t)
+        return x_0_hat + scale * (1 - a) / a.sqrt() * grad
+    return guided_denoise
+
+
+def contrastive(clip, text_features, target):
+    """log softmax over all captions of CLIP's logits, CLIP being told how noisy x_t is. The default.
+
+    text_features: (K, E), every caption that CLIP knows, so that what distinguishes the target from its nearest rivals
+    is what counts. Where the noise leaves no doubt about the caption the gradient is zero; where it leaves nothing
+    visible, too.
+    """
+    def log_p(x_t, t, x_0_hat):
+        logits = clip.logits(clip.encode_image(x_t, t), text_features, t)   # (B, K)
+        return logits.log_softmax(dim=1)[torch.arange(len(x_t)), target]
+    return log_p
+
+
+def clean(clip, text_features, target):
+    """The same CLIP, told that the noisy x_t is a clean picture: what many a first attempt does. Here for contrast.
+
+    Its gradient is that of a network far outside of what it was trained on: mostly noise, and large.
+    """
+    noise_aware = contrastive(clip, text_features, target)
+    return lambda x_t, t, x_0_hat: noise_aware(x_t, torch.zeros_like(t), x_0_hat)
+
+
+METHODS = {   # name -> maker of log_p, its scale, its interval: found by sweeps, RESULTS.md
+    "contrastive": (contrastive, 6.0, (1, 950)),
+    "clean": (clean, 6.0, (1, 950)),
+}
+
+
+def generate(unet, alpha_bar, generators, log_p=None, scale=1., interval=(1, 1000), steps=50, eta=1., watch=None):
+    """Pictures from noise, one for each generator, guided by log_p if there is one -> x_0: (B, 3, H, W) in [-1, 1]
+
+    generators: B torch.Generators on the CPU; a picture depends on its own alone. watch: see tinyddpm.sample.
+    """
+    denoise, size = denoiser(unet, alpha_bar), unet.config.image_size
+    if log_p is not None:
+        denoise = guided(denoise, log_p, alpha_bar, scale, interval)
+    x_T = noise(generators, (3, size, size), alpha_bar.device)
+    return sample(denoise, x_T, generators, alpha_bar, steps, eta, watch=watch)
