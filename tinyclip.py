@@ -323,6 +323,9 @@ def canonical(prompt):
     return regex.sub(r"^(a|an|the) ", "", clean(prompt))
 
 
+TEXT_TO_IMAGE = 0.1   # weight of the second term
+
+
 def clip_loss(logits, caption_of, clean):
     """logits: (B, K) over all K captions, caption_of: (B,) int, clean: (B,) bool, which pictures carry no noise -> scalar
 
@@ -340,4 +343,4 @@ def clip_loss(logits, caption_of, clean):
     occurs = own.any(dim=1)
     share = own[occurs] / own[occurs].sum(dim=1, keepdim=True)
     text_to_image = -(share * logits[clean].T[occurs].log_softmax(dim=1)).sum(dim=1).mean()
-    return image_to_text + 0.1 * text_to_image
+    return image_to_text + TEXT_TO_IMAGE * text_to_image

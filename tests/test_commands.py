@@ -1,0 +1,108 @@
+"""Every command as a user runs it, at toy size, in a folder of its own."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "weights"
+TINY = {
+    "clip": "--pictures 64 --batch 8 --width 32 --layers 1 --heads 2 --text-width 32 --text-layers 1 --text-heads 2 --embed-dim 16 --image-size 16",
+    "ddpm": "--pictures 64 --batch 8 --channels 16 --multipliers 1 2 --attention 1 --image-size 16",
+    "judge": "--pictures 64 --batch 8 --width 8 --size 16",
+}
+
+
+def run(folder, command, code=0):
+    program, *arguments = command.split("|") if "|" in command else command.split()
+    done = subprocess.run([sys.executable, str(ROOT / program), *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder in which toy models of every kind have been trained."""
+    folder = tmp_path_factory.mktemp("toys")
+    for kind, flags in TINY.items():
+        out = run(folder, f"train.py {kind} --steps 4 {flags} --device cpu")
+        assert "finished" in out and (folder / "runs" / kind / "weights.pt").exists()
+    return folder
+
+
+def test_a_run_leaves_its_curve_and_a_finished_run_says_so(folder):
+    for name in ("clip/loss.png", "clip/accuracy.png", "ddpm/samples.png"):
+        assert Image.open(folder / "runs" / name).width > 16
+    assert "is finished" in run(folder, f"train.py clip --steps 4 {TINY['clip']} --device cpu")
+
+
+def test_other_settings_do_not_go_on_silently(folder):
+    assert "another batch (8, now 9)" in run(folder, f"train.py clip --steps 4 {TINY['clip']} --device cpu --batch 9", code=2)
+
+
+@pytest.mark.parametrize("kind", ["clip", "ddpm"])
+def test_stop_and_start_is_bit_identical(tmp_path, folder, kind):
+    """Stopped by --minutes after its first step and started again, a run ends where one that ran through ends."""
+    (tmp_path / "cache").symlink_to(folder / "cache")
+    command = f"train.py {kind} --steps 4 {TINY[kind]} --device cpu --out parts"
+    assert "stopped at step 1 of 4" in run(tmp_path, command + " --minutes 0.00001")
+    assert "going on in parts at step 2 of 4" in run(tmp_path, command)
+    parts, whole = (torch.load(p, weights_only=True) for p in (tmp_path / "parts/checkpoint.pt", folder / f"runs/{kind}/checkpoint.pt"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(tensor, parts[part][name]) for name, tensor in whole[part].items())
+    assert parts["step"] == whole["step"] == 4
+
+
+def test_sample_with_the_trained_models(folder):
+    out = run(folder, "sample.py|white and RED car|-n|3|--steps|3|--gif|--device|cpu|--batch|2")
+    assert "CLIP from runs/clip/weights.pt" in out.replace("\\", "/") and "probability" in out
+    image = Image.open(folder / "out/white-and-red-car.png")
+    assert image.text["prompt"] == "white and RED car" and image.text["seed"] == "0" and image.text["method"] == "contrastive"
+    assert Image.open(folder / "out/white-and-red-car.gif").n_frames == 3
+    assert "unguided" in run(folder, "sample.py -n 1 --steps 2 --device cpu")
+
+
+def test_new_words_are_named_and_new_captions_join(folder):
+    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "a purple car", "-n", "1", "--steps", "2", "--device", "cpu"],
+                          cwd=folder, capture_output=True, text=True)
+    assert "'purple'" in done.stderr and "among 295 captions" in done.stdout
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("|-n|0", "-n must be"), ("|--steps|0", "--steps must be"), ("|--steps|1001", "--steps must be"), ("|--eta|2", "--eta must be"),
+    ("| ", "prompt is empty"), ("|a car|--clip|none.pt", "there is no file none.pt"), ("|a car|--clip|runs/ddpm/weights.pt", "holds 'ddpm'"),
+    ("|a car|--device|gpu7", "--device gpu7")])
+def test_mistakes_are_answered_in_one_line(folder, arguments, message):
+    error = run(folder, "sample.py" + arguments, code=2)
+    assert message in error and len(error.strip().splitlines()) == 1
+
+
+def test_evaluate(folder):
+    for table in ("clip", "ddpm", "figure", "guidance --methods none contrastive --judge runs/judge/weights.pt"):
+        run(folder, f"evaluate.py {table} --steps 10 --batch 147 --device cpu")
+    rows = json.loads((folder / "out/guidance.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["none", "contrastive"] and rows[0]["prompts"] == 294
+    assert Image.open(folder / "out/figure.png").width > 300
+
+
+@pytest.mark.skipif(not (SHIPPED / "ddpm.pt").exists(), reason="no shipped weights")
+def test_the_shipped_models_obey():
+    """Of 16 guided samples at least 10 are right by the judge, of 16 unguided ones at most 3."""
+    import cars, data, guide, judge, tinyclip, tinyddpm
+    clip, content = data.load_model(SHIPPED / "clip.pt", "clip", tinyclip.from_checkpoint)
+    unet, _ = data.load_model(SHIPPED / "ddpm.pt", "ddpm", tinyddpm.from_checkpoint)
+    third, _ = data.load_model(SHIPPED / "judge.pt", "judge", judge.from_checkpoint)
+    alpha_bar, captions = tinyddpm.cosine_alpha_bar(unet.config.T), content["captions"]
+    target = captions.index("a white and red car")
+    with torch.no_grad():
+        text_features = clip.encode_text(clip.tokenizer.batch(captions, clip.config.context_length))
+        right = []
+        for log_p in (guide.contrastive(clip, text_features, torch.full((16,), target)), None):
+            _, scale, interval = guide.METHODS["contrastive"]
+            x_0 = guide.generate(unet, alpha_bar, [data.generator(0, i) for i in range(16)], log_p, scale, interval)
+            right.append((judge.verdict(third, x_0).numpy() == cars.caption_labels(__import__("numpy").array(target))).all(1).sum())
+    assert right[0] >= 10 and right[1] <= 3

@@ -1,0 +1,176 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import tinyddpm
+from tinyddpm import cosine_alpha_bar, ddim_step, q_sample, sample
+
+
+def generators(n):
+    return [data.generator(0, i) for i in range(n)]
+
+
+def test_cosine_schedule(alpha_bar):
+    assert alpha_bar.shape == (1001,) and alpha_bar[0] == 1 and 0 < alpha_bar[1000] < 1e-8
+    assert (alpha_bar[1:] < alpha_bar[:-1]).all()
+    f = lambda t: math.cos((t / 1000 + .008) / 1.008 * math.pi / 2) ** 2
+    for t in (1, 10, 500, 900):
+        assert alpha_bar[t].item() == pytest.approx(f(t) / f(0), rel=1e-5)
+    assert 1 - alpha_bar[1000] / alpha_bar[999] == pytest.approx(0.999, abs=1e-4)    # the clip
+
+
+def test_q_sample_keeps_unit_variance_and_t_0_is_clean(alpha_bar):
+    x_0, eps = torch.randn(2, 64, 3, 8, 12)
+    assert torch.equal(q_sample(x_0, torch.zeros(64, dtype=torch.long), eps, alpha_bar), x_0)
+    x_t = q_sample(x_0, torch.full((64,), 600), eps, alpha_bar)
+    assert x_t.std() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("eta", [0., 0.5, 1.])
+@pytest.mark.parametrize("steps", [1, 7, 50, 1000])
+def test_given_the_true_eps_every_sampler_returns_x_0(alpha_bar, eta, steps):
+    """If the denoiser knows the picture, any number of steps and any eta end at it: no index is off by one."""
+    x_0 = torch.rand(2, 3, 4, 6) * 2 - 1
+    visited = []
+    out = sample(lambda x_t, t: x_0, torch.randn(2, 3, 4, 6), generators(2), alpha_bar, steps, eta,
+                 watch=lambda t, x_t, x_0_hat: visited.append(t))
+    assert torch.allclose(out, x_0, atol=1e-6)
+    assert len(visited) == steps and visited[0] == 1000 and 0 not in visited
+
+
+def test_deterministic_steps_stay_on_the_straight_path(alpha_bar):
+    """With the true eps, DDIM with eta 0 passes exactly through q_sample(x_0, t, eps) at each time."""
+    x_0, eps = torch.rand(1, 3, 4, 6) * 2 - 1, torch.randn(1, 3, 4, 6)
+    path = {}
+    x_T = q_sample(x_0, torch.tensor([1000]), eps, alpha_bar)
+    sample(lambda x_t, t: x_0, x_T, generators(1), alpha_bar, 10, eta=0., watch=lambda t, x_t, _: path.update({t: x_t}))
+    for t, x_t in path.items():
+        if t < 1000:      # at T the picture is 5e-5 of x_T: single precision cannot tell the two noises apart
+            assert torch.allclose(x_t, q_sample(x_0, torch.tensor([t]), eps, alpha_bar), atol=2e-3)
+
+
+@pytest.mark.parametrize("t", [2, 400, 999])
+def test_eta_1_is_the_ddpm_posterior(alpha_bar, t):
+    """Mean and variance of one step against Ho et al. 2020 eq. 7, written out here once more."""
+    x_0_hat, x_t, z = torch.randn(3, 1, 3, 4, 6, dtype=torch.double)
+    a, before = alpha_bar[t].double(), alpha_bar[t - 1].double()
+    beta = 1 - a / before
+    mean = before.sqrt() * beta / (1 - a) * x_0_hat + (1 - beta).sqrt() * (1 - before) / (1 - a) * x_t
+    sigma = (beta * (1 - before) / (1 - a)).sqrt()
+    assert torch.allclose(ddim_step(x_t, x_0_hat, t, t - 1, alpha_bar, 1., z), mean + sigma * z, atol=1e-3)
+
+
+@pytest.mark.parametrize("eta", [0., 1.])
+def test_gaussian_data_are_sampled_exactly(alpha_bar, eta):
+    """If pictures are N(0.3, 0.2^2), the best denoiser is known; the sampler must give that mean and that deviation."""
+    mean, var = 0.3, 0.04
+
+    def denoise(x_t, t):
+        a = tinyddpm.at(alpha_bar, t)
+        return mean + a.sqrt() * var / (a * var + 1 - a) * (x_t - a.sqrt() * mean)
+
+    steps = 1000 if eta else 200      # what eta = 1 adds is right to first order in the step
+    out = sample(denoise, tinyddpm.noise(generators(16), (3, 16, 20)), generators(16), alpha_bar, steps, eta, clamp=False)
+    assert out.mean() == pytest.approx(mean, abs=0.01)
+    assert out.std() == pytest.approx(0.2, rel=0.04)
+
+
+def test_the_loss_of_the_true_v_is_zero_and_the_denoiser_inverts_it(alpha_bar):
+    """v, x_0_hat and q_sample are one consistent set: a network that knows v has loss 0, and its denoiser returns x_0."""
+    x_0, eps = torch.randn(2, 4, 3, 8, 12)
+    t = torch.tensor([1, 100, 500, 990])
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+    truth = lambda x_t, t: a.sqrt() * eps - (1 - a).sqrt() * x_0
+    assert (tinyddpm.ddpm_loss(truth, x_0, t, eps, alpha_bar) == 0).all()
+    x_0_hat = tinyddpm.denoiser(truth, alpha_bar)(q_sample(x_0, t, eps, alpha_bar), t)
+    assert torch.allclose(x_0_hat, x_0, atol=1e-4)
+
+
+def test_random_times_cover_1_to_T_evenly():
+    t = tinyddpm.random_times(1000, 1000, torch.Generator().manual_seed(0))
+    assert torch.equal(t, torch.arange(1, 1001))
+    t = torch.cat([tinyddpm.random_times(8, 1000, torch.Generator().manual_seed(i)) for i in range(500)])
+    assert t.min() >= 1 and t.max() <= 1000 and t.float().mean() == pytest.approx(500.5, abs=5)
+
+
+def test_the_attention_of_the_unet_is_softmax_attention():
+    torch.manual_seed(0)
+    layer = tinyddpm.SelfAttention(64)
+    torch.nn.init.normal_(layer.out.weight, std=.1)
+    x = torch.randn(2, 64, 3, 5)
+    tokens = layer.norm(x).flatten(2).transpose(1, 2)
+    q, k, v = (part.view(2, 15, 2, 32).transpose(1, 2) for part in layer.qkv(tokens).chunk(3, dim=-1))
+    expected = layer.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 15, 64))
+    assert torch.allclose(layer(x), x + expected.transpose(1, 2).view(2, 64, 3, 5), atol=1e-5)
+
+
+def test_unet_at_start_says_zero_and_takes_any_even_shape():
+    unet = tinyddpm.UNet(tinyddpm.UNetConfig(channels=16, multipliers=(1, 2), blocks=1, attention=(1,)))
+    out = unet(torch.randn(2, 3, 8, 12), torch.tensor([1, 1000]))
+    assert out.shape == (2, 3, 8, 12) and (out == 0).all()
+
+
+def test_unet_depends_on_time_and_pictures_do_not_interact(unet):
+    x, t = torch.randn(3, 3, 8, 12), torch.tensor([5, 500, 995])
+    with torch.no_grad():
+        together, alone = unet(x, t), unet(x[1:2], t[1:2])
+        assert torch.isfinite(together).all() and torch.allclose(together[1:2], alone, atol=1e-5)
+        assert not torch.allclose(unet(x[1:2], t[2:]), alone, atol=1e-3)
+
+
+def test_ema_of_a_constant_is_the_constant_and_first_update_copies():
+    a, b = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    tinyddpm.ema_update(a, b, 1)
+    assert torch.equal(a.weight, b.weight)
+    tinyddpm.ema_update(a, b, 2)
+    assert torch.allclose(a.weight, b.weight)
+
+
+def test_ema_remembers_a_tenth_of_the_run():
+    """Its weights over past steps have a deviation of sigma_rel times the run's length (the definition of sigma_rel)."""
+    steps, gamma = 2000, 6.94
+    decay = [(1 - 1 / s) ** (gamma + 1) for s in range(1, steps + 1)]
+    ema, weight = torch.nn.Linear(1, 1, bias=False), 1.
+    weights = torch.zeros(steps)
+    for s in reversed(range(steps)):
+        weights[s], weight = weight * (1 - decay[s]), weight * decay[s]
+    where = torch.arange(1, steps + 1).float()
+    mean = (weights * where).sum()
+    assert weights.sum() == pytest.approx(1, abs=1e-4)
+    assert ((weights * (where - mean) ** 2).sum().sqrt() / steps).item() == pytest.approx(0.10, abs=0.003)
+    model = torch.nn.Linear(1, 1, bias=False)                     # and ema_update has these weights
+    torch.nn.init.zeros_(ema.weight)
+    for s in range(1, 51):
+        torch.nn.init.constant_(model.weight, float(s))
+        tinyddpm.ema_update(ema, model, s)
+    expected, average = 0., 0.
+    for s in range(1, 51):
+        average = decay[s - 1] * average + (1 - decay[s - 1]) * s
+    assert ema.weight.item() == pytest.approx(average, rel=1e-5)
+
+
+def test_noise_of_a_picture_does_not_depend_on_its_batch():
+    many, one = tinyddpm.noise(generators(5), (3, 4, 6)), tinyddpm.noise([data.generator(0, 3)], (3, 4, 6))
+    assert torch.equal(many[3:4], one) and not torch.equal(many[2], many[3])
+
+
+def test_learning(alpha_bar):
+    """Eight pictures are learnt by heart: the loss falls to a fraction of what it starts from."""
+    torch.manual_seed(0)
+    import cars
+    x_0 = data.to_float(cars.render(0, range(8), 16)[0])
+    unet = tinyddpm.UNet(tinyddpm.UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention=(1,), image_size=16))
+    optimizer = torch.optim.AdamW(unet.parameters(), 2e-3)
+    losses = []
+    for step in range(150):
+        g = data.generator(0, step)
+        t = tinyddpm.random_times(8, 1000, g)
+        loss = tinyddpm.ddpm_loss(unet, x_0, t, torch.randn(x_0.shape, generator=g), alpha_bar).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-20:]) / 20 < 0.25 * losses[0]
