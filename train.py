@@ -42,7 +42,7 @@ class TrainConfig:
 PRESETS = {
     "tiny": {
         "clip": (tinyclip.CLIPConfig(), TrainConfig(steps=4000)),
-        "ddpm": (tinyddpm.UNetConfig(blocks=1), TrainConfig(steps=10_000, batch=32, weight_decay=0.01)),
+        "ddpm": (tinyddpm.UNetConfig(blocks=1), TrainConfig(steps=12_000, batch=32, weight_decay=0.01)),
         "judge": (judge.JudgeConfig(), TrainConfig(steps=1500)),
     },
 }
