@@ -43,16 +43,21 @@ def guided(denoise, log_p, alpha_bar, scale, interval=(1, 1000)):
     return guided_denoise
 
 
-def contrastive(clip, text_features, target):
-    """log softmax over all captions of CLIP's logits, CLIP being told how noisy x_t is. The default.
+def contrastive(clip, text_features, target, temperature=6.):
+    """CLIP's softmax over all captions, CLIP being told how noisy x_t is. The default.
+
+    log_p = temperature * log softmax(logits / temperature)[target], whose gradient is that of the target's logit less the
+    mean of all captions' logits, weighted by how probable each is.
 
     text_features: (K, E), every caption that CLIP knows, so that what distinguishes the target from its nearest rivals
-    is what counts. Where the noise leaves no doubt about the caption the gradient is zero; where it leaves nothing
-    visible, too.
+    is what counts. Where noise leaves nothing visible, CLIP's logits are flat and the gradient vanishes.
+    At temperature 1 this is log p(text | x_t), Bayes' rule. But CLIP is sure of itself long before the picture is good,
+    and then that gradient vanishes too, with 1 - p. A softer opinion goes on pulling, away from all rivals and not
+    only from the last one left; RESULTS.md has what it gains.
     """
     def log_p(x_t, t, x_0_hat):
         logits = clip.logits(clip.encode_image(x_t, t), text_features, t)   # (B, K)
-        return logits.log_softmax(dim=1)[torch.arange(len(x_t)), target]
+        return temperature * (logits / temperature).log_softmax(dim=1)[torch.arange(len(x_t)), target]
     return log_p
 
 
@@ -66,8 +71,8 @@ def clean(clip, text_features, target):
 
 
 METHODS = {   # name -> maker of log_p, its scale, its interval: found by sweeps, RESULTS.md
-    "contrastive": (contrastive, 6.0, (1, 950)),
-    "clean": (clean, 6.0, (1, 950)),
+    "contrastive": (contrastive, 16., (1, 950)),
+    "clean": (clean, 16., (1, 950)),
 }
 
 

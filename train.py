@@ -41,7 +41,7 @@ class TrainConfig:
 # What each preset changes, for each kind: in the model's config, and in TrainConfig.
 PRESETS = {
     "tiny": {
-        "clip": (tinyclip.CLIPConfig(), TrainConfig(steps=4000)),
+        "clip": (tinyclip.CLIPConfig(), TrainConfig(steps=4000, lr=5e-4)),
         "ddpm": (tinyddpm.UNetConfig(blocks=1), TrainConfig(steps=12_000, batch=32, weight_decay=0.01)),
         "judge": (judge.JudgeConfig(), TrainConfig(steps=1500)),
     },
