@@ -242,7 +242,7 @@ def load_checkpoint(path, kind):
 
     kind: "clip", "ddpm" or "judge". UserError if there is no such file, or it is of another kind.
     """
-    advice = f"train one with: python train.py {kind}"
+    advice = f"train one with: python train.py {kind.split()[0]} --fresh"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -1,15 +1,22 @@
-"""Chapter 3: a denoising diffusion model. Cosine schedule, U-Net, loss, one step, and the one sampling loop.
+"""Chapter 3: a denoising diffusion model. Schedule, U-Net, loss, one step, and the sampling loop.
 
-    Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilistic Models"               arxiv.org/abs/2006.11239   (DDPM)
-    Nichol, Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models"      arxiv.org/abs/2102.09672
-    Song, Meng, Ermon 2021, "Denoising Diffusion Implicit Models"                   arxiv.org/abs/2010.02502   (DDIM)
-    Salimans, Ho 2022, "Progressive Distillation for Fast Sampling"                 arxiv.org/abs/2202.00512   (v)
+    Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilistic Models" (DDPM)
+        arxiv.org/abs/2006.11239
+    Nichol, Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models"
+        arxiv.org/abs/2102.09672
+    Song, Meng, Ermon 2021, "Denoising Diffusion Implicit Models" (DDIM)
+        arxiv.org/abs/2010.02502
+    Salimans, Ho 2022, "Progressive Distillation for Fast Sampling of Diffusion Models" (v)
+        arxiv.org/abs/2202.00512
 
-The whole idea: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps mixes a picture with noise; a network learns to
-tell them apart; a sampler starts at pure noise, asks "which picture is in here?" (x_0_hat), and moves a little towards it.
+The whole idea: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps mixes a picture with noise;
+a network learns to tell them apart; a sampler starts at pure noise, asks "which picture is in
+here?" (x_0_hat), and moves a little towards it.
 
 Time is t = 1..T, T = 1000; alpha_bar has T + 1 entries and alpha_bar[0] = 1 is the clean picture.
-Shapes: B batch, C channels, H x W pixels (the same for x_0, eps, x_t, v); pictures in [-1, 1].
+Shapes: B batch, C channels, H x W pixels (the same for x_0, eps, x_t, v), D width of what the
+network knows of t; pictures in [-1, 1]. A hat marks every estimate.
+
 Left out: learnt variances, class labels, other noise schedules.
 """
 import math
@@ -22,129 +29,175 @@ from torch import nn
 
 @dataclass
 class UNetConfig:
-    channels: int = 32                    # of the finest level
-    multipliers: tuple = (1, 2, 4)        # one level each, every next one at half the resolution
-    blocks: int = 2                       # residual blocks per level on the way down, and as many on the way up
-    attention: tuple = (2,)               # the levels with self-attention
+    channels: int = 32               # of the finest level; a multiple of 16, where it attends of 32
+    multipliers: tuple = (1, 2, 4)   # one level each, every next one at half the resolution
+    blocks: int = 1                  # residual blocks per level going down; coming up, one more
+    attention: tuple = (2,)          # the levels with self-attention, 0 the finest
     dropout: float = 0.0
-    image_size: int = 32
+    image_size: int = 32             # pixels, H and W of what it is trained on
     T: int = 1000
 
 
-# ---- the forward process ------------------------------------------------------------------------------------------
+# ---- the forward process -------------------------------------------------------------------------
 
 def cosine_alpha_bar(T=1000):
     """-> alpha_bar: (T + 1,) float32, from alpha_bar[0] = 1 down to almost 0.
 
-    Nichol & Dhariwal 2021 eq. 17: alpha_bar_t = f(t) / f(0), f(t) = cos((t/T + s) / (1 + s) * pi/2)^2, s = 0.008, and
-    beta_t = 1 - alpha_bar_t / alpha_bar_{t-1} clipped at 0.999, so that alpha_bar_T is 2e-9 and not 0.
+    Nichol & Dhariwal 2021 eq. 17: alpha_bar_t = f(t) / f(0), with
+    f(t) = cos((t/T + s) / (1 + s) * pi/2)^2 and s = 0.008, and beta_t = 1 - alpha_bar_t /
+    alpha_bar_{t-1} clipped at 0.999, so that alpha_bar_T is 2e-9 and not 0.
     """
-    s, t = 0.008, torch.arange(T + 1, dtype=torch.float64)
+    s = 0.008
+    t = torch.arange(T + 1, dtype=torch.float64)
     f = torch.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     return torch.cat([torch.ones(1), torch.cumprod(1 - beta, 0).float()])
 
 
 def at(alpha_bar, t):
-    """alpha_bar: (T + 1,), t: (B,) int -> alpha_bar_t: (B, 1, 1, 1), ready to multiply pictures."""
+    """alpha_bar: (T + 1,), t: (B,) int in 0..T -> alpha_bar_t: (B, 1, 1, 1), to scale pictures."""
     return alpha_bar[t].view(-1, 1, 1, 1)
 
 
 def q_sample(x_0, t, eps, alpha_bar):
-    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020 eq. 4). t: (B,) int in 0..T."""
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020 eq. 4).
+
+    x_0: (B, 3, H, W), t: (B,) int in 0..T, eps: standard normal like x_0 -> x_t: (B, 3, H, W)
+    """
     a = at(alpha_bar, t)
     return a.sqrt() * x_0 + (1 - a).sqrt() * eps
 
 
-# ---- the network --------------------------------------------------------------------------------------------------
+# ---- the network ---------------------------------------------------------------------------------
 
 def time_embedding(t, dim):
-    """t: (B,) int -> (B, dim): sines and cosines of t at dim/2 frequencies from 1 down to 1/10000 (Ho et al. 2020, sec. 4)."""
-    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angle = t[:, None].float() * frequency
+    """t: (B,) int -> (B, dim): sines and cosines of t at dim/2 frequencies.
+
+    They fall from 1 to just above 1/10000, evenly in their logarithm (Ho et al. 2020, sec. 4).
+    """
+    half = dim // 2
+    frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+    angle = t[:, None].float() * frequency                                    # (B, dim/2)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 def norm(channels):
-    """GroupNorm over groups of 16 channels: with fewer in a group, bf16 on a CPU falls off its fast path (4 to 8 times slower)."""
+    """GroupNorm over groups of 16 channels.
+
+    With fewer in a group, bf16 on a CPU falls off its fast path (4 to 8 times slower).
+    """
     return nn.GroupNorm(channels // 16, channels)
 
 
 def zero(layer):
-    """Start a layer at zero, so that the branch it ends does nothing at first and the network begins as its shortcut."""
-    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    """Start a layer at zero: the branch it ends does nothing at first, only the shortcut counts."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
     return layer
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, scale and shift by time, SiLU, conv, plus the input. (B, c_in, H, W), (B, D) -> (B, c_out, H, W)."""
+    """norm, SiLU, conv, norm, scale and shift by time, SiLU, conv, plus the input.
+
+    x: (B, c_in, H, W), time: (B, D) -> (B, c_out, H, W)
+    """
 
     def __init__(self, c_in, c_out, time_dim, dropout):
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1 = norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(time_dim, 2 * c_out)
-        self.norm2, self.dropout, self.conv2 = norm(c_out), nn.Dropout(dropout), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.norm2 = norm(c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, time):
-        h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)   # (B, c_out, 1, 1) each
+        h = self.conv1(F.silu(self.norm1(x)))                                 # (B, c_out, H, W)
+        scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)      # (B, c_out, 1, 1)
         h = self.norm2(h) * (1 + scale) + shift
         return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
 
 
 class SelfAttention(nn.Module):
-    """Every pixel looks at every other one, plus the input. Heads of 32 channels. (B, C, H, W) -> (B, C, H, W)
+    """Every pixel looks at every other one, plus the input. Heads of 32 channels.
 
-    softmax(q k^T / sqrt(32)) v is explained in tinyclip.py. With 64 pixels the plain formula trains faster on a CPU than
-    F.scaled_dot_product_attention, whose backward pass costs ten times its forward.
+    x: (B, C, H, W) -> (B, C, H, W)
+
+    softmax(q k^T / sqrt(32)) v is explained in tinyclip.py. With 64 pixels the plain formula
+    trains faster on a CPU than F.scaled_dot_product_attention, whose backward pass costs ten times
+    its forward.
     """
 
     def __init__(self, channels):
         super().__init__()
-        self.norm, self.qkv, self.out = norm(channels), nn.Linear(channels, 3 * channels), zero(nn.Linear(channels, channels))
+        self.norm = norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zero(nn.Linear(channels, channels))
 
     def forward(self, x):
         B, C, H, W = x.shape
-        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)                                   # (B, HW, C)
-        q, k, v = self.qkv(tokens).view(B, H * W, 3, C // 32, 32).permute(2, 0, 3, 1, 4)                 # (B, C/32, HW, 32) each
-        mixed = (q @ k.transpose(-2, -1) * 32 ** -0.5).softmax(dim=-1) @ v                               # (B, C/32, HW, 32)
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)        # (B, HW, C)
+        qkv = self.qkv(tokens).view(B, H * W, 3, C // 32, 32)                 # 32 channels a head
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # (B, heads, HW, 32)
+        mixed = (q @ k.transpose(-2, -1) * 32 ** -0.5).softmax(dim=-1) @ v    # (B, heads, HW, 32)
         mixed = mixed.transpose(1, 2).reshape(B, H, W, C)
         return x + self.out(mixed).permute(0, 3, 1, 2)
 
 
 class UNet(nn.Module):
-    """Predicts v from a noised picture: down the levels, across the bottom, up again with a shortcut from each step down."""
+    """Predicts v (see ddpm_loss) from a noised picture: down the levels, across the bottom, and up
+    again with a shortcut from each step down.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.config, widths = config, [config.channels * m for m in config.multipliers]
-        dim = 4 * config.channels
-        self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
-        block = lambda c_in, c_out: ResBlock(c_in, c_out, dim, config.dropout)
-        attention = lambda level: SelfAttention(widths[level]) if level in config.attention else nn.Identity()
+        self.config = config
+        widths = [config.channels * m for m in config.multipliers]   # channels of each level
+        D = 4 * config.channels
 
+        def block_and_attention(c_in, level):
+            block = ResBlock(c_in, widths[level], D, config.dropout)
+            attends = level in config.attention
+            attention = SelfAttention(widths[level]) if attends else nn.Identity()
+            return nn.ModuleList([block, attention])
+
+        self.time = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU())
         self.first = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down, self.up, kept, c = nn.ModuleList(), nn.ModuleList(), [widths[0]], widths[0]
+        self.down = nn.ModuleList()
+        self.up = nn.ModuleList()
+        c = widths[0]   # channels of h as it flows through forward()
+        kept = [c]      # channels of everything that forward() keeps for the way up
+
         for level, width in enumerate(widths):
             for _ in range(config.blocks):
-                self.down.append(nn.ModuleList([block(c, width), attention(level)]))
-                kept.append(c := width)
+                self.down.append(block_and_attention(c, level))
+                c = width
+                kept.append(c)
             if level < len(widths) - 1:
                 self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
                 kept.append(c)
-        self.middle = nn.ModuleList([block(c, c), SelfAttention(c), block(c, c)])
+
+        self.middle = nn.ModuleList([
+            ResBlock(c, c, D, config.dropout), SelfAttention(c), ResBlock(c, c, D, config.dropout)])
+
         for level, width in reversed(list(enumerate(widths))):
+            # One block more than down: the h with which this level began was kept as well.
             for _ in range(config.blocks + 1):
-                self.up.append(nn.ModuleList([block(c + kept.pop(), width), attention(level)]))
+                self.up.append(block_and_attention(c + kept.pop(), level))
                 c = width
             if level > 0:
-                self.up.append(nn.Conv2d(c, c := widths[level - 1], 3, padding=1))
+                self.up.append(nn.Conv2d(c, widths[level - 1], 3, padding=1))
+                c = widths[level - 1]
+
         self.last = nn.Sequential(norm(c), nn.SiLU(), zero(nn.Conv2d(c, 3, 3, padding=1)))
 
     def forward(self, x_t, t):
-        """x_t: (B, 3, H, W), t: (B,) int in 1..T -> v_hat: (B, 3, H, W). H and W divisible by 2^(levels - 1)."""
-        time = self.time(time_embedding(t, self.time[0].in_features))      # (B, D)
+        """x_t: (B, 3, H, W), t: (B,) int in 1..T -> v_hat: (B, 3, H, W).
+
+        H and W must be divisible by 2^(levels - 1).
+        """
+        time = self.time(time_embedding(t, self.time[0].in_features))         # (B, D)
         h = self.first(x_t)
         kept = [h]
         for layer in self.down:
@@ -152,16 +205,18 @@ class UNet(nn.Module):
                 block, attention = layer
                 h = attention(block(h, time))
             else:
-                h = layer(h)                                               # (B, C, H, W) -> (B, C, H/2, W/2)
+                h = layer(h)                                                  # to (B, C, H/2, W/2)
             kept.append(h)
+
         block1, attention, block2 = self.middle
         h = block2(attention(block1(h, time)), time)
+
         for layer in self.up:
             if isinstance(layer, nn.ModuleList):
                 block, attention = layer
                 h = attention(block(torch.cat([h, kept.pop()], dim=1), time))
             else:
-                h = F.interpolate(layer(h), scale_factor=2.0)              # (B, C, H, W) -> (B, C, 2H, 2W)
+                h = F.interpolate(layer(h), scale_factor=2.0)                 # to (B, C, 2H, 2W)
         return self.last(h)
 
 
@@ -172,19 +227,28 @@ def from_checkpoint(content):
     return unet
 
 
-# ---- training -----------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 def random_times(batch, T, generator):
-    """-> (B,) int in 1..T, each uniform, together spread evenly over all times: the loss of a batch is then less noisy."""
-    u = torch.rand(batch, generator=generator, device=generator.device)
-    return ((torch.arange(batch, device=generator.device) + u) * (T / batch)).long().clamp(max=T - 1) + 1
+    """-> (B,) int in 1..T, ascending, one from each of B equal stretches of 1..T.
+
+    So every batch is spread evenly over all times, and its loss is less noisy than with
+    independent ones. Each picture must be as likely to stand in one row of the batch as in another.
+    """
+    u = torch.rand(batch, generator=generator, device=generator.device)       # in [0, 1)
+    stretch = torch.arange(batch, device=generator.device)
+    return ((stretch + u) * (T / batch)).long().clamp(max=T - 1) + 1
 
 
 def ddpm_loss(unet, x_0, t, eps, alpha_bar):
-    """Mean squared error of v_hat. x_0: (B, 3, H, W), t: (B,) int in 1..T, eps: noise like x_0 -> (B,), one for each picture.
+    """Mean squared error of v_hat.
 
-    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, sec. 4): eps where there is little noise, -x_0
-    where there is much, so that the network is asked for what it cannot copy from its input.
+    x_0: (B, 3, H, W), t: (B,) int in 1..T, eps: standard normal like x_0 -> (B,), one per picture
+
+    differs from the paper (Ho et al. 2020 eq. 14): the network predicts not eps but
+    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, sec. 4). That is eps
+    where there is little noise and -x_0 where there is much, so that the network is asked for what
+    it cannot copy from its input.
     """
     a = at(alpha_bar, t)
     v = a.sqrt() * eps - (1 - a).sqrt() * x_0
@@ -193,21 +257,27 @@ def ddpm_loss(unet, x_0, t, eps, alpha_bar):
 
 
 @torch.no_grad()
-def ema_update(ema, model, step, sigma_rel=0.10):
-    """Move the averaged parameters a little towards the model's; step = 1, 2, ... counts updates.
+def ema_update(ema, model, step):
+    """Move the averaged parameters a little towards the model's, in place.
 
-    Power-function EMA (Karras et al. 2024, arXiv 2312.02696, eq. 2): decay = (1 - 1/step)^(gamma + 1). Its memory is a
-    fixed fraction of the training so far, sigma_rel, so a run of any length forgets its beginning. gamma = 6.94 is 10 %.
+    step = 1, 2, ... counts updates; the first one copies.
+
+    Power-function EMA (Karras et al. 2024, arXiv 2312.02696, eq. 2):
+    decay = (1 - 1/step)^(gamma + 1). Its memory is a fixed fraction of the training so far, 10 %
+    with gamma = 6.94, so a run of any length forgets its beginning.
     """
-    gamma = {0.05: 16.97, 0.10: 6.94, 0.20: 1.83}[sigma_rel]
-    decay = (1 - 1 / step) ** (gamma + 1)
+    decay = (1 - 1 / step) ** (6.94 + 1)
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-# ---- sampling -----------------------------------------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------------------
 
 def denoiser(unet, alpha_bar):
-    """-> denoise(x_t, t) = x_0_hat, the U-Net's guess at the clean picture: sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v_hat."""
+    """A U-Net that predicts v -> denoise(x_t, t) = x_0_hat, its guess at the clean picture.
+
+    x_0_hat = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v_hat
+    x_t: (B, 3, H, W), t: (B,) int in 1..T -> x_0_hat: (B, 3, H, W), not clamped
+    """
     def denoise(x_t, t):
         a = at(alpha_bar, t)
         return a.sqrt() * x_t - (1 - a).sqrt() * unet(x_t, t).float()
@@ -215,24 +285,29 @@ def denoiser(unet, alpha_bar):
 
 
 def ddim_step(x_t, x_0_hat, t, t_next, alpha_bar, eta, z):
-    """One step from time t to t_next < t -> x at t_next (Song et al. 2021 eq. 12; sigma is their eq. 16).
+    """One step from time t to t_next < t -> x at t_next (Song et al. 2021 eq. 12).
 
-    eta = 0 is deterministic DDIM; eta = 1 between neighbouring times is the DDPM posterior (Ho et al. 2020 eq. 7).
-    t, t_next: int. z: standard normal noise like x_t.
+    x_t, x_0_hat, z: the same shape, z standard normal. t, t_next: int, the same for the batch.
+    eta in [0, 1] scales sigma (their eq. 16): eta = 0 is deterministic DDIM; eta = 1 between
+    neighbouring times is the DDPM posterior (Ho et al. 2020 eq. 7).
     """
     a, a_next = alpha_bar[t], alpha_bar[t_next]
     eps_hat = (x_t - a.sqrt() * x_0_hat) / (1 - a).sqrt()
     sigma = eta * ((1 - a_next) / (1 - a)).sqrt() * (1 - a / a_next).sqrt()
-    return a_next.sqrt() * x_0_hat + (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps_hat + sigma * z
+    towards_x_t = (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps_hat
+    return a_next.sqrt() * x_0_hat + towards_x_t + sigma * z
 
 
 def sampling_times(T, steps):
-    """The steps + 1 times that a sampler visits, from T down to 0: round(linspace(T, 0, steps + 1))."""
+    """The steps + 1 times that a sampler visits, from T down to 0; steps in 1..T."""
     return torch.linspace(T, 0, steps + 1).round().long().tolist()
 
 
 def noise(generators, shape, device="cpu"):
-    """One draw from each picture's own generator -> (B, *shape). The same for a picture whatever else is in its batch."""
+    """One draw from each picture's own CPU generator -> (B, *shape), standard normal.
+
+    So a picture's noise is the same whatever else is in its batch.
+    """
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
@@ -240,12 +315,16 @@ def noise(generators, shape, device="cpu"):
 def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, watch=None):
     """The one loop: denoise, clamp, step. -> x_0: (B, C, H, W)
 
-    denoise(x_t, t): (B, C, H, W), (B,) int -> x_0_hat. Guidance is a denoiser too (guide.py), so this loop knows nothing of it.
-    x_T: (B, C, H, W) standard normal. generators: B of them, for the noise that eta > 0 adds.
-    clamp keeps x_0_hat in [-1, 1], where pictures live; eps_hat then comes from the clamped x_0_hat, or the two would disagree.
-    watch(t, x_t, x_0_hat), if given, is called at every step.
+    denoise(x_t, t): (B, C, H, W), (B,) int -> x_0_hat: (B, C, H, W). Guidance is a denoiser too
+    (guide.py), so this loop knows nothing of it.
+    x_T: (B, C, H, W) standard normal.
+    generators: B torch.Generators on the CPU, for the noise that eta > 0 adds.
+    clamp keeps x_0_hat in [-1, 1], where pictures live; eps_hat then comes from the clamped
+    x_0_hat, or the two would disagree.
+    watch(t, x_t, x_0_hat), if given, is called at every step with t an int.
     """
-    times, x_t = sampling_times(len(alpha_bar) - 1, steps), x_T
+    times = sampling_times(len(alpha_bar) - 1, steps)
+    x_t = x_T
     for t, t_next in zip(times[:-1], times[1:]):
         x_0_hat = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device))
         if clamp:
@@ -255,3 +334,27 @@ def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, w
         z = noise(generators, x_t.shape[1:], x_t.device) if eta > 0 else torch.zeros_like(x_t)
         x_t = ddim_step(x_t, x_0_hat, t, t_next, alpha_bar, eta, z)
     return x_t
+
+
+if __name__ == "__main__":   # how noise takes over, and a sampler whose denoiser is never wrong
+    alpha_bar = cosine_alpha_bar()
+    for t in (0, 100, 300, 500, 700, 900, 1000):
+        a = alpha_bar[t]
+        print(f"t = {t:4}   alpha_bar = {a:<7.2g}   signal/noise = {a / (1 - a):.2g}")
+
+    x_0 = torch.rand(2, 3, 8, 12) * 2 - 1   # made up: in this world the right answer is known
+    for steps in (1, 10, 1000):
+        generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        out = sample(lambda x_t, t: x_0, torch.randn_like(x_0), generators, alpha_bar, steps)
+        print(f"steps = {steps:4}   sample() returns x_0: {torch.equal(out, x_0)}")
+
+# t =    0   alpha_bar = 1         signal/noise = inf
+# t =  100   alpha_bar = 0.97      signal/noise = 35
+# t =  300   alpha_bar = 0.79      signal/noise = 3.7
+# t =  500   alpha_bar = 0.49      signal/noise = 0.98
+# t =  700   alpha_bar = 0.2       signal/noise = 0.25
+# t =  900   alpha_bar = 0.024     signal/noise = 0.025
+# t = 1000   alpha_bar = 2.4e-09   signal/noise = 2.4e-09
+# steps =    1   sample() returns x_0: True
+# steps =   10   sample() returns x_0: True
+# steps = 1000   sample() returns x_0: True

@@ -1,18 +1,22 @@
-"""python train.py clip | ddpm | judge: train one model. The same command again goes on where it stopped.
+"""python train.py clip | ddpm | judge: train one model.
 
     python train.py clip                    the tiny preset: 32 px, two CPU cores, minutes
-    python train.py ddpm --minutes 10       stop cleanly after ten minutes, go on later
-    python train.py ddpm --channels 48      every field of a config is a flag
+    python train.py ddpm --minutes 10       stop cleanly after ten minutes (so does Ctrl-C)
+    python train.py ddpm                    the same run again: it goes on where it stopped
+    python train.py ddpm -h                 every field of a config is a flag, such as --channels 48
 
-A run's folder (runs/clip, ...) gets checkpoint.pt, to go on from; weights.pt, what sample.py reads; loss.png and previews.
-Step n draws its pictures, times and noise from (seed, n), so a step is a function of them, and an interrupted run ends
-with the same weights as one that ran through.
+A run's folder (runs/clip, ...) gets checkpoint.pt, to go on from; weights.pt, what sample.py reads;
+loss.png and previews. Step n draws its pictures, times and noise from (seed, n): it is a function
+of them and of the step before, so an interrupted run ends with the same weights as one that ran
+through. (But for the judge's dropout, which draws from torch's own generator.)
 """
 import argparse
 import copy
 import dataclasses
 import math
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,225 +33,370 @@ import tinyddpm
 
 @dataclass
 class TrainConfig:
-    steps: int = 1000            # the length of the whole run; the learning rate falls to zero by its end
+    steps: int = 1000            # the length of the whole run; the learning rate reaches zero there
     batch: int = 128             # pictures per step
     lr: float = 1e-3             # the highest learning rate
     warmup: float = 0.03         # of the run, in which the learning rate climbs from zero
     weight_decay: float = 0.05   # on matrices and kernels, not on biases and norms
     pictures: int = 50_000       # size of the training set
-    clean: float = 0.125         # clip: the share of a batch that carries no noise
 
 
-# What each preset changes, for each kind: in the model's config, and in TrainConfig.
+@dataclass
+class CLIPTrainConfig(TrainConfig):
+    clean: float = 0.125         # the share of a batch that carries no noise
+
+
+# What a preset means for each kind of model: the model's config, and that of its training.
 PRESETS = {
     "tiny": {
-        "clip": (tinyclip.CLIPConfig(), TrainConfig(steps=4000, lr=5e-4)),
-        "ddpm": (tinyddpm.UNetConfig(blocks=1), TrainConfig(steps=12_000, batch=32, weight_decay=0.01)),
+        "clip": (tinyclip.CLIPConfig(), CLIPTrainConfig(steps=4000, lr=5e-4)),
+        "ddpm": (tinyddpm.UNetConfig(blocks=1),
+                 TrainConfig(steps=12_000, batch=32, weight_decay=0.01)),
         "judge": (judge.JudgeConfig(), TrainConfig(steps=1500)),
     },
 }
 
 
+# ---- the three jobs ------------------------------------------------------------------------------
+
 class Job(NamedTuple):
-    """What train() has to know about one kind of model."""
+    """What the loop has to know about one kind of model."""
+    kind: str
     model: torch.nn.Module
     loss: Callable       # (model, x_0, rows of the data set, generator) -> scalar
-    preview: Callable    # (averaged model, folder) -> a line for the log; draws into the folder
-    content: dict        # what weights.pt holds beside the weights
-    note: str            # printed before the first step
+    preview: Callable    # (averaged model, folder) -> a line to print; may draw into the folder
+    content: dict        # what weights.pt holds of this kind, beside what it always holds
+    note: str            # printed before the first step: what to compare the loss with
 
-
-# ---- the three jobs -------------------------------------------------------------------------------------------------
 
 def clip_job(config, options, dataset, validation, device):
-    tokenizer = tinyclip.Tokenizer.train(dataset.captions, vocab_size=4096)
+    """Which of all captions belongs to this noised picture?"""
     alpha_bar = tinyddpm.cosine_alpha_bar(config.T).to(device)
     caption_of = torch.from_numpy(dataset.caption_of).to(device)
-    shortened = [c.removeprefix("a ") for c in dataset.captions]        # users leave the article out, so half the time we do
-    tokens = torch.stack([tokenizer.batch(texts, config.context_length) for texts in (dataset.captions, shortened)]).to(device)
+    tokenizer = tinyclip.Tokenizer.train(dataset.captions, vocab_size=4096)
+    shortened = [caption.removeprefix("a ") for caption in dataset.captions]
+    tokens = torch.stack([tokenizer.batch(texts, config.context_length)
+                          for texts in (dataset.captions, shortened)]).to(device)   # (2, K, L)
     K, B = len(dataset.captions), options.batch
 
     def loss(model, x_0, rows, generator):
         t = tinyddpm.random_times(B, config.T, generator)
-        t[torch.randperm(B, generator=generator, device=device)[:round(options.clean * B)]] = 0
+        shuffled = torch.randperm(B, generator=generator, device=device)
+        t[shuffled[:round(options.clean * B)]] = 0
         eps = torch.randn(x_0.shape, generator=generator, device=device)
+        # Users leave the article out, so half the time we do.
         spelling = torch.randint(2, (K,), generator=generator, device=device)
         image_features = model.encode_image(tinyddpm.q_sample(x_0, t, eps, alpha_bar), t)
         text_features = model.encode_text(tokens[spelling, torch.arange(K, device=device)])
-        return tinyclip.clip_loss(model.logits(image_features, text_features, t), caption_of[rows], t == 0)
+        logits = model.logits(image_features, text_features, t)   # (B, K)
+        return tinyclip.clip_loss(logits, caption_of[rows], t == 0)
 
     def preview(model, folder):
-        x_0, rows = data.batch(validation, 0, 0, 500, device)
-        truth = torch.from_numpy(validation.caption_of[rows]).to(device)
-        eps = torch.randn(x_0.shape, generator=data.generator(0, 0, device=device), device=device)
-        text_features, accuracy = model.encode_text(tokens[0]), {}
-        for t in [0, *range(100, config.T, 100)]:
-            times = torch.full((len(x_0),), t, device=device)
-            image_features = model.encode_image(tinyddpm.q_sample(x_0, times, eps, alpha_bar), times)
-            accuracy[t] = (model.logits(image_features, text_features, times).argmax(1) == truth).float().mean().item()
-        data.save_plot(folder / "accuracy.png", {"top-1": (list(accuracy), list(accuracy.values()))}, "t", f"accuracy among {K} captions")
-        return "top-1 on held-out pictures: " + ", ".join(f"{a:.1%} at t = {t}" for t, a in accuracy.items() if t in (0, 300, 500, 700))
+        accuracy = accuracy_through_noise(model, tokens[0], validation, alpha_bar)
+        curve = list(accuracy), list(accuracy.values())
+        data.save_plot(folder / "accuracy.png", {"top-1": curve}, "t",
+                       f"accuracy among {K} captions")
+        some = [f"{accuracy[t]:.1%} at t = {t}" for t in (0, 300, 500, 700) if t in accuracy]
+        return "top-1 on held-out pictures: " + ", ".join(some)
 
     counts = torch.bincount(caption_of, minlength=K).tolist()
     content = {"captions": dataset.captions, "counts": counts, "merges": tokenizer.merges}
-    return Job(tinyclip.CLIP(config, tokenizer), loss, preview, content, f"chance is a loss of ln({K}) = {math.log(K):.2f}")
+    note = f"chance is a loss of ln({K}) = {math.log(K):.2f}"
+    return Job("clip", tinyclip.CLIP(config, tokenizer), loss, preview, content, note)
+
+
+def accuracy_through_noise(clip, tokens, validation, alpha_bar):
+    """-> {t: how often, among 500 held-out pictures, the right caption is the most probable one}.
+
+    Pictures and noise are the same at every t and every time this is called.
+    """
+    device, T = alpha_bar.device, clip.config.T
+    x_0, rows = data.batch(validation, 0, 0, 500, device)
+    eps = torch.randn(x_0.shape, generator=data.generator(0, 0, device=device), device=device)
+    truth = torch.from_numpy(validation.caption_of[rows]).to(device)
+    text_features, accuracy = clip.encode_text(tokens), {}
+    for t in [0, *range(100, T, 100)]:
+        times = torch.full((len(x_0),), t, device=device)
+        x_t = tinyddpm.q_sample(x_0, times, eps, alpha_bar)
+        logits = clip.logits(clip.encode_image(x_t, times), text_features, times)
+        accuracy[t] = (logits.argmax(1) == truth).float().mean().item()
+    return accuracy
 
 
 def ddpm_job(config, options, dataset, validation, device):
+    """What is the clean picture in this noised one?"""
     alpha_bar = tinyddpm.cosine_alpha_bar(config.T).to(device)
 
-    def loss(model, x_0, rows, generator):
-        t = tinyddpm.random_times(options.batch, config.T, generator)
+    def mean_loss(model, x_0, generator):
+        t = tinyddpm.random_times(len(x_0), config.T, generator)
         eps = torch.randn(x_0.shape, generator=generator, device=device)
         return tinyddpm.ddpm_loss(model, x_0, t, eps, alpha_bar).mean()
 
+    def loss(model, x_0, rows, generator):
+        return mean_loss(model, x_0, generator)
+
     def preview(model, folder):
         x_0, _ = data.batch(validation, 0, 0, 500, device)
-        g = data.generator(0, 0, device=device)
-        held_out = tinyddpm.ddpm_loss(model, x_0, tinyddpm.random_times(500, config.T, g),
-                                      torch.randn(x_0.shape, generator=g, device=device), alpha_bar).mean()
+        held_out = mean_loss(model, x_0, data.generator(0, 0, device=device))
         generators = [data.generator(0, i) for i in range(16)]
         x_T = tinyddpm.noise(generators, (3, config.image_size, config.image_size), device)
-        x_0 = tinyddpm.sample(tinyddpm.denoiser(model, alpha_bar), x_T, generators, alpha_bar)
-        data.save_grid(folder / "samples.png", data.to_uint8(x_0), zoom=2)
-        return f"loss on held-out pictures {held_out:.4f}, 16 samples in samples.png"
+        denoise = tinyddpm.denoiser(model, alpha_bar)
+        samples = tinyddpm.sample(denoise, x_T, generators, alpha_bar, steps=min(50, config.T))
+        data.save_grid(folder / "samples.png", data.to_uint8(samples), zoom=2)
+        return f"loss on held-out pictures {held_out:.4f}, {len(samples)} samples in samples.png"
 
-    return Job(tinyddpm.UNet(config), loss, preview, {}, "a network that says v = 0 has a loss of about 0.9")
+    note = "a network that says v = 0 has a loss of about 0.9"
+    return Job("ddpm", tinyddpm.UNet(config), loss, preview, {}, note)
 
 
 def judge_job(config, options, dataset, validation, device):
+    """What are body, main and second colour of this clean picture?"""
     labels = torch.from_numpy(dataset.labels).to(device)
+    sizes = {name: len(values) for name, values in dataset.attributes.items()}
 
     def loss(model, x_0, rows, generator):
         return judge.judge_loss(model, x_0, labels[rows])
 
     def preview(model, folder):
-        right = judge.verdict(model, data.to_float(validation.pictures).to(device)).cpu() == torch.from_numpy(validation.labels)
-        parts = ", ".join(f"{name} {right[:, i].float().mean():.2%}" for i, name in enumerate(dataset.attributes))
-        return f"on {len(right)} held-out pictures: joint {right.all(1).float().mean():.2%}, {parts}"
+        x_0 = data.to_float(torch.tensor(validation.pictures)).to(device)
+        right = judge.verdict(model, x_0).cpu() == torch.from_numpy(validation.labels)   # (N, A)
+        parts = [f"{name} {share:.2%}" for name, share in zip(sizes, right.float().mean(0))]
+        joint = right.all(1).float().mean()
+        return f"on {len(right)} held-out pictures: joint {joint:.2%}, {', '.join(parts)}"
 
-    sizes = {name: len(values) for name, values in dataset.attributes.items()}
-    chance = sum(math.log(n) for n in sizes.values())
-    return Job(judge.Judge(config, sizes), loss, preview, {"attributes": dataset.attributes}, f"chance is a loss of {chance:.2f}")
+    note = f"chance is a loss of {sum(math.log(n) for n in sizes.values()):.2f}"
+    content = {"attributes": dataset.attributes}
+    return Job("judge", judge.Judge(config, sizes), loss, preview, content, note)
 
 
-# ---- the loop -------------------------------------------------------------------------------------------------------
+JOBS = {"clip": clip_job, "ddpm": ddpm_job, "judge": judge_job}
+
+
+# ---- a run: begin, go on, save -------------------------------------------------------------------
+
+class Run(NamedTuple):
+    """One run on its way. The last four are what training changes, all in place."""
+    job: Job
+    folder: Path
+    settings: dict           # all that must be the same when a run goes on
+    device: torch.device
+    model: torch.nn.Module   # the job's, on the device
+    ema: torch.nn.Module     # its moving average: what previews show and weights.pt holds
+    optimizer: torch.optim.Optimizer
+    history: list            # of (step, mean loss of the steps since the entry before)
+
+
+def begin(job, folder, settings, options, device):
+    """-> a Run before its first step."""
+    model = job.model.to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay},
+              {"params": vectors, "weight_decay": 0.}]
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.99), fused=True)
+    return Run(job, folder, settings, device, model, ema, optimizer, history=[])
+
+
+def resume(run):
+    """Put what checkpoint.pt holds, if there is one, into the run -> how many steps it has done."""
+    path = run.folder / "checkpoint.pt"
+    if not path.exists():
+        return 0
+    saved = data.load_checkpoint(path, f"{run.job.kind} run")
+    for key, now in run.settings.items():
+        old = saved["settings"].get(key)
+        if old != now:
+            raise data.UserError(f"{run.folder} holds a run with another {key} ({old}, now {now}): "
+                                 "choose another --out, or start over with --fresh")
+    run.model.load_state_dict(saved["model"])
+    run.ema.load_state_dict(saved["ema"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.history.extend(saved["history"])
+    return saved["step"]
+
+
+def save(run, step):
+    """checkpoint.pt, to go on from; weights.pt, to use; loss.png, to look at."""
+    data.save_checkpoint(run.folder / "checkpoint.pt", {
+        "kind": f"{run.job.kind} run", "settings": run.settings, "step": step,
+        "history": run.history, "model": run.model.state_dict(), "ema": run.ema.state_dict(),
+        "optimizer": run.optimizer.state_dict()})
+    data.save_checkpoint(run.folder / "weights.pt", {
+        "kind": run.job.kind, "config": dataclasses.asdict(run.model.config),
+        "data": run.settings["data"], "schedule": "cosine", "steps": step,
+        "weights": data.fp16(run.ema), **run.job.content})
+    curve = tuple(zip(*run.history))   # all steps, all losses
+    data.save_plot(run.folder / "loss.png", {"loss": curve}, "step",
+                   "training loss, mean of 50 steps")
+
+
+# ---- the loop ------------------------------------------------------------------------------------
 
 def learning_rate(step, options):
     """Linear warm-up, then half a cosine down to zero. step counts from 1."""
     warmup = max(1, round(options.warmup * options.steps))
     if step <= warmup:
         return options.lr * step / warmup
-    return options.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (options.steps - warmup)))
+    progress = (step - warmup) / (options.steps - warmup)
+    return options.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(kind, job, options, dataset, args, settings, device):
-    """Run, or go on with, one job. settings: everything that must not change between a run and its continuation."""
-    folder = Path(args.out)
-    model = job.model.to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    matrices, rest = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": rest, "weight_decay": 0.}],
-                                  lr=options.lr, betas=(0.9, 0.99), weight_decay=options.weight_decay, fused=True)
-    first, history = 1, []
-    if (folder / "checkpoint.pt").exists() and not args.fresh:
-        saved = data.load_checkpoint(folder / "checkpoint.pt", f"{kind} run")
-        changed = [k for k, v in settings.items() if saved["settings"].get(k) != v]
-        if changed:
-            raise data.UserError(f"{folder} holds a run with another {changed[0]} ({saved['settings'].get(changed[0])}, now "
-                                 f"{settings[changed[0]]}): choose another --out, or start over with --fresh")
-        model.load_state_dict(saved["model"]), ema.load_state_dict(saved["ema"]), optimizer.load_state_dict(saved["optimizer"])
-        first, history = saved["step"] + 1, saved["history"]
-        if first > options.steps:
-            print(f"{folder} is finished ({options.steps:,} steps); --fresh starts over")
-            return
-        print(f"going on in {folder} at step {first:,} of {options.steps:,}")
+def train_step(run, step, dataset, options):
+    """One update of the model and of its average -> the loss, a scalar tensor."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(step, options)
+    seed, device = run.settings["seed"], run.device
+    x_0, rows = data.batch(dataset, seed, step, options.batch, device)
+    with data.autocast(device):
+        generator = data.generator(seed, step, device=device)
+        torch.manual_seed(generator.initial_seed())   # dropout draws from torch's own generator
+        loss = run.job.loss(run.model, x_0, rows, generator)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    tinyddpm.ema_update(run.ema, run.model, step)
+    return loss.detach()
 
-    def save(step):
-        data.save_checkpoint(folder / "checkpoint.pt", {
-            "kind": f"{kind} run", "settings": settings, "step": step, "history": history,
-            "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
-        data.save_checkpoint(folder / "weights.pt", {
-            "kind": kind, "config": dataclasses.asdict(job.model.config), "data": args.data, "schedule": "cosine",
-            "steps": step, "weights": data.fp16(ema), **job.content})
-        data.save_plot(folder / "loss.png", {"loss": tuple(zip(*history))}, "step", "training loss, mean of 50 steps")
 
-    deadline = time.monotonic() + (args.minutes or math.inf) * 60
-    every = max(1, options.steps // 10)
-    recent, last_saved, stopped = [], time.monotonic(), False
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters on {device}; {job.note}")
-    bar = tqdm(total=options.steps * options.batch, initial=(first - 1) * options.batch, desc=kind, unit="picture", unit_scale=True)
-    for step in range(first, options.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, options)
-        x_0, rows = data.batch(dataset, args.seed, step, options.batch, device)
-        with data.autocast(device):
-            loss = job.loss(model, x_0, rows, data.generator(args.seed, step, device=device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        tinyddpm.ema_update(ema, model, step)
+def watch_for_ctrl_c():
+    """-> an event that the first Ctrl-C sets, so that the step at hand can end and be saved.
 
-        recent.append(loss.detach())
+    Python's own way would break off anywhere, even between the model and its average. A second
+    Ctrl-C does just that.
+    """
+    pressed = threading.Event()
+
+    def on_ctrl_c(signal_number, frame):
+        pressed.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, on_ctrl_c)
+    return pressed
+
+
+def record(run, step, losses):
+    """Add the mean of the losses since the last entry to the history -> that mean."""
+    mean = torch.stack(losses).mean().item()
+    if not math.isfinite(mean):   # and nothing of it gets into a checkpoint
+        raise data.UserError(f"the loss is not finite at step {step:,}; {run.folder} keeps what it "
+                             "held before; start over with --fresh and a lower --lr")
+    run.history.append((step, mean))
+    return mean
+
+
+def train(run, done, dataset, options, args):
+    """From step done + 1 to the last one, or to where --minutes or Ctrl-C stops it."""
+    last, preview_every = options.steps, max(1, options.steps // 10)
+    deadline = time.monotonic() + 60 * (args.minutes or math.inf)
+    ctrl_c = watch_for_ctrl_c()
+    losses, saved_at = [], time.monotonic()
+    bar = tqdm(total=last * options.batch, initial=done * options.batch,
+               desc=run.job.kind, unit="picture", unit_scale=True)
+    for step in range(done + 1, last + 1):
+        losses.append(train_step(run, step, dataset, options))
         bar.update(options.batch)
-        if step % 50 == 0 or step == options.steps:
-            mean, recent = torch.stack(recent).mean().item(), []
-            if not math.isfinite(mean):
-                raise data.UserError(f"the loss is not finite at step {step}; {folder} keeps the last good checkpoint; try a lower --lr")
-            history.append((step, mean))
-            bar.set_postfix_str(f"loss {mean:.3f}")
-        stopped = time.monotonic() > deadline
-        if step % every == 0 or step == options.steps:
-            with torch.no_grad(), data.autocast(device):
-                bar.write(f"step {step:,}: {job.preview(ema, folder)}")
-        if stopped or step == options.steps or time.monotonic() - last_saved > 120:
-            save(step)
-            last_saved = time.monotonic()
-        if stopped and step < options.steps:
+        stop = step == last or ctrl_c.is_set() or time.monotonic() > deadline
+
+        if step % 50 == 0 or stop:   # not at every step: .item() waits for the device
+            bar.set_postfix_str(f"loss {record(run, step, losses):.3f}")
+            losses = []
+        if step % preview_every == 0 or step == last:
+            with torch.no_grad(), data.autocast(run.device):
+                bar.write(f"step {step:,}: {run.job.preview(run.ema, run.folder)}")
+        if stop or (step % 50 == 0 and time.monotonic() - saved_at > 120):
+            save(run, step)
+            saved_at = time.monotonic()
+        if stop:
             break
     bar.close()
-    print(f"stopped at step {step:,} of {options.steps:,}; the same command goes on" if step < options.steps else f"finished: {folder}/weights.pt")
+
+    if step == last:
+        print(f"finished: {run.folder}/weights.pt")
+        return
+    again = "the same command without --fresh" if args.fresh else "the same command"
+    print(f"stopped at step {step:,} of {last:,}; {again} goes on")
+    if ctrl_c.is_set():
+        raise KeyboardInterrupt   # all is saved; the caller shall know why it ended
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["clip", "ddpm", "judge"])
+    """-> args, the model's config and the training's: those of the preset, changed by flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for kind in JOBS:
+        add_flags(kinds.add_parser(kind, help=f"python train.py {kind} -h lists its flags"), kind)
+    args = parser.parse_args(arguments)
+    args.out = args.out or f"runs/{args.kind}"
+    config, options = (changed(config, args) for config in PRESETS[args.preset][args.kind])
+    check(args, options)
+    return args, config, options
+
+
+def add_flags(parser, kind):
     parser.add_argument("--data", default="cars")
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS))
     parser.add_argument("--minutes", type=float, help="stop after so many, to go on later")
-    parser.add_argument("--out", help="the run's folder; default runs/KIND")
+    parser.add_argument("--out", help=f"the run's folder; default runs/{kind}")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--fresh", action="store_true", help="start over, even if the folder holds a run")
-    known, _ = parser.parse_known_args(arguments)
-    for config in PRESETS[known.preset][known.kind]:      # a default lives once, in its dataclass or its preset
-        for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
+    parser.add_argument("--device", default="auto", help="auto is the first of cuda, mps, cpu")
+    parser.add_argument("--fresh", action="store_true", help="start over, even if there is a run")
+    # A default lives once, in its dataclass or its preset: a flag that is not given sets nothing.
+    for config in PRESETS["tiny"][kind]:
+        for name, value in dataclasses.asdict(config).items():
             several = isinstance(value, tuple)
-            parser.add_argument("--" + field.name.replace("_", "-"), type=type(value[0] if several else value),
-                                nargs="+" if several else None, default=value, help=f"default {value}")
-    args = parser.parse_args(arguments)
-    args.out = args.out or f"runs/{args.kind}"
-    filled = [dataclasses.replace(config, **{f.name: tuple(v) if isinstance(v := getattr(args, f.name), list) else v
-                                             for f in dataclasses.fields(config)})
-              for config in PRESETS[args.preset][args.kind]]
-    return args, *filled
+            parser.add_argument("--" + name.replace("_", "-"), nargs="+" if several else None,
+                                type=type(value[0] if several else value),
+                                default=argparse.SUPPRESS, help=f"tiny: {value}")
+
+
+def changed(config, args):
+    """-> the config with the values of those of its fields that were given as flags."""
+    given = {name: type(value)(getattr(args, name))   # type: argparse makes lists of our tuples
+             for name, value in dataclasses.asdict(config).items() if name in args}
+    return dataclasses.replace(config, **given)
+
+
+def check(args, options):
+    """Refuse numbers with which nothing could be trained."""
+    for name in ("steps", "batch", "pictures"):
+        if getattr(options, name) < 1:
+            raise data.UserError(f"--{name} must be at least 1, not {getattr(options, name)}")
+    for name, value in (("lr", options.lr), ("minutes", args.minutes)):
+        if value is not None and not value > 0:   # so that NaN is refused too
+            raise data.UserError(f"--{name} must be more than 0, not {value}")
+    if not 0 <= args.seed < 2 ** 63:
+        raise data.UserError(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
 
 
 def main(arguments=None):
     args, config, options = parse(arguments)
     device = data.pick_device(args.device)
-    size = config.size if args.kind == "judge" else config.image_size
-    splits = ("judge", "judge-test") if args.kind == "judge" else ("train", "validation")
-    dataset = data.load(args.data, size, options.pictures, splits[0])
-    validation = data.load(args.data, size, 5000 if args.kind == "judge" else 2000, splits[1])
-    torch.manual_seed(args.seed)                          # the initial weights
-    job = {"clip": clip_job, "ddpm": ddpm_job, "judge": judge_job}[args.kind](config, options, dataset, validation, device)
-    settings = {"data": args.data, "seed": args.seed, **dataclasses.asdict(config), **dataclasses.asdict(options)}
-    train(args.kind, job, options, dataset, args, settings, device)
+    if args.kind == "judge":   # which must see other pictures than those it is going to judge by
+        dataset = data.load(args.data, config.size, options.pictures, "judge")
+        validation = data.load(args.data, config.size, 5000, "judge-test")
+    else:
+        dataset = data.load(args.data, config.image_size, options.pictures, "train")
+        validation = data.load(args.data, config.image_size, 2000, "validation")
+    torch.manual_seed(args.seed)   # for the initial weights
+    job = JOBS[args.kind](config, options, dataset, validation, device)
+    settings = {"data": args.data, "seed": args.seed,
+                **dataclasses.asdict(config), **dataclasses.asdict(options)}
+    run = begin(job, Path(args.out), settings, options, device)
+
+    done = 0 if args.fresh else resume(run)
+    if done == options.steps:
+        print(f"{run.folder} is finished ({done:,} steps); --fresh starts over")
+        return
+    if done:
+        print(f"going on in {run.folder} at step {done + 1:,} of {options.steps:,}")
+    millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+    print(f"{millions:.2f} million parameters on {device}; {job.note}")
+    train(run, done, dataset, options, args)
 
 
 if __name__ == "__main__":
@@ -256,3 +405,5 @@ if __name__ == "__main__":
     except data.UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)   # as shells report Ctrl-C

@@ -1,5 +1,7 @@
 """Every command as a user runs it, at toy size, in a folder of its own."""
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -57,12 +59,56 @@ def test_stop_and_start_is_bit_identical(tmp_path, folder, kind):
     assert parts["step"] == whole["step"] == 4
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+def test_ctrl_c_saves_and_says_how_to_go_on(folder):
+    """Interrupted after its first preview, a run ends with 130, one line and a checkpoint of its last step."""
+    command = f"train.py clip --steps 400 {TINY['clip']} --device cpu --out interrupted"
+    program, *arguments = command.split()
+    running = subprocess.Popen([sys.executable, str(ROOT / program), *arguments], cwd=folder, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    while "step 40:" not in (line := running.stdout.readline()):
+        assert line, running.stderr.read()
+    running.send_signal(signal.SIGINT)
+    out, error = running.communicate(timeout=300)
+    step = torch.load(folder / "interrupted/checkpoint.pt", weights_only=True)["step"]
+    assert running.returncode == 130 and 40 <= step < 400 and "Traceback" not in error
+    assert out.strip() == f"stopped at step {step} of 400; the same command goes on"
+    assert f"at step {step + 1} of 400" in run(folder, command + " --minutes 0.00001")
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--minutes 0", "--minutes must be more than 0, not 0.0"), ("--minutes nan", "--minutes must be"), ("--steps 0", "--steps must be at least 1"),
+    ("--batch 0", "--batch must be"), ("--pictures -5", "--pictures must be"), ("--lr nan", "--lr must be"), ("--seed -1", "--seed must be")])
+def test_nothing_can_be_trained_with_such_numbers(flags, message):
+    import data, train
+    with pytest.raises(data.UserError, match=message):
+        train.parse(["clip", *flags.split()])
+
+
+def test_such_a_number_is_refused_in_one_line(tmp_path):
+    error = run(tmp_path, "train.py ddpm --minutes nan", code=2)
+    assert "--minutes must be" in error and len(error.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_flags_change_the_preset(capsys):
+    """Given flags replace the preset's values and no others; -h lists the fields of both configs."""
+    import train
+    args, config, options = train.parse("ddpm --channels 48 --multipliers 1 2 --lr 0.002".split())
+    assert (config.channels, config.multipliers, config.blocks, options.lr, options.batch) == (48, (1, 2), 1, 0.002, 32)
+    assert args.out == "runs/ddpm"
+    with pytest.raises(SystemExit, match="0"):
+        train.parse(["ddpm", "-h"])
+    out = capsys.readouterr().out
+    assert "--channels" in out and "--weight-decay" in out and "--clean" not in out
+
+
 def test_sample_with_the_trained_models(folder):
     out = run(folder, "sample.py|white and RED car|-n|3|--steps|3|--gif|--device|cpu|--batch|2")
     assert "CLIP from runs/clip/weights.pt" in out.replace("\\", "/") and "probability" in out
     image = Image.open(folder / "out/white-and-red-car.png")
     assert image.text["prompt"] == "white and RED car" and image.text["seed"] == "0" and image.text["method"] == "contrastive"
-    assert Image.open(folder / "out/white-and-red-car.gif").n_frames == 3
+    gif = Image.open(folder / "out/white-and-red-car.gif")   # 2 of x_t (--batch), below them 2 of x_0_hat
+    assert gif.n_frames == 3 and gif.width == gif.height
     assert "unguided" in run(folder, "sample.py -n 1 --steps 2 --device cpu")
 
 
@@ -74,6 +120,7 @@ def test_new_words_are_named_and_new_captions_join(folder):
 
 @pytest.mark.parametrize("arguments, message", [
     ("|-n|0", "-n must be"), ("|--steps|0", "--steps must be"), ("|--steps|1001", "--steps must be"), ("|--eta|2", "--eta must be"),
+    ("|--interval|900|100", "--interval must be"), ("|--scale|nan", "--scale must be"),
     ("| ", "prompt is empty"), ("|a car|--clip|none.pt", "there is no file none.pt"), ("|a car|--clip|runs/ddpm/weights.pt", "holds 'ddpm'"),
     ("|a car|--device|gpu7", "--device gpu7")])
 def test_mistakes_are_answered_in_one_line(folder, arguments, message):
