@@ -20,10 +20,12 @@ def alpha_bar():
 
 @pytest.fixture
 def clip():
-    """An untrained CLIP that takes H != W where its stem does not care; 16 px, every parameter random."""
+    """An untrained CLIP that takes H != W where its stem does not care; 16 px, every parameter
+    random."""
     torch.manual_seed(0)
     tokenizer = tinyclip.Tokenizer.train(cars.CAPTIONS, 4096)
-    config = tinyclip.CLIPConfig(width=32, layers=1, heads=2, text_width=32, text_layers=1, text_heads=2, embed_dim=16, image_size=16)
+    config = tinyclip.CLIPConfig(width=32, layers=1, heads=2, text_width=32, text_layers=1,
+                                 text_heads=2, embed_dim=16, image_size=16)
     clip = tinyclip.CLIP(config, tokenizer).eval()
     torch.nn.init.normal_(clip.log_scale_of_time.weight, std=0.1)
     return clip
@@ -31,9 +33,11 @@ def clip():
 
 @pytest.fixture
 def unet():
-    """An untrained U-Net whose zero-initialised layers are random too, so that every path shows in the output."""
+    """An untrained U-Net whose zero-initialised layers are random too, so that every path shows in
+    the output."""
     torch.manual_seed(0)
-    unet = tinyddpm.UNet(tinyddpm.UNetConfig(channels=16, multipliers=(1, 2), blocks=1, attention=(1,), image_size=16)).eval()
+    unet = tinyddpm.UNet(tinyddpm.UNetConfig(channels=16, multipliers=(1, 2), blocks=1,
+                                             attention=(1,), image_size=16)).eval()
     for p in unet.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.05)

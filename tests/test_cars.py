@@ -32,7 +32,8 @@ def test_labels_are_balanced():
 
 
 def brute_force(scene, size):
-    """The same picture with no culling and no reciprocal depths: every ray against every plane, one after the other."""
+    """The same picture with no culling and no reciprocal depths: every ray against every plane,
+    one after the other."""
     picture = np.ones((size, size, 3))
     for row in range(size):
         for column in range(size):
@@ -65,12 +66,14 @@ def test_every_solid_is_closed_and_holds_its_vertices():
         for solid in cars.build(body, np.random.default_rng(0)):
             assert (solid.vertices @ solid.normals.T <= solid.offsets + 1e-9).all()
             assert np.allclose(np.linalg.norm(solid.normals, axis=1), 1)
-            assert np.linalg.norm(solid.normals.sum(axis=0)) < len(solid.normals)   # normals point to all sides
+            # normals point to all sides
+            assert np.linalg.norm(solid.normals.sum(axis=0)) < len(solid.normals)
 
 
 def test_the_car_is_inside_the_picture():
     pictures, _ = cars.render(0, range(60), 32)
-    border = np.concatenate([pictures[:, 0], pictures[:, -1], pictures[:, :, 0], pictures[:, :, -1]], axis=1)
+    border = np.concatenate([pictures[:, 0], pictures[:, -1],
+                             pictures[:, :, 0], pictures[:, :, -1]], axis=1)
     assert (border.min(axis=(1, 2)) > 250).mean() > 0.9
     assert (pictures.min(axis=(1, 2, 3)) < 200).all()
 

@@ -10,10 +10,20 @@ import pytest
 import torch
 from PIL import Image
 
+import cars
+import data
+import guide
+import judge
+import sample
+import tinyclip
+import tinyddpm
+import train
+
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "weights"
 TINY = {
-    "clip": "--pictures 64 --batch 8 --width 32 --layers 1 --heads 2 --text-width 32 --text-layers 1 --text-heads 2 --embed-dim 16 --image-size 16",
+    "clip": "--pictures 64 --batch 8 --width 32 --layers 1 --heads 2 --text-width 32 "
+            "--text-layers 1 --text-heads 2 --embed-dim 16 --image-size 16",
     "ddpm": "--pictures 64 --batch 8 --channels 16 --multipliers 1 2 --attention 1 --image-size 16",
     "judge": "--pictures 64 --batch 8 --width 8 --size 16",
 }
@@ -21,7 +31,8 @@ TINY = {
 
 def run(folder, command, code=0):
     program, *arguments = command.split("|") if "|" in command else command.split()
-    done = subprocess.run([sys.executable, str(ROOT / program), *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(ROOT / program), *arguments],
+                          cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout if code == 0 else done.stderr
 
@@ -43,17 +54,20 @@ def test_a_run_leaves_its_curve_and_a_finished_run_says_so(folder):
 
 
 def test_other_settings_do_not_go_on_silently(folder):
-    assert "another batch (8, now 9)" in run(folder, f"train.py clip --steps 4 {TINY['clip']} --device cpu --batch 9", code=2)
+    assert "another batch (8, now 9)" in run(
+        folder, f"train.py clip --steps 4 {TINY['clip']} --device cpu --batch 9", code=2)
 
 
-@pytest.mark.parametrize("kind", ["clip", "ddpm"])
+@pytest.mark.parametrize("kind", TINY)
 def test_stop_and_start_is_bit_identical(tmp_path, folder, kind):
-    """Stopped by --minutes after its first step and started again, a run ends where one that ran through ends."""
+    """Stopped by --minutes after its first step and started again, a run ends where one that ran
+    through ends."""
     (tmp_path / "cache").symlink_to(folder / "cache")
     command = f"train.py {kind} --steps 4 {TINY[kind]} --device cpu --out parts"
     assert "stopped at step 1 of 4" in run(tmp_path, command + " --minutes 0.00001")
     assert "going on in parts at step 2 of 4" in run(tmp_path, command)
-    parts, whole = (torch.load(p, weights_only=True) for p in (tmp_path / "parts/checkpoint.pt", folder / f"runs/{kind}/checkpoint.pt"))
+    parts, whole = (torch.load(p, weights_only=True) for p in (
+        tmp_path / "parts/checkpoint.pt", folder / f"runs/{kind}/checkpoint.pt"))
     for part in ("model", "ema"):
         assert all(torch.equal(tensor, parts[part][name]) for name, tensor in whole[part].items())
     assert parts["step"] == whole["step"] == 4
@@ -61,10 +75,12 @@ def test_stop_and_start_is_bit_identical(tmp_path, folder, kind):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
 def test_ctrl_c_saves_and_says_how_to_go_on(folder):
-    """Interrupted after its first preview, a run ends with 130, one line and a checkpoint of its last step."""
+    """Interrupted after its first preview, a run ends with 130, one line and a checkpoint of its
+    last step."""
     command = f"train.py clip --steps 400 {TINY['clip']} --device cpu --out interrupted"
     program, *arguments = command.split()
-    running = subprocess.Popen([sys.executable, str(ROOT / program), *arguments], cwd=folder, text=True, stdout=subprocess.PIPE,
+    running = subprocess.Popen([sys.executable, str(ROOT / program), *arguments],
+                               cwd=folder, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     while "step 40:" not in (line := running.stdout.readline()):
         assert line, running.stderr.read()
@@ -77,24 +93,27 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--minutes 0", "--minutes must be more than 0, not 0.0"), ("--minutes nan", "--minutes must be"), ("--steps 0", "--steps must be at least 1"),
-    ("--batch 0", "--batch must be"), ("--pictures -5", "--pictures must be"), ("--lr nan", "--lr must be"), ("--seed -1", "--seed must be")])
+    ("--minutes 0", "--minutes must be more than 0, not 0.0"),
+    ("--minutes nan", "--minutes must be"), ("--steps 0", "--steps must be at least 1"),
+    ("--batch 0", "--batch must be"), ("--pictures -5", "--pictures must be"),
+    ("--lr nan", "--lr must be"), ("--seed -1", "--seed must be")])
 def test_nothing_can_be_trained_with_such_numbers(flags, message):
-    import data, train
     with pytest.raises(data.UserError, match=message):
         train.parse(["clip", *flags.split()])
 
 
 def test_such_a_number_is_refused_in_one_line(tmp_path):
     error = run(tmp_path, "train.py ddpm --minutes nan", code=2)
-    assert "--minutes must be" in error and len(error.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+    assert ("--minutes must be" in error and len(error.strip().splitlines()) == 1
+            and not list(tmp_path.iterdir()))
 
 
 def test_flags_change_the_preset(capsys):
-    """Given flags replace the preset's values and no others; -h lists the fields of both configs."""
-    import train
+    """Given flags replace the preset's values and no others; -h lists the fields of both
+    configs."""
     args, config, options = train.parse("ddpm --channels 48 --multipliers 1 2 --lr 0.002".split())
-    assert (config.channels, config.multipliers, config.blocks, options.lr, options.batch) == (48, (1, 2), 1, 0.002, 32)
+    assert (config.channels, config.multipliers, config.blocks,
+            options.lr, options.batch) == (48, (1, 2), 1, 0.002, 32)
     assert args.out == "runs/ddpm"
     with pytest.raises(SystemExit, match="0"):
         train.parse(["ddpm", "-h"])
@@ -106,30 +125,42 @@ def test_sample_with_the_trained_models(folder):
     out = run(folder, "sample.py|white and RED car|-n|3|--steps|3|--gif|--device|cpu|--batch|2")
     assert "CLIP from runs/clip/weights.pt" in out.replace("\\", "/") and "probability" in out
     image = Image.open(folder / "out/white-and-red-car.png")
-    assert image.text["prompt"] == "white and RED car" and image.text["seed"] == "0" and image.text["method"] == "contrastive"
-    gif = Image.open(folder / "out/white-and-red-car.gif")   # 2 of x_t (--batch), below them 2 of x_0_hat
+    assert (image.text["prompt"] == "white and RED car" and image.text["seed"] == "0"
+            and image.text["method"] == "contrastive")
+    # 2 of x_t (--batch), below them 2 of x_0_hat
+    gif = Image.open(folder / "out/white-and-red-car.gif")
     assert gif.n_frames == 3 and gif.width == gif.height
     assert "unguided" in run(folder, "sample.py -n 1 --steps 2 --device cpu")
 
 
 def test_new_words_are_named_and_new_captions_join(folder):
-    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "a purple car", "-n", "1", "--steps", "2", "--device", "cpu"],
+    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "a purple car",
+                           "-n", "1", "--steps", "2", "--device", "cpu"],
                           cwd=folder, capture_output=True, text=True)
     assert "'purple'" in done.stderr and "among 295 captions" in done.stdout
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("|-n|0", "-n must be"), ("|--steps|0", "--steps must be"), ("|--steps|1001", "--steps must be"), ("|--eta|2", "--eta must be"),
-    ("|--interval|900|100", "--interval must be"), ("|--scale|nan", "--scale must be"),
-    ("| ", "prompt is empty"), ("|a car|--clip|none.pt", "there is no file none.pt"), ("|a car|--clip|runs/ddpm/weights.pt", "holds 'ddpm'"),
-    ("|a car|--device|gpu7", "--device gpu7")])
-def test_mistakes_are_answered_in_one_line(folder, arguments, message):
-    error = run(folder, "sample.py" + arguments, code=2)
-    assert message in error and len(error.strip().splitlines()) == 1
+    ("-n|0", "-n must be"), ("--steps|0", "--steps must be"), ("--steps|1001", "--steps must be"),
+    ("--eta|2", "--eta must be"), ("--interval|900|100", "--interval must be"),
+    ("--scale|nan", "--scale must be"), (" ", "prompt is empty"),
+    ("a car|--clip|none.pt", "there is no file none.pt"),
+    ("a car|--clip|runs/ddpm/weights.pt", "holds 'ddpm'"),
+    ("a car|--device|gpu7", "--device gpu7")])
+def test_mistakes_are_named(folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(data.UserError, match=message):
+        sample.main(arguments.split("|"))
+
+
+def test_a_mistake_is_answered_in_one_line_and_with_code_2(folder):
+    error = run(folder, "sample.py|a car|--clip|none.pt", code=2)
+    assert "none.pt" in error and len(error.strip().splitlines()) == 1
 
 
 def test_evaluate(folder):
-    for table in ("clip", "ddpm", "figure", "guidance --methods none contrastive --judge runs/judge/weights.pt"):
+    for table in ("clip", "ddpm", "figure",
+                  "guidance --methods none contrastive --judge runs/judge/weights.pt"):
         run(folder, f"evaluate.py {table} --steps 10 --batch 147 --device cpu")
     rows = json.loads((folder / "out/guidance.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["none", "contrastive"] and rows[0]["prompts"] == 294
@@ -139,17 +170,19 @@ def test_evaluate(folder):
 @pytest.mark.skipif(not (SHIPPED / "ddpm.pt").exists(), reason="no shipped weights")
 def test_the_shipped_models_obey():
     """Of 16 guided samples at least 10 are right by the judge, of 16 unguided ones at most 3."""
-    import cars, data, guide, judge, tinyclip, tinyddpm
     clip, content = data.load_model(SHIPPED / "clip.pt", "clip", tinyclip.from_checkpoint)
     unet, _ = data.load_model(SHIPPED / "ddpm.pt", "ddpm", tinyddpm.from_checkpoint)
-    third, _ = data.load_model(SHIPPED / "judge.pt", "judge", judge.from_checkpoint)
+    grader, _ = data.load_model(SHIPPED / "judge.pt", "judge", judge.from_checkpoint)
+    maker, scale, interval = guide.METHODS["contrastive"]
     alpha_bar, captions = tinyddpm.cosine_alpha_bar(unet.config.T), content["captions"]
+    text_features = clip.encode_text(clip.tokenizer.batch(captions, clip.config.context_length))
     target = captions.index("a white and red car")
-    with torch.no_grad():
-        text_features = clip.encode_text(clip.tokenizer.batch(captions, clip.config.context_length))
-        right = []
-        for log_p in (guide.contrastive(clip, text_features, torch.full((16,), target)), None):
-            _, scale, interval = guide.METHODS["contrastive"]
-            x_0 = guide.generate(unet, alpha_bar, [data.generator(0, i) for i in range(16)], log_p, scale, interval)
-            right.append((judge.verdict(third, x_0).numpy() == cars.caption_labels(__import__("numpy").array(target))).all(1).sum())
-    assert right[0] >= 10 and right[1] <= 3
+
+    def right(log_p):
+        generators = [data.generator(0, i) for i in range(16)]
+        with data.autocast(alpha_bar.device):
+            x_0 = guide.generate(unet, alpha_bar, generators, log_p, scale, interval)
+        return int((judge.verdict(grader, x_0).numpy() == cars.caption_labels(target)).all(1).sum())
+
+    assert right(maker(clip, text_features, torch.full((16,), target))) >= 10
+    assert right(None) <= 3

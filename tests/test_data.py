@@ -19,8 +19,10 @@ def test_uint8_and_float_are_inverse():
 def test_a_data_set_is_rendered_once_and_says_the_truth(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CACHE", tmp_path)
     dataset = data.load("cars", 16, 230, "validation")
-    pictures, labels = cars.render(0, range(data.SPLITS["validation"], data.SPLITS["validation"] + 230), 16)
-    assert isinstance(dataset.pictures, np.memmap) and (dataset.pictures == pictures).all() and (dataset.labels == labels).all()
+    pictures, labels = cars.render(
+        0, range(data.SPLITS["validation"], data.SPLITS["validation"] + 230), 16)
+    assert (isinstance(dataset.pictures, np.memmap) and (dataset.pictures == pictures).all()
+            and (dataset.labels == labels).all())
     assert dataset.captions[dataset.caption_of[3]] == cars.caption(*labels[3])
     monkeypatch.setattr(data, "_render_all", None)
     again = data.load("cars", 16, 230, "validation")
@@ -34,7 +36,8 @@ def test_a_batch_is_a_function_of_seed_and_step(tmp_path, monkeypatch):
     x, rows = data.batch(dataset, 0, 7, 12)
     again, rows_again = data.batch(dataset, 0, 7, 12)
     assert torch.equal(x, again) and (rows == rows_again).all()
-    assert (data.batch(dataset, 0, 8, 12)[1] != rows).any() and (data.batch(dataset, 1, 7, 12)[1] != rows).any()
+    assert ((data.batch(dataset, 0, 8, 12)[1] != rows).any()
+            and (data.batch(dataset, 1, 7, 12)[1] != rows).any())
     assert (data.to_uint8(x) == dataset.pictures[rows]).all()
 
 
@@ -47,7 +50,8 @@ def test_generators_are_unrelated():
 
 def test_grid_png_and_gif(tmp_path):
     pictures = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
-    data.save_grid(tmp_path / "a" / "grid.png", pictures, columns=3, prompt="white and red car", seed=3)
+    data.save_grid(tmp_path / "a" / "grid.png", pictures, columns=3,
+                   prompt="white and red car", seed=3)
     image = Image.open(tmp_path / "a" / "grid.png")
     assert image.text["prompt"] == "white and red car" and image.text["seed"] == "3"
     assert image.size == (3 * 8 + 2, 2 * 6 + 2)
@@ -63,7 +67,8 @@ def test_checkpoints_are_plain_and_checked(tmp_path):
     data.save_checkpoint(path, {"kind": "clip", "w": torch.arange(3.), "note": ["a", 1, 2.5, None]})
     assert torch.equal(data.load_checkpoint(path, "clip")["w"], torch.arange(3.))
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
-    for damage, message in ((None, "clip"), (path.read_bytes()[:200], "readable"), (b"", "readable")):
+    for damage, message in ((None, "clip"), (path.read_bytes()[:200], "readable"),
+                            (b"", "readable")):
         if damage is not None:
             path.write_bytes(damage)
         with pytest.raises(data.UserError, match=message):
@@ -84,7 +89,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
 def test_models_that_do_not_fit_are_refused_by_name():
     clip = {"data": "cars", "schedule": "cosine", "config": {"image_size": 32, "T": 1000}}
     data.check_fit(clip, dict(clip))
-    for key, value in (("data", "photos"), ("schedule", "linear"), ("config", {"image_size": 64, "T": 1000})):
+    for key, value in (("data", "photos"), ("schedule", "linear"),
+                       ("config", {"image_size": 64, "T": 1000})):
         with pytest.raises(data.UserError, match="image_size|data|schedule"):
             data.check_fit(clip, {**clip, key: value})
 
@@ -93,7 +99,9 @@ def test_fp16_weights_come_back(tmp_path):
     config, sizes = judge.JudgeConfig(width=8), {"body": 6, "main": 7}
     torch.manual_seed(0)
     model = judge.Judge(config, sizes).eval()
-    content = {"kind": "judge", "config": vars(config), "attributes": {k: list(range(n)) for k, n in sizes.items()}, "weights": data.fp16(model)}
+    content = {"kind": "judge", "config": vars(config),
+               "attributes": {k: list(range(n)) for k, n in sizes.items()},
+               "weights": data.fp16(model)}
     data.save_checkpoint(tmp_path / "judge.pt", content)
     back, _ = data.load_model(tmp_path / "judge.pt", "judge", judge.from_checkpoint)
     x = torch.rand(2, 3, 32, 32)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import cars
+import data
 import tinyclip
 from tinyclip import Tokenizer
 
@@ -15,20 +16,25 @@ def tokenizer():
 
 
 def test_merges_of_a_small_corpus_by_hand():
-    """Words: low x 3, lower x 1, slow x 2. Pairs at first: l-o 4 (low, lower; not slow: there o-w ends the word too) ...
+    """Words: low x 3, lower x 1, slow x 2. Pairs at first: l-o 4 (low, lower; not slow: there o-w
+    ends the word too) ...
 
-    l+o occurs 3 + 1 + 2 = 6 times and o+w</w> 3 + 2 = 5, so "lo" comes first; then lo+w</w> (5), s+low</w> (2).
+    l+o occurs 3 + 1 + 2 = 6 times and o+w</w> 3 + 2 = 5, so "lo" comes first; then lo+w</w> (5),
+    s+low</w> (2).
     """
     tokenizer = Tokenizer.train(["low low low lower slow slow"], 517)
     assert tokenizer.merges == [("l", "o"), ("lo", "w</w>"), ("s", "low</w>")]
-    assert [tokenizer.symbols[i] for i in tokenizer.encode("slow lower")] == ["slow</w>", "lo", "w", "e", "r</w>"]
+    assert ([tokenizer.symbols[i] for i in tokenizer.encode("slow lower")]
+            == ["slow</w>", "lo", "w", "e", "r</w>"])
 
 
 def test_every_known_word_is_one_token(tokenizer):
     assert len(tokenizer.encode("a white and red sports car")) == 6
 
 
-@pytest.mark.parametrize("text", ["", "a white and red car", "naïve café", "赤い車", "🚗🚙", "a\tb\n c", "x" * 500, "<|endoftext|>", "'s 12 isn't"])
+@pytest.mark.parametrize("text", [
+    "", "a white and red car", "naïve café", "赤い車", "🚗🚙", "a\tb\n c", "x" * 500,
+    "<|endoftext|>", "'s 12 isn't"])
 def test_decode_returns_what_encode_read(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids).replace(" ", "") == tinyclip.clean(text).replace(" ", "")
@@ -39,7 +45,8 @@ def test_decode_returns_what_encode_read(tokenizer, text):
 def test_cleaning():
     assert tinyclip.clean("  A &amp;amp; B\n\nc ") == "a & b c"
     assert tinyclip.clean("schÃ¶n") == "schön"
-    assert tinyclip.canonical(" A  White and Red car") == tinyclip.canonical("white and red car") == "white and red car"
+    assert (tinyclip.canonical(" A  White and Red car") == tinyclip.canonical("white and red car")
+            == "white and red car")
 
 
 def test_batch_has_start_end_and_padding_and_truncates_before_the_end(tokenizer):
@@ -54,7 +61,8 @@ def test_attention_against_torch():
         attention = tinyclip.Attention(24, 3, causal)
         x = torch.randn(2, 5, 24)
         q, k, v = (p.view(2, 5, 3, 8).transpose(1, 2) for p in attention.qkv(x).chunk(3, dim=-1))
-        expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(2, 5, 24)
+        expected = (F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+                    .transpose(1, 2).reshape(2, 5, 24))
         assert torch.allclose(attention(x), attention.out(expected), atol=1e-6)
 
 
@@ -71,7 +79,8 @@ def test_text_features_do_not_change_with_padding_or_company(clip):
 
 def test_order_of_words_matters(clip):
     with torch.no_grad():
-        a, b = clip.encode_text(clip.tokenizer.batch(["a white and red car", "a red and white car"], 16))
+        a, b = clip.encode_text(clip.tokenizer.batch(
+            ["a white and red car", "a red and white car"], 16))
     assert (a - b).abs().max() > 1e-3
 
 
@@ -80,13 +89,15 @@ def test_no_time_is_time_zero_and_time_matters(clip):
     with torch.no_grad():
         assert torch.equal(clip.encode_image(x), clip.encode_image(x, t))
         assert not torch.allclose(clip.encode_image(x), clip.encode_image(x, t + 500), atol=1e-3)
-        assert clip.logit_scale(t).shape == (2, 1) and clip.logit_scale(t)[0] != clip.logit_scale(t + 500)[0]
+        assert (clip.logit_scale(t).shape == (2, 1)
+                and clip.logit_scale(t)[0] != clip.logit_scale(t + 500)[0])
 
 
 def test_pictures_of_a_batch_do_not_interact(clip):
     x, t = torch.randn(3, 3, 16, 16), torch.tensor([0, 10, 700])
     with torch.no_grad():
-        assert torch.allclose(clip.encode_image(x, t)[1:2], clip.encode_image(x[1:2], t[1:2]), atol=1e-5)
+        assert torch.allclose(clip.encode_image(x, t)[1:2],
+                              clip.encode_image(x[1:2], t[1:2]), atol=1e-5)
 
 
 def test_logits_are_scaled_cosines(clip, text_features):
@@ -103,41 +114,48 @@ def test_logits_are_scaled_cosines(clip, text_features):
 def test_loss_at_start_is_about_chance(stem):
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(cars.CAPTIONS, 4096)
-    clip = tinyclip.CLIP(tinyclip.CLIPConfig(stem=stem, image_size=16, width=64, layers=1, heads=2), tokenizer)
+    clip = tinyclip.CLIP(
+        tinyclip.CLIPConfig(stem=stem, image_size=16, width=64, layers=1, heads=2), tokenizer)
     t = torch.randint(1, 1001, (16,))
-    logits = clip.logits(clip.encode_image(torch.randn(16, 3, 16, 16), t), clip.encode_text(tokenizer.batch(cars.CAPTIONS, 16)), t)
+    logits = clip.logits(clip.encode_image(torch.randn(16, 3, 16, 16), t),
+                         clip.encode_text(tokenizer.batch(cars.CAPTIONS, 16)), t)
     loss = F.cross_entropy(logits, torch.randint(294, (16,)))
     assert loss.item() == pytest.approx(math.log(294), abs=1.5)
 
 
 def test_clip_loss_is_the_papers_loss_when_the_captions_are_the_batchs_own():
-    """K = B, picture i has caption i: both terms are the cross-entropies of the pseudocode in fig. 3 of the paper."""
+    """K = B, picture i has caption i: both terms are the cross-entropies of the pseudocode in
+    fig. 3 of the paper."""
     torch.manual_seed(0)
     logits, own = torch.randn(6, 6), torch.arange(6)
     rows, columns = F.cross_entropy(logits, own), F.cross_entropy(logits.T, own)
     every, nothing = torch.ones(6, dtype=torch.bool), torch.zeros(6, dtype=torch.bool)
-    assert torch.allclose(tinyclip.clip_loss(logits, own, every), rows + tinyclip.TEXT_TO_IMAGE * columns)
+    assert torch.allclose(tinyclip.clip_loss(logits, own, every),
+                          rows + tinyclip.TEXT_TO_IMAGE * columns)
     assert torch.allclose(tinyclip.clip_loss(logits, own, nothing), rows)
 
 
 def test_text_to_image_accepts_every_picture_of_a_caption():
-    """Two pictures of one caption share the mass: with equal logits the loss is log 3 among three, floor log 2 for the pair."""
+    """Two pictures of one caption share the mass: with equal logits the loss is log 3 among three,
+    floor log 2 for the pair."""
     logits = torch.zeros(3, 2)
     logits[:2, 0] = 50.
     own, every = torch.tensor([0, 0, 1]), torch.ones(3, dtype=torch.bool)
     got = tinyclip.clip_loss(logits, own, every) - F.cross_entropy(logits, own)
-    assert got.item() == pytest.approx(tinyclip.TEXT_TO_IMAGE * (math.log(2) + math.log(3)) / 2, abs=1e-4)
+    assert got.item() == pytest.approx(
+        tinyclip.TEXT_TO_IMAGE * (math.log(2) + math.log(3)) / 2, abs=1e-4)
 
 
 def test_learning():
-    """Sixteen pictures with different captions, clean and noised, are told apart after a few steps."""
-    import data
+    """Sixteen pictures with different captions, clean and noised, are told apart after a few
+    steps."""
     torch.manual_seed(0)
     pictures, labels = cars.render(0, range(16), 16)
     x, captions = data.to_float(pictures), sorted({cars.caption(*row) for row in labels})
     own = torch.tensor([captions.index(cars.caption(*row)) for row in labels])
     tokenizer = Tokenizer.train(captions, 4096)
-    clip = tinyclip.CLIP(tinyclip.CLIPConfig(width=64, layers=1, heads=2, text_layers=1, image_size=16), tokenizer)
+    clip = tinyclip.CLIP(
+        tinyclip.CLIPConfig(width=64, layers=1, heads=2, text_layers=1, image_size=16), tokenizer)
     tokens, optimizer = tokenizer.batch(captions, 16), torch.optim.AdamW(clip.parameters(), 5e-4)
     clean = torch.ones(16, dtype=torch.bool)
     for _ in range(60):

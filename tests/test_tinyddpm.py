@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import cars
 import data
 import tinyddpm
 from tinyddpm import cosine_alpha_bar, ddim_step, q_sample, sample
@@ -32,7 +33,8 @@ def test_q_sample_keeps_unit_variance_and_t_0_is_clean(alpha_bar):
 @pytest.mark.parametrize("eta", [0., 0.5, 1.])
 @pytest.mark.parametrize("steps", [1, 7, 50, 1000])
 def test_given_the_true_eps_every_sampler_returns_x_0(alpha_bar, eta, steps):
-    """If the denoiser knows the picture, any number of steps and any eta end at it: no index is off by one."""
+    """If the denoiser knows the picture, any number of steps and any eta end at it: no index is
+    off by one."""
     x_0 = torch.rand(2, 3, 4, 6) * 2 - 1
     visited = []
     out = sample(lambda x_t, t: x_0, torch.randn(2, 3, 4, 6), generators(2), alpha_bar, steps, eta,
@@ -42,13 +44,16 @@ def test_given_the_true_eps_every_sampler_returns_x_0(alpha_bar, eta, steps):
 
 
 def test_deterministic_steps_stay_on_the_straight_path(alpha_bar):
-    """With the true eps, DDIM with eta 0 passes exactly through q_sample(x_0, t, eps) at each time."""
+    """With the true eps, DDIM with eta 0 passes exactly through q_sample(x_0, t, eps) at each
+    time."""
     x_0, eps = torch.rand(1, 3, 4, 6) * 2 - 1, torch.randn(1, 3, 4, 6)
     path = {}
     x_T = q_sample(x_0, torch.tensor([1000]), eps, alpha_bar)
-    sample(lambda x_t, t: x_0, x_T, generators(1), alpha_bar, 10, eta=0., watch=lambda t, x_t, _: path.update({t: x_t}))
+    sample(lambda x_t, t: x_0, x_T, generators(1), alpha_bar, 10, eta=0.,
+           watch=lambda t, x_t, _: path.update({t: x_t}))
     for t, x_t in path.items():
-        if t < 1000:      # at T the picture is 5e-5 of x_T: single precision cannot tell the two noises apart
+        # at T the picture is 5e-5 of x_T: single precision cannot tell the two noises apart
+        if t < 1000:
             assert torch.allclose(x_t, q_sample(x_0, torch.tensor([t]), eps, alpha_bar), atol=2e-3)
 
 
@@ -58,14 +63,17 @@ def test_eta_1_is_the_ddpm_posterior(alpha_bar, t):
     x_0_hat, x_t, z = torch.randn(3, 1, 3, 4, 6, dtype=torch.double)
     a, before = alpha_bar[t].double(), alpha_bar[t - 1].double()
     beta = 1 - a / before
-    mean = before.sqrt() * beta / (1 - a) * x_0_hat + (1 - beta).sqrt() * (1 - before) / (1 - a) * x_t
+    mean = (before.sqrt() * beta / (1 - a) * x_0_hat
+            + (1 - beta).sqrt() * (1 - before) / (1 - a) * x_t)
     sigma = (beta * (1 - before) / (1 - a)).sqrt()
-    assert torch.allclose(ddim_step(x_t, x_0_hat, t, t - 1, alpha_bar, 1., z), mean + sigma * z, atol=1e-3)
+    assert torch.allclose(ddim_step(x_t, x_0_hat, t, t - 1, alpha_bar, 1., z),
+                          mean + sigma * z, atol=1e-3)
 
 
 @pytest.mark.parametrize("eta", [0., 1.])
 def test_gaussian_data_are_sampled_exactly(alpha_bar, eta):
-    """If pictures are N(0.3, 0.2^2), the best denoiser is known; the sampler must give that mean and that deviation."""
+    """If pictures are N(0.3, 0.2^2), the best denoiser is known; the sampler must give that mean
+    and that deviation."""
     mean, var = 0.3, 0.04
 
     def denoise(x_t, t):
@@ -73,13 +81,15 @@ def test_gaussian_data_are_sampled_exactly(alpha_bar, eta):
         return mean + a.sqrt() * var / (a * var + 1 - a) * (x_t - a.sqrt() * mean)
 
     steps = 1000 if eta else 200      # what eta = 1 adds is right to first order in the step
-    out = sample(denoise, tinyddpm.noise(generators(16), (3, 16, 20)), generators(16), alpha_bar, steps, eta, clamp=False)
+    out = sample(denoise, tinyddpm.noise(generators(16), (3, 16, 20)), generators(16),
+                 alpha_bar, steps, eta, clamp=False)
     assert out.mean() == pytest.approx(mean, abs=0.01)
     assert out.std() == pytest.approx(0.2, rel=0.04)
 
 
 def test_the_loss_of_the_true_v_is_zero_and_the_denoiser_inverts_it(alpha_bar):
-    """v, x_0_hat and q_sample are one consistent set: a network that knows v has loss 0, and its denoiser returns x_0."""
+    """v, x_0_hat and q_sample are one consistent set: a network that knows v has loss 0, and its
+    denoiser returns x_0."""
     x_0, eps = torch.randn(2, 4, 3, 8, 12)
     t = torch.tensor([1, 100, 500, 990])
     a = alpha_bar[t].view(-1, 1, 1, 1)
@@ -92,7 +102,8 @@ def test_the_loss_of_the_true_v_is_zero_and_the_denoiser_inverts_it(alpha_bar):
 def test_random_times_cover_1_to_T_evenly():
     t = tinyddpm.random_times(1000, 1000, torch.Generator().manual_seed(0))
     assert torch.equal(t, torch.arange(1, 1001))
-    t = torch.cat([tinyddpm.random_times(8, 1000, torch.Generator().manual_seed(i)) for i in range(500)])
+    t = torch.cat([tinyddpm.random_times(8, 1000, torch.Generator().manual_seed(i))
+                   for i in range(500)])
     assert t.min() >= 1 and t.max() <= 1000 and t.float().mean() == pytest.approx(500.5, abs=5)
 
 
@@ -102,13 +113,15 @@ def test_the_attention_of_the_unet_is_softmax_attention():
     torch.nn.init.normal_(layer.out.weight, std=.1)
     x = torch.randn(2, 64, 3, 5)
     tokens = layer.norm(x).flatten(2).transpose(1, 2)
-    q, k, v = (part.view(2, 15, 2, 32).transpose(1, 2) for part in layer.qkv(tokens).chunk(3, dim=-1))
+    q, k, v = (part.view(2, 15, 2, 32).transpose(1, 2)
+               for part in layer.qkv(tokens).chunk(3, dim=-1))
     expected = layer.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 15, 64))
     assert torch.allclose(layer(x), x + expected.transpose(1, 2).view(2, 64, 3, 5), atol=1e-5)
 
 
 def test_unet_at_start_says_zero_and_takes_any_even_shape():
-    unet = tinyddpm.UNet(tinyddpm.UNetConfig(channels=16, multipliers=(1, 2), blocks=1, attention=(1,)))
+    unet = tinyddpm.UNet(
+        tinyddpm.UNetConfig(channels=16, multipliers=(1, 2), blocks=1, attention=(1,)))
     out = unet(torch.randn(2, 3, 8, 12), torch.tensor([1, 1000]))
     assert out.shape == (2, 3, 8, 12) and (out == 0).all()
 
@@ -130,7 +143,8 @@ def test_ema_of_a_constant_is_the_constant_and_first_update_copies():
 
 
 def test_ema_remembers_a_tenth_of_the_run():
-    """Its weights over past steps have a deviation of sigma_rel times the run's length (the definition of sigma_rel)."""
+    """Its weights over past steps have a deviation of sigma_rel times the run's length (the
+    definition of sigma_rel)."""
     steps, gamma = 2000, 6.94
     decay = [(1 - 1 / s) ** (gamma + 1) for s in range(1, steps + 1)]
     ema, weight = torch.nn.Linear(1, 1, bias=False), 1.
@@ -140,7 +154,8 @@ def test_ema_remembers_a_tenth_of_the_run():
     where = torch.arange(1, steps + 1).float()
     mean = (weights * where).sum()
     assert weights.sum() == pytest.approx(1, abs=1e-4)
-    assert ((weights * (where - mean) ** 2).sum().sqrt() / steps).item() == pytest.approx(0.10, abs=0.003)
+    assert (((weights * (where - mean) ** 2).sum().sqrt() / steps).item()
+            == pytest.approx(0.10, abs=0.003))
     model = torch.nn.Linear(1, 1, bias=False)                     # and ema_update has these weights
     torch.nn.init.zeros_(ema.weight)
     for s in range(1, 51):
@@ -153,22 +168,24 @@ def test_ema_remembers_a_tenth_of_the_run():
 
 
 def test_noise_of_a_picture_does_not_depend_on_its_batch():
-    many, one = tinyddpm.noise(generators(5), (3, 4, 6)), tinyddpm.noise([data.generator(0, 3)], (3, 4, 6))
+    many = tinyddpm.noise(generators(5), (3, 4, 6))
+    one = tinyddpm.noise([data.generator(0, 3)], (3, 4, 6))
     assert torch.equal(many[3:4], one) and not torch.equal(many[2], many[3])
 
 
 def test_learning(alpha_bar):
     """Eight pictures are learnt by heart: the loss falls to a fraction of what it starts from."""
     torch.manual_seed(0)
-    import cars
     x_0 = data.to_float(cars.render(0, range(8), 16)[0])
-    unet = tinyddpm.UNet(tinyddpm.UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention=(1,), image_size=16))
+    unet = tinyddpm.UNet(tinyddpm.UNetConfig(channels=32, multipliers=(1, 2), blocks=1,
+                                             attention=(1,), image_size=16))
     optimizer = torch.optim.AdamW(unet.parameters(), 2e-3)
     losses = []
     for step in range(150):
         g = data.generator(0, step)
         t = tinyddpm.random_times(8, 1000, g)
-        loss = tinyddpm.ddpm_loss(unet, x_0, t, torch.randn(x_0.shape, generator=g), alpha_bar).mean()
+        loss = tinyddpm.ddpm_loss(
+            unet, x_0, t, torch.randn(x_0.shape, generator=g), alpha_bar).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
