@@ -63,7 +63,7 @@ def guided(denoise, log_p, alpha_bar, scale, interval=(1, math.inf)):
     return guided_denoise
 
 
-def contrastive(clip, text_features, target, temperature=3.):
+def contrastive(clip, text_features, target, temperature=5.):
     """-> log_p: CLIP's softmax over all captions, CLIP being told how noisy x_t is. The default.
 
     log_p = temperature * log softmax(logits / temperature)[target], whose gradient is that of the
