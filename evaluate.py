@@ -1,7 +1,8 @@
-"""python evaluate.py clip | ddpm | guidance | figure: what README.md and RESULTS.md claim.
+"""python evaluate.py clip | ddpm | judge | guidance | figure: what README.md and RESULTS.md claim.
 
     python evaluate.py clip            accuracy and calibration against t
     python evaluate.py ddpm            held-out loss against t
+    python evaluate.py judge           the judge's own accuracy, by the height of the camera
     python evaluate.py guidance        all 294 prompts, one sample each, judged; a row per method
     python evaluate.py guidance --methods contrastive --scales 3 6 12 --prompts even --seed 1
                                        a sweep: the same, a row per scale, on half of the prompts
@@ -112,6 +113,30 @@ def ddpm_table(args, device):
     return rows
 
 
+def judge_table(args, device):
+    """The judge's own accuracy on its held-out pictures, by how high the camera stands."""
+    grader, content = load_judge(args, device)
+    dataset = data.load("cars", grader.config.size, 5000, "judge-test")
+    x = data.to_float(torch.tensor(dataset.pictures)).to(device)
+    right = judge.verdict(grader, x).cpu() == torch.from_numpy(dataset.labels)        # (N, A)
+    first = data.SPLITS["judge-test"]
+    sines = [-cars.scene(0, first + i)[0].forward[2] for i in range(len(right))]      # 0 to 1
+    degrees, rows = torch.tensor(sines).asin().rad2deg(), []
+    for low, high in ((0, 90), (0, 15), (15, 30), (30, 45), (45, 60), (60, 90)):
+        some = right[(degrees >= low) & (degrees < high)]
+        rows.append({"camera, degrees": f"{low} to {high}", "pictures": len(some),
+                     "joint": some.all(1).float().mean().item(),
+                     **dict(zip(content["attributes"], some.float().mean(0).tolist()))})
+    return rows
+
+
+def load_judge(args, device):
+    """-> the judge on the device, and the content of its checkpoint."""
+    path = args.judge or data.SHIPPED / "judge.pt"
+    grader, content = data.load_model(path, "judge", judge.from_checkpoint)
+    return grader.to(device), content
+
+
 # ---- guidance: is it obeyed? ---------------------------------------------------------------------
 
 HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
@@ -125,9 +150,7 @@ def guidance_table(args, device):
     models, rows = load_models(args, device), []
     captions = models[-1]
     targets = torch.arange(len(captions), device=device)[HALVES[args.prompts]]
-    grader_path = args.judge or data.SHIPPED / "judge.pt"
-    grader, content = data.load_model(grader_path, "judge", judge.from_checkpoint)
-    grader.to(device)
+    grader, content = load_judge(args, device)
     for name in args.methods:
         for scale in scales_of(name, args):
             start = time.perf_counter()
@@ -262,7 +285,8 @@ def draw_bars(draw, x, y, probabilities, target, captions, font):
 
 # ---- the command line ----------------------------------------------------------------------------
 
-TABLES = {"clip": clip_table, "ddpm": ddpm_table, "guidance": guidance_table, "figure": figure}
+TABLES = {"clip": clip_table, "ddpm": ddpm_table, "judge": judge_table,
+          "guidance": guidance_table, "figure": figure}
 
 
 def show(rows, header=True):

@@ -159,7 +159,7 @@ def test_a_mistake_is_answered_in_one_line_and_with_code_2(folder):
 
 
 def test_evaluate(folder):
-    for table in ("clip", "ddpm", "figure",
+    for table in ("clip", "ddpm", "judge --judge runs/judge/weights.pt", "figure",
                   "guidance --methods none contrastive --judge runs/judge/weights.pt"):
         run(folder, f"evaluate.py {table} --steps 10 --batch 147 --device cpu")
     rows = json.loads((folder / "out/guidance.json").read_text())["rows"]
