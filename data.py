@@ -182,6 +182,14 @@ def save_gif(path, frames, columns=4, zoom=2, milliseconds=80):
 PALETTE = ["#c0392b", "#2c6fbb", "#2e8b57", "#8e44ad", "#d68910", "#555555"]   # then from the start
 
 
+def _ticks(low, high):
+    """About five round numbers between low and high: multiples of 1, 2 or 5 x a power of 10."""
+    rough = (high - low) / 5
+    power = 10 ** math.floor(math.log10(rough))
+    step = min((m * power for m in (1, 2, 5, 10)), key=lambda step: abs(step - rough))
+    return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
+
+
 def save_plot(path, curves, x_label, y_label, width=560, height=340):
     """curves: name -> (xs, ys), finite numbers -> a line plot as PNG. Axes span the data."""
     image, font = Image.new("RGB", (width, height), "white"), ImageFont.load_default(13)
@@ -194,12 +202,12 @@ def save_plot(path, curves, x_label, y_label, width=560, height=340):
     up = lambda y: bottom - (y - y_low) / (y_high - y_low) * (bottom - top)
 
     # A text's anchor is two letters: left, middle or right, then ascender (top), middle, descender.
-    for x in np.linspace(x_low, x_high, 5):
+    for x in _ticks(x_low, x_high):
         draw.line([(across(x), top), (across(x), bottom)], "#e6e6e6")
         draw.text((across(x), bottom + 5), f"{x:.4g}", "black", font, "ma")
-    for y in np.linspace(y_low, y_high, 5):
+    for y in _ticks(y_low, y_high):
         draw.line([(left, up(y)), (right, up(y))], "#e6e6e6")
-        draw.text((left - 5, up(y)), f"{y:.3g}", "black", font, "rm")
+        draw.text((left - 5, up(y)), f"{y:.4g}", "black", font, "rm")
     draw.text(((left + right) / 2, height - 4), x_label, "black", font, "md")
     draw.text((6, 4), y_label, "black", font)
 
@@ -297,6 +305,18 @@ def check_fit(clip, ddpm):
         if a != b:
             raise UserError(f"these CLIP and DDPM do not fit together: {key} is {a} for CLIP "
                             f"and {b} for the DDPM; train both alike")
+
+
+def load_pair(build_clip, build_unet, clip=None, ddpm=None):
+    """The two models that find_weights finds -> CLIP, U-Net, captions, a line on where from.
+
+    build_clip, build_unet: see load_model. UserError if the two do not fit together.
+    """
+    clip_path, ddpm_path = find_weights(clip, ddpm)
+    clip, clip_content = load_model(clip_path, "clip", build_clip)
+    unet, ddpm_content = load_model(ddpm_path, "ddpm", build_unet)
+    check_fit(clip_content, ddpm_content)
+    return clip, unet, clip_content["captions"], f"CLIP from {clip_path}, DDPM from {ddpm_path}"
 
 
 if __name__ == "__main__":   # what a batch is

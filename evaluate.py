@@ -32,14 +32,11 @@ import tinyddpm
 
 def load_models(args, device):
     """-> CLIP, U-Net, alpha_bar (T + 1,), text_features (K, E), the K captions that CLIP knows."""
-    clip_path, ddpm_path = data.find_weights(args.clip, args.ddpm)
-    clip, clip_content = data.load_model(clip_path, "clip", tinyclip.from_checkpoint)
-    unet, ddpm_content = data.load_model(ddpm_path, "ddpm", tinyddpm.from_checkpoint)
-    data.check_fit(clip_content, ddpm_content)
-    print(f"CLIP from {clip_path}, DDPM from {ddpm_path}, on {device}")
+    clip, unet, captions, where = data.load_pair(
+        tinyclip.from_checkpoint, tinyddpm.from_checkpoint, args.clip, args.ddpm)
+    print(f"{where}, on {device}")
     clip, unet = (m.to(device, memory_format=torch.channels_last) for m in (clip, unet))
     alpha_bar = tinyddpm.cosine_alpha_bar(unet.config.T).to(device)
-    captions = clip_content["captions"]
     tokens = clip.tokenizer.batch(captions, clip.config.context_length).to(device)
     return clip, unet, alpha_bar, clip.encode_text(tokens), captions
 

@@ -111,3 +111,9 @@ def test_fp16_weights_come_back(tmp_path):
     data.save_checkpoint(tmp_path / "judge.pt", content)
     with pytest.raises(data.UserError, match="does not fit"):
         data.load_model(tmp_path / "judge.pt", "judge", judge.from_checkpoint)
+
+
+def test_ticks_are_round_numbers_inside_the_span():
+    assert data._ticks(0, 950).tolist() == [0, 200, 400, 600, 800]
+    assert np.allclose(data._ticks(0.013, 0.99), [.2, .4, .6, .8])
+    assert np.allclose(data._ticks(3, 4), [3, 3.2, 3.4, 3.6, 3.8, 4])
