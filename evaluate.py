@@ -142,7 +142,8 @@ HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2
 def guidance_table(args, device):
     """One sample for each prompt, judged; beside it what the guiding CLIP believes, and the cost.
 
-    A row for each method and scale; printed as it comes, because the whole takes long.
+    A row for each method and scale; printed as it comes, because the whole takes long. The first
+    row is unguided unless --methods says otherwise, and the others' times are compared with it.
     """
     models, rows = load_models(args, device), []
     captions = models[-1]
@@ -157,7 +158,8 @@ def guidance_table(args, device):
             rows.append({"method": name, "scale": scale,
                          **grade(grader, content["attributes"], x_0, targets),
                          "clip_belief": belief(models, x_0, targets),
-                         "unet_calls": args.steps, "seconds": seconds})
+                         "unet_calls": args.steps, "seconds": seconds,
+                         "times_first_row": seconds / (rows[0]["seconds"] if rows else seconds)})
             some = pictures[::max(1, len(pictures) // 48)][:48]   # evenly from all prompts
             data.save_grid(args.out / f"guidance-{name}-{scale:g}.png", some, zoom=2)
             show(rows[-1:], header=len(rows) == 1)
