@@ -8,7 +8,7 @@
 A run's folder (runs/clip, ...) gets checkpoint.pt, to go on from; weights.pt, what sample.py reads;
 loss.png and previews. Step n draws its pictures, times and noise from (seed, n): it is a function
 of them and of the step before, so an interrupted run ends with the same weights as one that ran
-through. (But for the judge's dropout, which draws from torch's own generator.)
+through.
 """
 import argparse
 import copy
@@ -50,8 +50,7 @@ class CLIPTrainConfig(TrainConfig):
 PRESETS = {
     "tiny": {
         "clip": (tinyclip.CLIPConfig(), CLIPTrainConfig(steps=4000, lr=5e-4)),
-        "ddpm": (tinyddpm.UNetConfig(blocks=1),
-                 TrainConfig(steps=12_000, batch=32, weight_decay=0.01)),
+        "ddpm": (tinyddpm.UNetConfig(), TrainConfig(steps=12_000, batch=32, weight_decay=0.01)),
         "judge": (judge.JudgeConfig(), TrainConfig(steps=1500)),
     },
 }
