@@ -8,6 +8,8 @@
         arxiv.org/abs/2010.02502
     Salimans, Ho 2022, "Progressive Distillation for Fast Sampling of Diffusion Models" (v)
         arxiv.org/abs/2202.00512
+    Lu et al. 2022, "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Models"
+        arxiv.org/abs/2211.01095
 
 The whole idea: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps mixes a picture with noise;
 a network learns to tell them apart; a sampler starts at pure noise, asks "which picture is in
@@ -298,6 +300,21 @@ def ddim_step(x_t, x_0_hat, t, t_next, alpha_bar, eta, z):
     return a_next.sqrt() * x_0_hat + towards_x_t + sigma * z
 
 
+def extrapolated(x_0_hat, x_0_hat_before, t_before, t, t_next, alpha_bar):
+    """x_0_hat half a step ahead, if it goes on changing as it did in the step before.
+
+    -> x_0_hat + 1/2 h / h_before (x_0_hat - x_0_hat_before), where h = lambda_t_next - lambda_t is
+    a step on the scale of lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), on which
+    x_0_hat changes evenly (Lu et al. 2022, Alg. 2; t_before > t > t_next > 0).
+
+    A step that aims at x_0_hat as it was at the step's beginning lags behind; half a step ahead is
+    the mean over the step, to second order. It costs no further look at x_t.
+    """
+    before, now, ahead = alpha_bar[[t_before, t, t_next]].logit() / 2         # lambda
+    half_a_step = 0.5 * (ahead - now) / (now - before)
+    return x_0_hat + half_a_step * (x_0_hat - x_0_hat_before)
+
+
 def sampling_times(T, steps):
     """The steps + 1 times that a sampler visits, from T down to 0; steps in 1..T."""
     return torch.linspace(T, 0, steps + 1).round().long().tolist()
@@ -313,7 +330,7 @@ def noise(generators, shape, device="cpu"):
 
 @torch.no_grad()
 def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, watch=None):
-    """The one loop: denoise, clamp, step. -> x_0: (B, C, H, W)
+    """The one loop: denoise, clamp, extrapolate, step. -> x_0: (B, C, H, W)
 
     denoise(x_t, t): (B, C, H, W), (B,) int -> x_0_hat: (B, C, H, W). Guidance is a denoiser too
     (guide.py), so this loop knows nothing of it.
@@ -322,17 +339,25 @@ def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, w
     clamp keeps x_0_hat in [-1, 1], where pictures live; eps_hat then comes from the clamped
     x_0_hat, or the two would disagree.
     watch(t, x_t, x_0_hat), if given, is called at every step with t an int.
+
+    differs from the paper (Song et al. 2021): every step but the first and the last aims at the
+    extrapolated x_0_hat. With eta = 0 that makes DPM-Solver++(2M) of DDIM, with eta = 1 its
+    stochastic version; 50 steps are then worth 200 and more.
     """
     times = sampling_times(len(alpha_bar) - 1, steps)
-    x_t = x_T
+    x_t, t_before, x_0_hat_before = x_T, None, None
     for t, t_next in zip(times[:-1], times[1:]):
         x_0_hat = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device))
         if clamp:
             x_0_hat = x_0_hat.clamp(-1, 1)
         if watch:
             watch(t, x_t, x_0_hat)
+        aim = x_0_hat
+        if t_before and t_next > 0:   # at t = 0 lambda is infinite
+            aim = extrapolated(x_0_hat, x_0_hat_before, t_before, t, t_next, alpha_bar)
         z = noise(generators, x_t.shape[1:], x_t.device) if eta > 0 else torch.zeros_like(x_t)
-        x_t = ddim_step(x_t, x_0_hat, t, t_next, alpha_bar, eta, z)
+        x_t = ddim_step(x_t, aim, t, t_next, alpha_bar, eta, z)
+        t_before, x_0_hat_before = t, x_0_hat
     return x_t
 
 

@@ -50,7 +50,7 @@ class CLIPTrainConfig(TrainConfig):
 PRESETS = {
     "tiny": {
         "clip": (tinyclip.CLIPConfig(), CLIPTrainConfig(steps=4000, lr=5e-4)),
-        "ddpm": (tinyddpm.UNetConfig(), TrainConfig(steps=12_000, batch=32, weight_decay=0.01)),
+        "ddpm": (tinyddpm.UNetConfig(), TrainConfig(steps=5000, batch=32, lr=4e-3, weight_decay=0.01)),
         "judge": (judge.JudgeConfig(), TrainConfig(steps=1500)),
     },
 }
@@ -171,17 +171,63 @@ def judge_job(config, options, dataset, validation, device):
 JOBS = {"clip": clip_job, "ddpm": ddpm_job, "judge": judge_job}
 
 
+# ---- the optimizer -------------------------------------------------------------------------------
+
+class Muon(torch.optim.Optimizer):
+    """Gradient descent with momentum, whose every step is made orthogonal first.
+
+    For the weights of linear layers and convolutions, a kernel (c_out, c_in, k, k) being a matrix
+    (c_out, c_in k k). A gradient is large in a few directions and small in most; equalised, it
+    learns in all of them: here in less than half the steps of AdamW, which sees single numbers
+    where this sees a matrix. (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
+    """
+
+    def __init__(self, weights, lr, weight_decay, momentum=0.95):
+        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    state["average"] = torch.zeros_like(weight)
+                average = state["average"].lerp_(weight.grad, 1 - momentum)
+                ahead = weight.grad.lerp(average, momentum)   # Nesterov's
+                update = orthogonalized(ahead.flatten(1))
+                # As large as AdamW's steps usually are (Liu et al. 2025, arXiv 2502.16982, eq. 4).
+                size = 0.2 * max(update.shape) ** 0.5
+                weight.mul_(1 - lr * group["weight_decay"])
+                weight.sub_(update.view_as(weight), alpha=lr * size)
+
+
+def orthogonalized(matrix):
+    """U S V^T -> about U V^T, the same rotations without the stretching. matrix: (m, n)
+
+    Five times X <- a X + b (X X^T) X + c (X X^T)^2 X, which takes each singular value s to
+    a s + b s^3 + c s^5: all of [0.01, 1] ends between 0.68 and 1.14.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    X = matrix.T if tall else matrix   # so that X X^T is the smaller one
+    X = X / (X.norm() + 1e-7)
+    for _ in range(5):
+        A = X @ X.T
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X.T if tall else X
+
+
 # ---- a run: begin, go on, save -------------------------------------------------------------------
 
 class Run(NamedTuple):
-    """One run on its way. The last four are what training changes, all in place."""
+    """One run on its way. What training changes are the last four, all in place."""
     job: Job
     folder: Path
     settings: dict           # all that must be the same when a run goes on
     device: torch.device
     model: torch.nn.Module   # the job's, on the device
     ema: torch.nn.Module     # its moving average: what previews show and weights.pt holds
-    optimizer: torch.optim.Optimizer
+    optimizers: tuple        # one for weight matrices, one for everything else
     history: list            # of (step, mean loss of the steps since the entry before)
 
 
@@ -189,12 +235,15 @@ def begin(job, folder, settings, options, device):
     """-> a Run before its first step."""
     model = job.model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": options.weight_decay},
-              {"params": vectors, "weight_decay": 0.}]
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.99), fused=True)
-    return Run(job, folder, settings, device, model, ema, optimizer, history=[])
+    layers = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    # Not the first and the last layer: one side of their matrices is only the three colours.
+    matrices = [m.weight for m in layers if min(m.weight.flatten(1).shape) >= 32]
+    taken = {id(weight) for weight in matrices}
+    others = [p for p in model.parameters() if id(p) not in taken]
+    optimizers = (
+        Muon(matrices, options.lr, options.weight_decay),
+        torch.optim.AdamW(others, options.lr, betas=(0.9, 0.99), weight_decay=0., fused=True))
+    return Run(job, folder, settings, device, model, ema, optimizers, history=[])
 
 
 def resume(run):
@@ -210,7 +259,8 @@ def resume(run):
                                  "choose another --out, or start over with --fresh")
     run.model.load_state_dict(saved["model"])
     run.ema.load_state_dict(saved["ema"])
-    run.optimizer.load_state_dict(saved["optimizer"])
+    for optimizer, state in zip(run.optimizers, saved["optimizers"]):
+        optimizer.load_state_dict(state)
     run.history.extend(saved["history"])
     return saved["step"]
 
@@ -220,7 +270,7 @@ def save(run, step):
     data.save_checkpoint(run.folder / "checkpoint.pt", {
         "kind": f"{run.job.kind} run", "settings": run.settings, "step": step,
         "history": run.history, "model": run.model.state_dict(), "ema": run.ema.state_dict(),
-        "optimizer": run.optimizer.state_dict()})
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]})
     data.save_checkpoint(run.folder / "weights.pt", {
         "kind": run.job.kind, "config": dataclasses.asdict(run.model.config),
         "data": run.settings["data"], "schedule": "cosine", "steps": step,
@@ -243,8 +293,9 @@ def learning_rate(step, options):
 
 def train_step(run, step, dataset, options):
     """One update of the model and of its average -> the loss, a scalar tensor."""
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(step, options)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, options)
     seed, device = run.settings["seed"], run.device
     x_0, rows = data.batch(dataset, seed, step, options.batch, device)
     with data.autocast(device):
@@ -253,8 +304,9 @@ def train_step(run, step, dataset, options):
         loss = run.job.loss(run.model, x_0, rows, generator)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    for optimizer in run.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     tinyddpm.ema_update(run.ema, run.model, step)
     return loss.detach()
 

@@ -1,0 +1,58 @@
+"""The optimizer and the run, in-process; test_commands.py has the command."""
+import pytest
+import torch
+
+import train
+
+
+@pytest.mark.parametrize("shape", [(24, 80), (80, 24), (32, 32)])
+def test_orthogonalized_keeps_directions_and_equalises_their_lengths(shape):
+    """U S V^T becomes U S' V^T with S' near 1, whatever S was, from 1 down to 0.02."""
+    torch.manual_seed(0)
+    U, _, Vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    matrix = U * torch.logspace(0, -1.3, len(Vt)) @ Vt
+    inside = U.T @ train.orthogonalized(5. * matrix) @ Vt.T       # S', if the directions are kept
+    assert torch.allclose(inside, inside.diag().diag(), atol=1e-4)
+    assert inside.diag().min() > 0.67 and inside.diag().max() < 1.15
+
+
+def test_a_muon_step_is_as_large_as_one_of_adamw_usually_is():
+    """The root mean square of an update is about 0.2 lr, for any shape and any gradient's size."""
+    torch.manual_seed(0)
+    for shape in ((64, 32, 3, 3), (96, 32), (32, 128)):
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        weight.grad = 1e-6 * torch.randn(shape)
+        train.Muon([weight], lr=0.1, weight_decay=0.).step()
+        assert weight.detach().square().mean().sqrt() == pytest.approx(0.02, rel=0.25)
+        assert (weight * weight.grad).sum() < 0                   # downhill
+
+
+def test_muon_forgets_old_gradients_and_decays_weights():
+    weight = torch.nn.Parameter(torch.eye(32))
+    muon = train.Muon([weight], lr=0.1, weight_decay=0.5)
+    weight.grad = torch.zeros(32, 32)
+    muon.step()
+    assert torch.allclose(weight, 0.95 * torch.eye(32))           # 1 - lr * decay, no gradient
+    weight.grad = torch.eye(32)
+    muon.step()
+    weight.grad = -torch.eye(32)
+    for _ in range(100):
+        muon.step()
+    assert (weight.diag() > 1).all()
+
+
+def test_every_parameter_has_one_optimizer_and_only_wide_matrices_have_muon(unet):
+    job = train.Job("ddpm", unet, None, None, {}, "")
+    run = train.begin(job, None, {}, train.TrainConfig(), torch.device("cpu"))
+    muon, adamw = ([p for group in optimizer.param_groups for p in group["params"]]
+                   for optimizer in run.optimizers)
+    assert {id(p) for p in unet.parameters()} == {id(p) for p in muon} | {id(p) for p in adamw}
+    assert len(muon) + len(adamw) == len(list(unet.parameters()))
+    assert all(min(p.flatten(1).shape) >= 32 for p in muon) and len(muon) > 5
+    assert unet.first.weight is not None and any(p is unet.first.weight for p in adamw)
+
+
+@pytest.mark.parametrize("step, expected", [(1, 0.1), (10, 1.), (55, 0.5), (100, 0.)])
+def test_learning_rate_climbs_and_falls_to_zero(step, expected):
+    options = train.TrainConfig(steps=100, lr=1., warmup=0.1)
+    assert train.learning_rate(step, options) == pytest.approx(expected, abs=1e-6)
