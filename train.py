@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import data
 import judge
+import muon
 import tinyclip
 import tinyddpm
 
@@ -37,7 +38,7 @@ class TrainConfig:
     batch: int = 128             # pictures per step
     lr: float = 1e-3             # the highest learning rate
     warmup: float = 0.03         # of the run, in which the learning rate climbs from zero
-    weight_decay: float = 0.05   # on matrices and kernels, not on biases and norms
+    weight_decay: float = 0.05   # on what Muon optimizes (muon.py): matrices and kernels
     pictures: int = 50_000       # size of the training set
 
 
@@ -50,7 +51,8 @@ class CLIPTrainConfig(TrainConfig):
 PRESETS = {
     "tiny": {
         "clip": (tinyclip.CLIPConfig(), CLIPTrainConfig(steps=4000, lr=5e-4)),
-        "ddpm": (tinyddpm.UNetConfig(), TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
+        "ddpm": (tinyddpm.UNetConfig(),
+                 TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
         "judge": (judge.JudgeConfig(), TrainConfig(steps=1500)),
     },
 }
@@ -171,56 +173,6 @@ def judge_job(config, options, dataset, validation, device):
 JOBS = {"clip": clip_job, "ddpm": ddpm_job, "judge": judge_job}
 
 
-# ---- the optimizer -------------------------------------------------------------------------------
-
-class Muon(torch.optim.Optimizer):
-    """Gradient descent with momentum, whose every step is made orthogonal first.
-
-    For the weights of linear layers and convolutions, a kernel (c_out, c_in, k, k) being a matrix
-    (c_out, c_in k k). A gradient is large in a few directions and small in most; equalised, it
-    learns in all of them: here in less than half the steps of AdamW, which sees single numbers
-    where this sees a matrix. (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
-    """
-
-    def __init__(self, weights, lr, weight_decay, momentum=0.95):
-        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            for weight in group["params"]:
-                state = self.state[weight]
-                if not state:
-                    state["average"] = torch.zeros_like(weight)
-                average = state["average"].lerp_(weight.grad, 1 - momentum)
-                ahead = weight.grad.lerp(average, momentum)   # Nesterov's
-                update = orthogonalized(ahead.flatten(1))
-                # As large as AdamW's steps usually are (Liu et al. 2025, arXiv 2502.16982, eq. 4).
-                size = 0.2 * max(update.shape) ** 0.5
-                weight.mul_(1 - lr * group["weight_decay"])
-                weight.sub_(update.view_as(weight), alpha=lr * size)
-
-
-def orthogonalized(matrix):
-    """X = U S V^T -> about U V^T, the same rotations without the stretching. X: (m, n)
-
-    Five times X <- (a + b X X^T + c (X X^T)^2) X, which takes each singular value s to
-    a s + b s^3 + c s^5: all of [0.01, 1] ends between 0.68 and 1.14. The brackets are multiplied
-    among themselves first, because X X^T is small where X, of a convolution, is nine times as wide.
-    """
-    X = matrix / (matrix.norm() + 1e-7)
-    if len(X) > X.shape[1]:
-        return orthogonalized(X.T).T
-    identity = torch.eye(len(X), device=X.device)
-    square, product = X @ X.T, identity
-    for _ in range(5):
-        bracket = 3.4445 * identity - 4.7750 * square + 2.0315 * square @ square
-        product = bracket @ product
-        square = bracket @ square @ bracket   # X X^T of the next X
-    return product @ X
-
-
 # ---- a run: begin, go on, save -------------------------------------------------------------------
 
 class Run(NamedTuple):
@@ -239,13 +191,9 @@ def begin(job, folder, settings, options, device):
     """-> a Run before its first step."""
     model = job.model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    layers = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
-    # Not the first and the last layer: one side of their matrices is only the three colours.
-    matrices = [m.weight for m in layers if min(m.weight.flatten(1).shape) >= 32]
-    taken = {id(weight) for weight in matrices}
-    others = [p for p in model.parameters() if id(p) not in taken]
+    matrices, others = muon.split(model)
     optimizers = (
-        Muon(matrices, options.lr, options.weight_decay),
+        muon.Muon(matrices, options.lr, options.weight_decay),
         torch.optim.AdamW(others, options.lr, betas=(0.9, 0.99), weight_decay=0., fused=True))
     return Run(job, folder, settings, device, model, ema, optimizers, history=[])
 

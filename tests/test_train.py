@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import muon
 import train
 
 
@@ -11,7 +12,7 @@ def test_orthogonalized_keeps_directions_and_equalises_their_lengths(shape):
     torch.manual_seed(0)
     U, _, Vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     matrix = U * torch.logspace(0, -1.3, len(Vt)) @ Vt
-    inside = U.T @ train.orthogonalized(5. * matrix) @ Vt.T       # S', if the directions are kept
+    inside = U.T @ muon.orthogonalized(5. * matrix) @ Vt.T       # S', if the directions are kept
     assert torch.allclose(inside, inside.diag().diag(), atol=1e-4)
     assert inside.diag().min() > 0.67 and inside.diag().max() < 1.15
 
@@ -22,34 +23,34 @@ def test_a_muon_step_is_as_large_as_one_of_adamw_usually_is():
     for shape in ((64, 32, 3, 3), (96, 32), (32, 128)):
         weight = torch.nn.Parameter(torch.zeros(shape))
         weight.grad = 1e-6 * torch.randn(shape)
-        train.Muon([weight], lr=0.1, weight_decay=0.).step()
+        muon.Muon([weight], lr=0.1, weight_decay=0.).step()
         assert weight.detach().square().mean().sqrt() == pytest.approx(0.02, rel=0.25)
         assert (weight * weight.grad).sum() < 0                   # downhill
 
 
 def test_muon_forgets_old_gradients_and_decays_weights():
     weight = torch.nn.Parameter(torch.eye(32))
-    muon = train.Muon([weight], lr=0.1, weight_decay=0.5)
+    optimizer = muon.Muon([weight], lr=0.1, weight_decay=0.5)
     weight.grad = torch.zeros(32, 32)
-    muon.step()
+    optimizer.step()
     assert torch.allclose(weight, 0.95 * torch.eye(32))           # 1 - lr * decay, no gradient
     weight.grad = torch.eye(32)
-    muon.step()
+    optimizer.step()
     weight.grad = -torch.eye(32)
     for _ in range(100):
-        muon.step()
+        optimizer.step()
     assert (weight.diag() > 1).all()
 
 
 def test_every_parameter_has_one_optimizer_and_only_wide_matrices_have_muon(unet):
     job = train.Job("ddpm", unet, None, None, {}, "")
     run = train.begin(job, None, {}, train.TrainConfig(), torch.device("cpu"))
-    muon, adamw = ([p for group in optimizer.param_groups for p in group["params"]]
-                   for optimizer in run.optimizers)
-    assert {id(p) for p in unet.parameters()} == {id(p) for p in muon} | {id(p) for p in adamw}
-    assert len(muon) + len(adamw) == len(list(unet.parameters()))
-    assert all(min(p.flatten(1).shape) >= 32 for p in muon) and len(muon) > 5
-    assert unet.first.weight is not None and any(p is unet.first.weight for p in adamw)
+    matrices, others = ([p for group in optimizer.param_groups for p in group["params"]]
+                        for optimizer in run.optimizers)
+    ids = [id(p) for p in matrices + others]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in unet.parameters()}
+    assert all(min(p.flatten(1).shape) >= 32 for p in matrices) and len(matrices) > 5
+    assert id(unet.first.weight) in ids[len(matrices):]
 
 
 @pytest.mark.parametrize("step, expected", [(1, 0.1), (10, 1.), (55, 0.5), (100, 0.)])
