@@ -6,12 +6,13 @@
         arxiv.org/abs/2502.16982
 
 Half an hour on two CPU cores is short for a diffusion model, so a step must teach as much as it
-can. The gradient of a layer's weights is a matrix, and it is large in a few directions and tiny in
-all the others. AdamW rescales single numbers and cannot see directions; Muon sets the singular
-values of the whole matrix to about 1, so that rare directions are learnt as fast as common ones.
-Here that takes less than half of AdamW's steps to the same loss (RESULTS.md).
+can. The gradient of a layer's weights is a matrix, large in a few directions and much smaller in
+most others. AdamW rescales single numbers and cannot see directions; Muon sets the singular values
+of the whole matrix to about 1, so that rare directions count too. Here that takes less than half of
+AdamW's steps to the same loss, and a step costs about 12 % more (RESULTS.md).
 
-The code of both models can be read without this file. It imports nothing of ours.
+The chapters can be read without this file; train.py needs it. It imports nothing of ours.
+torch.optim.Muon, in newer versions of torch, takes matrices but no kernels of convolutions.
 """
 import torch
 from torch import nn
@@ -20,9 +21,9 @@ from torch import nn
 def split(model):
     """-> the parameters that are for Muon, and all others, for AdamW.
 
-    Muon's are the weights of linear layers and convolutions, a kernel (c_out, c_in, k, k) being
-    the matrix (c_out, c_in k k). Not those of the first and of the last layer: one side of these
-    is only the three colours wide, and their directions are few.
+    Muon gets the weights of linear layers and convolutions, a kernel (c_out, c_in, k, k) as a
+    matrix (c_out, c_in k k), if both sides are at least 32: a narrower one, such as a last layer
+    that ends in colours, has few directions. AdamW gets the rest: biases, norms, embeddings.
     """
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     matrices = [m.weight for m in layers if min(m.weight.flatten(1).shape) >= 32]
@@ -31,10 +32,15 @@ def split(model):
 
 
 class Muon(torch.optim.Optimizer):
-    """For parameters that are matrices, or kernels of convolutions; see split."""
+    """For parameters W that are matrices (m, n), or kernels of convolutions; see split. G: grad.
+
+    M <- momentum M + (1 - momentum) G,   O = orthogonalized(momentum M + (1 - momentum) G),
+    W <- (1 - lr weight_decay) W - lr 0.2 sqrt(max(m, n)) O
+    """
 
     def __init__(self, weights, lr, weight_decay, momentum=0.95):
-        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__([{"params": weights}], defaults)
 
     @torch.no_grad()
     def step(self):
@@ -43,14 +49,14 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 state = self.state[weight]
                 if not state:
-                    state["average"] = torch.zeros_like(weight)
-                average = state["average"].lerp_(weight.grad, 1 - momentum)
-                ahead = weight.grad.lerp(average, momentum)   # Nesterov's
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                buffer = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+                ahead = weight.grad.lerp(buffer, momentum)   # Nesterov momentum
                 update = orthogonalized(ahead.flatten(1))
-                # As large as AdamW's steps usually are (Liu et al. 2025, eq. 4).
-                size = 0.2 * max(update.shape) ** 0.5
+                # A root mean square of 0.2, as AdamW's updates usually have (Liu et al. eq. 4).
+                scale = 0.2 * max(update.shape) ** 0.5
                 weight.mul_(1 - lr * group["weight_decay"])
-                weight.sub_(update.view_as(weight), alpha=lr * size)
+                weight.sub_(update.view_as(weight), alpha=lr * scale)
 
 
 def orthogonalized(matrix):
@@ -59,18 +65,18 @@ def orthogonalized(matrix):
     Five times X <- (a + b X X^T + c (X X^T)^2) X (Jordan et al. 2024), which takes each singular
     value s to a s + b s^3 + c s^5: all of [0.01, 1] ends between 0.68 and 1.14.
 
-    differs from the original: the five brackets, which commute, are multiplied among themselves
-    and with X only once, because X X^T is small where X, of a convolution, is nine times as wide.
+    differs from the original: the five brackets are multiplied together first and with X only
+    once, because X X^T is small and X, of a convolution, about nine times as wide. And float32.
     """
     X = matrix / (matrix.norm() + 1e-7)   # so that no singular value exceeds 1
     if len(X) > X.shape[1]:
         return orthogonalized(X.T).T
-    identity = torch.eye(len(X), device=X.device)
-    square, product = X @ X.T, identity
+    identity = torch.eye(len(X), dtype=X.dtype, device=X.device)
+    gram, product = X @ X.T, identity
     for _ in range(5):
-        bracket = 3.4445 * identity - 4.7750 * square + 2.0315 * square @ square
+        bracket = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
         product = bracket @ product
-        square = bracket @ square @ bracket   # X X^T of the next X
+        gram = bracket @ gram @ bracket   # X X^T of the next X
     return product @ X
 
 

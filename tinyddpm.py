@@ -17,7 +17,7 @@ here?" (x_0_hat), and moves a little towards it.
 
 Time is t = 1..T, T = 1000; alpha_bar has T + 1 entries and alpha_bar[0] = 1 is the clean picture.
 Shapes: B batch, C channels, H x W pixels (the same for x_0, eps, x_t, v), D width of what the
-network knows of t; pictures in [-1, 1]. A hat marks every estimate.
+network knows of t, f = fold; pictures in [-1, 1]. A hat marks every estimate.
 
 Left out: learnt variances, class labels, other noise schedules.
 """
@@ -31,10 +31,11 @@ from torch import nn
 
 @dataclass
 class UNetConfig:
-    channels: int = 32               # of the finest level; a multiple of 16, where it attends of 32
-    multipliers: tuple = (1, 2, 4)   # one level each, every next one at half the resolution
+    fold: int = 2                    # fold x fold pixels become one position, 3 fold^2 channels
+    channels: int = 64               # of the finest level; a multiple of 16, where it attends of 32
+    multipliers: tuple = (1, 2, 2)   # one level each, every next one at half the resolution
     blocks: int = 1                  # residual blocks per level going down; coming up, one more
-    attention: tuple = (2,)          # the levels with self-attention, 0 the finest
+    attention: tuple = (1, 2)        # the levels with self-attention, 0 the finest
     dropout: float = 0.0
     image_size: int = 32             # pixels, H and W of what it is trained on
     T: int = 1000
@@ -122,13 +123,13 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Every pixel looks at every other one, plus the input. Heads of 32 channels.
+    """Every position looks at every other one, plus the input. Heads of 32 channels.
 
     x: (B, C, H, W) -> (B, C, H, W)
 
-    softmax(q k^T / sqrt(32)) v is explained in tinyclip.py. With 64 pixels the plain formula
-    trains faster on a CPU than F.scaled_dot_product_attention, whose backward pass costs ten times
-    its forward.
+    softmax(q k^T / sqrt(32)) v is explained in tinyclip.py. With 64 positions the plain formula
+    trains faster on a CPU than F.scaled_dot_product_attention, whose backward pass costs eight
+    times its forward.
     """
 
     def __init__(self, channels):
@@ -150,6 +151,9 @@ class SelfAttention(nn.Module):
 class UNet(nn.Module):
     """Predicts v (see ddpm_loss) from a noised picture: down the levels, across the bottom, and up
     again with a shortcut from each step down.
+
+    First, fold x fold pixels are folded into channels, and the finest level has H/fold x W/fold
+    positions: there are few channels to convolve at full resolution, and that is slow.
     """
 
     def __init__(self, config):
@@ -165,7 +169,7 @@ class UNet(nn.Module):
             return nn.ModuleList([block, attention])
 
         self.time = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU())
-        self.first = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.first = nn.Conv2d(3 * config.fold ** 2, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         c = widths[0]   # channels of h as it flows through forward()
@@ -192,15 +196,16 @@ class UNet(nn.Module):
                 self.up.append(nn.Conv2d(c, widths[level - 1], 3, padding=1))
                 c = widths[level - 1]
 
-        self.last = nn.Sequential(norm(c), nn.SiLU(), zero(nn.Conv2d(c, 3, 3, padding=1)))
+        out = zero(nn.Conv2d(c, 3 * config.fold ** 2, 3, padding=1))
+        self.last = nn.Sequential(norm(c), nn.SiLU(), out)
 
     def forward(self, x_t, t):
         """x_t: (B, 3, H, W), t: (B,) int in 1..T -> v_hat: (B, 3, H, W).
 
-        H and W must be divisible by 2^(levels - 1).
+        H and W must be divisible by fold * 2^(levels - 1).
         """
         time = self.time(time_embedding(t, self.time[0].in_features))         # (B, D)
-        h = self.first(x_t)
+        h = self.first(F.pixel_unshuffle(x_t, self.config.fold))             # (B, C, H/f, W/f)
         kept = [h]
         for layer in self.down:
             if isinstance(layer, nn.ModuleList):
@@ -219,7 +224,7 @@ class UNet(nn.Module):
                 h = attention(block(torch.cat([h, kept.pop()], dim=1), time))
             else:
                 h = F.interpolate(layer(h), scale_factor=2.0)                 # to (B, C, 2H, 2W)
-        return self.last(h)
+        return F.pixel_shuffle(self.last(h), self.config.fold)               # (B, 3, H, W)
 
 
 def from_checkpoint(content):
@@ -305,10 +310,11 @@ def extrapolated(x_0_hat, x_0_hat_before, t_before, t, t_next, alpha_bar):
 
     -> x_0_hat + 1/2 h / h_before (x_0_hat - x_0_hat_before), where h = lambda_t_next - lambda_t is
     a step on the scale of lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), on which
-    x_0_hat changes evenly (Lu et al. 2022, Alg. 2; t_before > t > t_next > 0).
+    x_0_hat is taken to change at a constant rate (Lu et al. 2022, Alg. 2).
+    t_before > t > t_next > 0: at t = 0 lambda is infinite.
 
     A step that aims at x_0_hat as it was at the step's beginning lags behind; half a step ahead is
-    the mean over the step, to second order. It costs no further look at x_t.
+    the mean over the step, to second order. It costs no further call of the network.
     """
     before, now, ahead = alpha_bar[[t_before, t, t_next]].logit() / 2         # lambda
     half_a_step = 0.5 * (ahead - now) / (now - before)
@@ -336,13 +342,13 @@ def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, w
     (guide.py), so this loop knows nothing of it.
     x_T: (B, C, H, W) standard normal.
     generators: B torch.Generators on the CPU, for the noise that eta > 0 adds.
-    clamp keeps x_0_hat in [-1, 1], where pictures live; eps_hat then comes from the clamped
-    x_0_hat, or the two would disagree.
+    clamp keeps x_0_hat in [-1, 1], where pictures live; the extrapolated one may lie a little
+    outside. eps_hat comes from the x_0_hat that the step aims at, or the two would disagree.
     watch(t, x_t, x_0_hat), if given, is called at every step with t an int.
 
     differs from the paper (Song et al. 2021): every step but the first and the last aims at the
-    extrapolated x_0_hat. With eta = 0 that makes DPM-Solver++(2M) of DDIM, with eta = 1 its
-    stochastic version; 50 steps are then worth 200 and more.
+    extrapolated x_0_hat. That makes DPM-Solver++(2M) of DDIM (eta = 0) and SDE-DPM-Solver++(2M) of
+    DDPM (eta = 1), whose 50 steps are better than 100 plain ones (RESULTS.md).
     """
     times = sampling_times(len(alpha_bar) - 1, steps)
     x_t, t_before, x_0_hat_before = x_T, None, None
@@ -353,7 +359,7 @@ def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, w
         if watch:
             watch(t, x_t, x_0_hat)
         aim = x_0_hat
-        if t_before and t_next > 0:   # at t = 0 lambda is infinite
+        if t_before is not None and t_next > 0:
             aim = extrapolated(x_0_hat, x_0_hat_before, t_before, t, t_next, alpha_bar)
         z = noise(generators, x_t.shape[1:], x_t.device) if eta > 0 else torch.zeros_like(x_t)
         x_t = ddim_step(x_t, aim, t, t_next, alpha_bar, eta, z)

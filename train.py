@@ -36,9 +36,9 @@ import tinyddpm
 class TrainConfig:
     steps: int = 1000            # the length of the whole run; the learning rate reaches zero there
     batch: int = 128             # pictures per step
-    lr: float = 1e-3             # the highest learning rate
+    lr: float = 1e-3             # the highest learning rate, of both optimizers
     warmup: float = 0.03         # of the run, in which the learning rate climbs from zero
-    weight_decay: float = 0.05   # on what Muon optimizes (muon.py): matrices and kernels
+    weight_decay: float = 0.05   # of Muon's matrices; what AdamW trains does not decay
     pictures: int = 50_000       # size of the training set
 
 
@@ -50,10 +50,10 @@ class CLIPTrainConfig(TrainConfig):
 # What a preset means for each kind of model: the model's config, and that of its training.
 PRESETS = {
     "tiny": {
-        "clip": (tinyclip.CLIPConfig(), CLIPTrainConfig(steps=4000, lr=5e-4)),
+        "clip": (tinyclip.CLIPConfig(), CLIPTrainConfig(steps=1500, lr=2e-3)),
         "ddpm": (tinyddpm.UNetConfig(),
                  TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
-        "judge": (judge.JudgeConfig(), TrainConfig(steps=1500)),
+        "judge": (judge.JudgeConfig(), TrainConfig(steps=800)),
     },
 }
 
