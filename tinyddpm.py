@@ -31,11 +31,11 @@ from torch import nn
 
 @dataclass
 class UNetConfig:
-    fold: int = 2                    # fold x fold pixels become one position, 3 fold^2 channels
-    channels: int = 64               # of the finest level; a multiple of 16, where it attends of 32
-    multipliers: tuple = (1, 2, 2)   # one level each, every next one at half the resolution
+    fold: int = 1                    # fold x fold pixels become one position, 3 fold^2 channels
+    channels: int = 32               # of the finest level; a multiple of 16, where it attends of 32
+    multipliers: tuple = (1, 2, 4)   # one level each, every next one at half the resolution
     blocks: int = 1                  # residual blocks per level going down; coming up, one more
-    attention: tuple = (1, 2)        # the levels with self-attention, 0 the finest
+    attention: tuple = (2,)          # the levels with self-attention, 0 the finest
     dropout: float = 0.0
     image_size: int = 32             # pixels, H and W of what it is trained on
     T: int = 1000

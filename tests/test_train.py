@@ -45,7 +45,7 @@ def test_muon_forgets_old_gradients_and_decays_weights():
 
 
 def test_every_parameter_has_one_optimizer_and_only_wide_matrices_have_muon():
-    unet = tinyddpm.UNet(tinyddpm.UNetConfig())
+    unet = tinyddpm.UNet(train.PRESETS["tiny"]["ddpm"][0])
     job = train.Job("ddpm", unet, None, None, {}, "")
     run = train.begin(job, None, {}, train.TrainConfig(), torch.device("cpu"))
     matrices, others = ([id(p) for group in optimizer.param_groups for p in group["params"]]
