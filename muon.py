@@ -22,8 +22,8 @@ def split(model):
     """-> the parameters that are for Muon, and all others, for AdamW.
 
     Muon gets the weights of linear layers and convolutions, a kernel (c_out, c_in, k, k) as a
-    matrix (c_out, c_in k k), if both sides are at least 32: a narrower one, such as a last layer
-    that ends in colours, has few directions. AdamW gets the rest: biases, norms, embeddings.
+    matrix (c_out, c_in k k), if both sides are at least 32: a narrower one, such as that of a last
+    layer that ends in colours, has few directions. AdamW gets the rest: biases, norms, embeddings.
     """
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     matrices = [m.weight for m in layers if min(m.weight.flatten(1).shape) >= 32]

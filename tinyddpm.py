@@ -153,7 +153,7 @@ class UNet(nn.Module):
     again with a shortcut from each step down.
 
     First, fold x fold pixels are folded into channels, and the finest level has H/fold x W/fold
-    positions: there are few channels to convolve at full resolution, and that is slow.
+    positions: convolutions of few channels at full resolution take long and see little.
     """
 
     def __init__(self, config):
@@ -205,7 +205,7 @@ class UNet(nn.Module):
         H and W must be divisible by fold * 2^(levels - 1).
         """
         time = self.time(time_embedding(t, self.time[0].in_features))         # (B, D)
-        h = self.first(F.pixel_unshuffle(x_t, self.config.fold))             # (B, C, H/f, W/f)
+        h = self.first(F.pixel_unshuffle(x_t, self.config.fold))              # (B, C, H/f, W/f)
         kept = [h]
         for layer in self.down:
             if isinstance(layer, nn.ModuleList):
@@ -224,7 +224,7 @@ class UNet(nn.Module):
                 h = attention(block(torch.cat([h, kept.pop()], dim=1), time))
             else:
                 h = F.interpolate(layer(h), scale_factor=2.0)                 # to (B, C, 2H, 2W)
-        return F.pixel_shuffle(self.last(h), self.config.fold)               # (B, 3, H, W)
+        return F.pixel_shuffle(self.last(h), self.config.fold)                # (B, 3, H, W)
 
 
 def from_checkpoint(content):

@@ -7,8 +7,8 @@
 
 A run's folder (runs/clip, ...) gets checkpoint.pt, to go on from; weights.pt, what sample.py reads;
 loss.png and previews. Step n draws its pictures, times and noise from (seed, n): it is a function
-of them and of the step before, so an interrupted run ends with the same weights as one that ran
-through.
+of them and of the step before, so on one machine an interrupted run ends with the same weights as
+one that ran through.
 """
 import argparse
 import copy

@@ -45,6 +45,7 @@ def test_muon_forgets_old_gradients_and_decays_weights():
 
 
 def test_every_parameter_has_one_optimizer_and_only_wide_matrices_have_muon():
+    """Of the U-Net's matrices only the last layer's, which ends in colours, is left to AdamW."""
     unet = tinyddpm.UNet(train.PRESETS["tiny"]["ddpm"][0])
     job = train.Job("ddpm", unet, None, None, {}, "")
     run = train.begin(job, None, {}, train.TrainConfig(), torch.device("cpu"))
