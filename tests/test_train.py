@@ -29,19 +29,23 @@ def test_a_muon_step_is_as_large_as_one_of_adamw_usually_is():
         assert (weight * weight.grad).sum() < 0                   # downhill
 
 
-def test_muon_forgets_old_gradients_and_decays_weights():
-    """Without a gradient weights shrink; when gradients turn round, so do the steps, soon."""
-    weight = torch.nn.Parameter(torch.eye(32))
-    optimizer = muon.Muon([weight], lr=0.1, weight_decay=0.5)
-    weight.grad = torch.zeros(32, 32)
-    optimizer.step()
-    assert torch.allclose(weight, 0.95 * torch.eye(32))           # 1 - lr * decay, no gradient
-    weight.grad = torch.eye(32)
-    optimizer.step()
-    weight.grad = -torch.eye(32)
-    for _ in range(100):
+def test_muon_remembers_gradients_for_a_while():
+    """When gradients turn round and are small, the next step still goes the old way; after 100
+    steps it has turned too."""
+    weight = torch.nn.Parameter(torch.zeros(32, 32))
+    optimizer, path = muon.Muon([weight], lr=0.1, weight_decay=0.), []
+    for gradient in [1.] * 20 + [-0.01] * 100:
+        weight.grad = gradient * torch.eye(32)
         optimizer.step()
-    assert (weight.diag() > 1).all()
+        path.append(weight.detach().diag().clone())
+    assert (path[20] < path[19]).all() and (path[-1] > path[-2]).all()
+
+
+def test_muon_decays_weights():
+    weight = torch.nn.Parameter(torch.eye(32))
+    weight.grad = torch.zeros(32, 32)
+    muon.Muon([weight], lr=0.1, weight_decay=0.5).step()
+    assert torch.allclose(weight, 0.95 * torch.eye(32))           # 1 - lr * decay
 
 
 def test_every_parameter_has_one_optimizer_and_only_wide_matrices_have_muon():
