@@ -321,8 +321,8 @@ def check_fit(clip, ddpm):
                             f"and {b} for the DDPM; train both alike")
 
 
-def load_pair(build_clip, build_unet, clip=None, ddpm=None):
-    """The two models that find_weights finds -> CLIP, U-Net, captions, a line on where from.
+def load_pair(build_clip, build_unet, clip=None, ddpm=None, device="cpu"):
+    """The two models that find_weights finds, on the device -> CLIP, U-Net, captions, where from.
 
     build_clip, build_unet: see load_model. UserError if the two do not fit together.
     """
@@ -330,7 +330,9 @@ def load_pair(build_clip, build_unet, clip=None, ddpm=None):
     clip, clip_content = load_model(clip_path, "clip", build_clip)
     unet, ddpm_content = load_model(ddpm_path, "ddpm", build_unet)
     check_fit(clip_content, ddpm_content)
-    return clip, unet, clip_content["captions"], f"CLIP from {clip_path}, DDPM from {ddpm_path}"
+    clip, unet = (m.to(device, memory_format=torch.channels_last) for m in (clip, unet))
+    where = f"CLIP from {clip_path}, DDPM from {ddpm_path}, on {device}"
+    return clip, unet, clip_content["captions"], where
 
 
 if __name__ == "__main__":   # what a batch is

@@ -33,9 +33,8 @@ import tinyddpm
 def load_models(args, device):
     """-> CLIP, U-Net, alpha_bar (T + 1,), text_features (K, E), the K captions that CLIP knows."""
     clip, unet, captions, where = data.load_pair(
-        tinyclip.from_checkpoint, tinyddpm.from_checkpoint, args.clip, args.ddpm)
-    print(f"{where}, on {device}")
-    clip, unet = (m.to(device, memory_format=torch.channels_last) for m in (clip, unet))
+        tinyclip.from_checkpoint, tinyddpm.from_checkpoint, args.clip, args.ddpm, device)
+    print(where)
     alpha_bar = tinyddpm.cosine_alpha_bar(unet.config.T).to(device)
     tokens = clip.tokenizer.batch(captions, clip.config.context_length).to(device)
     return clip, unet, alpha_bar, clip.encode_text(tokens), captions

@@ -67,17 +67,7 @@ def check(args):
         raise data.UserError("the prompt is empty; leave it out to sample without guidance")
 
 
-# ---- loading -------------------------------------------------------------------------------------
-
-def load_models(args, device):
-    """-> CLIP, U-Net, alpha_bar (T + 1,), and the captions that CLIP knows."""
-    clip, unet, captions, where = data.load_pair(
-        tinyclip.from_checkpoint, tinyddpm.from_checkpoint, args.clip, args.ddpm)
-    print(f"{where}, on {device}")
-    clip, unet = (m.to(device, memory_format=torch.channels_last) for m in (clip, unet))
-    alpha_bar = tinyddpm.cosine_alpha_bar(unet.config.T).to(device)
-    return clip, unet, alpha_bar, captions
-
+# ---- what is wanted ------------------------------------------------------------------------------
 
 def find_target(prompt, captions):
     """-> the captions, with the prompt added if it is a new one, and the index of the prompt.
@@ -175,7 +165,10 @@ def report_verdict(x_0, caption):
 def main(arguments=None):
     args = parse(arguments)
     device = data.pick_device(args.device)
-    clip, unet, alpha_bar, captions = load_models(args, device)
+    clip, unet, captions, where = data.load_pair(
+        tinyclip.from_checkpoint, tinyddpm.from_checkpoint, args.clip, args.ddpm, device)
+    print(where)
+    alpha_bar = tinyddpm.cosine_alpha_bar(unet.config.T).to(device)
     maker, scale, interval = choose_guidance(args)
 
     with data.autocast(device):

@@ -17,7 +17,7 @@ here?" (x_0_hat), and moves a little towards it.
 
 Time is t = 1..T, T = 1000; alpha_bar has T + 1 entries and alpha_bar[0] = 1 is the clean picture.
 Shapes: B batch, C channels, H x W pixels (the same for x_0, eps, x_t, v), D width of what the
-network knows of t, f = fold; pictures in [-1, 1]. A hat marks every estimate.
+network knows of t; pictures in [-1, 1]. A hat marks every estimate.
 
 Left out: learnt variances, class labels, other noise schedules.
 """
@@ -31,7 +31,6 @@ from torch import nn
 
 @dataclass
 class UNetConfig:
-    fold: int = 1                    # fold x fold pixels become one position, 3 fold^2 channels
     channels: int = 32               # of the finest level; a multiple of 16, where it attends of 32
     multipliers: tuple = (1, 2, 4)   # one level each, every next one at half the resolution
     blocks: int = 1                  # residual blocks per level going down; coming up, one more
@@ -151,9 +150,6 @@ class SelfAttention(nn.Module):
 class UNet(nn.Module):
     """Predicts v (see ddpm_loss) from a noised picture: down the levels, across the bottom, and up
     again with a shortcut from each step down.
-
-    First, fold x fold pixels are folded into channels, and the finest level has H/fold x W/fold
-    positions: convolutions of few channels at full resolution take long and see little.
     """
 
     def __init__(self, config):
@@ -169,7 +165,7 @@ class UNet(nn.Module):
             return nn.ModuleList([block, attention])
 
         self.time = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU())
-        self.first = nn.Conv2d(3 * config.fold ** 2, widths[0], 3, padding=1)
+        self.first = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         c = widths[0]   # channels of h as it flows through forward()
@@ -196,16 +192,16 @@ class UNet(nn.Module):
                 self.up.append(nn.Conv2d(c, widths[level - 1], 3, padding=1))
                 c = widths[level - 1]
 
-        out = zero(nn.Conv2d(c, 3 * config.fold ** 2, 3, padding=1))
+        out = zero(nn.Conv2d(c, 3, 3, padding=1))
         self.last = nn.Sequential(norm(c), nn.SiLU(), out)
 
     def forward(self, x_t, t):
         """x_t: (B, 3, H, W), t: (B,) int in 1..T -> v_hat: (B, 3, H, W).
 
-        H and W must be divisible by fold * 2^(levels - 1).
+        H and W must be divisible by 2^(levels - 1).
         """
         time = self.time(time_embedding(t, self.time[0].in_features))         # (B, D)
-        h = self.first(F.pixel_unshuffle(x_t, self.config.fold))              # (B, C, H/f, W/f)
+        h = self.first(x_t)                                                   # (B, C, H, W)
         kept = [h]
         for layer in self.down:
             if isinstance(layer, nn.ModuleList):
@@ -224,7 +220,7 @@ class UNet(nn.Module):
                 h = attention(block(torch.cat([h, kept.pop()], dim=1), time))
             else:
                 h = F.interpolate(layer(h), scale_factor=2.0)                 # to (B, C, 2H, 2W)
-        return F.pixel_shuffle(self.last(h), self.config.fold)                # (B, 3, H, W)
+        return self.last(h)                                                   # (B, 3, H, W)
 
 
 def from_checkpoint(content):

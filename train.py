@@ -51,7 +51,7 @@ class CLIPTrainConfig(TrainConfig):
 PRESETS = {
     "tiny": {
         "clip": (tinyclip.CLIPConfig(), CLIPTrainConfig(steps=1500, lr=2e-3)),
-        "ddpm": (tinyddpm.UNetConfig(fold=2, channels=64, multipliers=(1, 2, 2), attention=(1, 2)),
+        "ddpm": (tinyddpm.UNetConfig(),
                  TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
         "judge": (judge.JudgeConfig(), TrainConfig(steps=1500)),
     },

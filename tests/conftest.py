@@ -36,8 +36,8 @@ def unet():
     """An untrained U-Net whose zero-initialised layers are random too, so that every path shows in
     the output."""
     torch.manual_seed(0)
-    unet = tinyddpm.UNet(tinyddpm.UNetConfig(fold=2, channels=16, multipliers=(1, 2),
-                                             blocks=1, attention=(1,), image_size=16)).eval()
+    unet = tinyddpm.UNet(tinyddpm.UNetConfig(
+        channels=16, multipliers=(1, 2), blocks=1, attention=(1,), image_size=16)).eval()
     for p in unet.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.05)

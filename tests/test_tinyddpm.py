@@ -128,21 +128,11 @@ def test_the_attention_of_the_unet_is_softmax_attention():
     assert torch.allclose(layer(x), x + expected.transpose(1, 2).view(2, 64, 3, 5), atol=1e-5)
 
 
-@pytest.mark.parametrize("fold", [1, 2, 4])
-def test_unet_at_start_says_zero_and_takes_any_shape_that_halves(fold):
+def test_unet_at_start_says_zero_and_takes_any_shape_that_halves():
     unet = tinyddpm.UNet(tinyddpm.UNetConfig(
-        fold=fold, channels=16, multipliers=(1, 2), blocks=1, attention=(1,)))
+        channels=16, multipliers=(1, 2), blocks=1, attention=(1,)))
     out = unet(torch.randn(2, 3, 16, 24), torch.tensor([1, 1000]))
     assert out.shape == (2, 3, 16, 24) and (out == 0).all()
-
-
-def test_folding_moves_pixels_and_loses_none(unet):
-    """What the network says of a pixel goes back to where the pixel came from."""
-    assert unet.config.fold == 2
-    x_t, fold = torch.randn(1, 3, 8, 12), {}
-    unet.first.register_forward_pre_hook(lambda layer, inputs: fold.update(x=inputs[0]))
-    unet.last.register_forward_hook(lambda layer, inputs, output: fold["x"])
-    assert torch.equal(unet(x_t, torch.tensor([500])), x_t) and fold["x"].shape == (1, 12, 4, 6)
 
 
 def test_unet_depends_on_time_and_pictures_do_not_interact(unet):

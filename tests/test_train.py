@@ -49,17 +49,18 @@ def test_muon_decays_weights():
 
 
 def test_every_parameter_has_one_optimizer_and_only_wide_matrices_have_muon():
-    """Of the U-Net's matrices only the last layer's, which ends in colours, is left to AdamW."""
+    """The U-Net begins and ends in colours: its first and last layer are left to AdamW."""
     unet = tinyddpm.UNet(train.PRESETS["tiny"]["ddpm"][0])
     job = train.Job("ddpm", unet, None, None, {}, "")
     run = train.begin(job, None, {}, train.TrainConfig(), torch.device("cpu"))
     matrices, others = ([id(p) for group in optimizer.param_groups for p in group["params"]]
                         for optimizer in run.optimizers)
-    names = {id(p): name for name, p in unet.named_parameters()}
-    assert len(matrices + others) == len(names) and set(matrices + others) == set(names)
-    assert all(names[i].endswith("weight") for i in matrices)
-    assert {names[i] for i in others if names[i].endswith("weight")
-            and dict(unet.named_parameters())[names[i]].ndim > 1} == {"last.2.weight"}
+    parameters = {id(p): p for p in unet.parameters()}
+    assert len(matrices + others) == len(parameters)
+    assert set(matrices + others) == set(parameters)
+    assert all(parameters[i].ndim > 1 for i in matrices)
+    wide = [parameters[i] for i in others if parameters[i].ndim > 1]
+    assert [id(p) for p in wide] == [id(unet.first.weight), id(unet.last[2].weight)]
 
 
 @pytest.mark.parametrize("step, expected", [(1, 0.1), (10, 1.), (55, 0.5), (100, 0.)])
