@@ -53,7 +53,7 @@ PRESETS = {
         "clip": (tinyclip.CLIPConfig(), CLIPTrainConfig(steps=1500, lr=2e-3)),
         "ddpm": (tinyddpm.UNetConfig(),
                  TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
-        "judge": (judge.JudgeConfig(), TrainConfig(steps=1500)),
+        "judge": (judge.JudgeConfig(), TrainConfig(steps=800)),
     },
 }
 
