@@ -258,12 +258,13 @@ def trajectory(clip, unet, alpha_bar, text_features, target, args):
 
 
 def opinion(clip, x_t, t, text_features, target):
-    """CLIP on one x_t, told that it is at time t -> d log p(target | x_t) / d x_t, p (K,)."""
+    """CLIP on one x_t, told that it is at time t -> the gradient that would guide, p (K,)."""
+    log_p = guide.contrastive(clip, text_features, torch.tensor([target]))
     with torch.enable_grad():
         x = x_t.detach().requires_grad_()
-        logits = clip.logits(clip.encode_image(x, t), text_features, t)
-        grad, = torch.autograd.grad(logits.log_softmax(1)[0, target], x)
-    return grad, logits.detach().softmax(1)[0]
+        grad, = torch.autograd.grad(log_p(x, t, None).sum(), x)
+    logits = clip.logits(clip.encode_image(x_t, t), text_features, t)
+    return grad, logits.softmax(1)[0]
 
 
 def enlarged(x):
