@@ -50,6 +50,35 @@ def caption_labels(index):
 
 CAPTIONS = [caption(*caption_labels(np.array(i))) for i in range(len(BODIES) * len(COLOURS) ** 2)]
 
+# How many of the 2,151 ShapeNet cars were given which caption: more than half are white cars.
+SHAPENET = """
+1117 white car, 294 white jeep/bus, 213 red car, 149 yellow car, 80 blue car, 68 white van, 44
+yellow jeep/bus, 29 red jeep/bus, 25 green jeep/bus, 25 green car, 13 gray car, 10 blue
+jeep/bus, 9 white and red car, 8 white truck, 7 white and yellow jeep/bus, 5 white and blue
+car, 5 red and green car, 5 gray jeep/bus, 4 red and blue car, 3 yellow van, 3 white and
+yellow car, 3 white and red jeep/bus, 3 gray and green car, 3 blue and red car, 2 yellow and
+green car, 2 white and green jeep/bus, 2 white and green car, 2 green and yellow car, 2 green
+and red jeep/bus, 2 gray and black car, 2 black car, 1 yellow and red car, 1 white sports car,
+1 white and gray van, 1 white and gray jeep/bus, 1 white and gray car, 1 white and blue
+jeep/bus, 1 red and blue jeep/bus, 1 green and yellow jeep/bus, 1 green and gray car, 1 blue
+and red jeep/bus, 1 black open car, 1 black and gray car"""
+
+
+def shapenet_frequencies():
+    """-> (294,) how often each of CAPTIONS occurs among ShapeNet's cars, adding up to 1.
+
+    "jeep/bus" counts half for each of the two, and an open car is a car.
+    """
+    counts = np.zeros(len(CAPTIONS))
+    for entry in " ".join(SHAPENET.replace("open car", "car").split()).split(", "):
+        count, name = entry.split(" ", 1)
+        for body in ("jeep", "bus"):   # where neither is meant, both halves go to the same caption
+            counts[CAPTIONS.index(f"a {name.replace('jeep/bus', body)}")] += int(count) / 2
+    return counts / counts.sum()
+
+
+FREQUENCIES = {"balanced": None, "shapenet": shapenet_frequencies()}   # None: all alike
+
 
 # ---- solids --------------------------------------------------------------------------------------
 
@@ -303,10 +332,15 @@ class Scene(NamedTuple):
     up: np.ndarray         # (3,) likewise per unit of v, vertical
 
 
-def scene(seed, index):
-    """Everything about picture `index`, and its labels: Scene, (body, main, second)."""
+def scene(seed, index, labels="balanced"):
+    """Everything about picture `index`: Scene, (body, main, second).
+
+    labels: a key of FREQUENCIES, how often each caption occurs.
+    """
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
     body, main, second = (int(rng.integers(len(values))) for values in ATTRIBUTES.values())
+    if labels != "balanced":
+        body, main, second = caption_labels(rng.choice(len(CAPTIONS), p=FREQUENCIES[labels]))
     solids = build(BODIES[body], rng)
     paints = mix_paints(COLOURS[main], COLOURS[second], rng)
     return Scene(solids, paints, *camera(solids, rng)), (body, main, second)
@@ -400,18 +434,18 @@ def ray_cast(scene, size, samples=2):
     return colour.reshape(size, samples, size, samples, 3).mean(axis=(1, 3))
 
 
-def render(seed, indices, size):
-    """Pictures and labels, each a function of (seed, index, size) alone.
+def render(seed, indices, size, labels="balanced"):
+    """Pictures and the truth about them, each a function of (seed, index, size, labels) alone.
 
-    -> pictures (N, size, size, 3) uint8, labels (N, 3) int64 with columns body, main, second. The
-    labels are the same on every machine, the pixels up to rounding.
+    -> pictures (N, size, size, 3) uint8, truth (N, 3) int64 with columns body, main, second. The
+    truth is the same on every machine, the pixels up to rounding. labels: see scene.
     """
     pictures = np.empty((len(indices), size, size, 3), np.uint8)
-    labels = np.empty((len(indices), 3), np.int64)
+    truth = np.empty((len(indices), 3), np.int64)
     for i, index in enumerate(indices):
-        view, labels[i] = scene(seed, index)
+        view, truth[i] = scene(seed, index, labels)
         pictures[i] = np.round(ray_cast(view, size) * 255)
-    return pictures, labels
+    return pictures, truth
 
 
 if __name__ == "__main__":   # a grid of 48 cars

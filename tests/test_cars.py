@@ -1,3 +1,6 @@
+import csv
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -91,3 +94,25 @@ def test_colours_are_where_the_caption_says():
             assert share[0] > .1 and share[2] > .05 and share[1] < .02
             found += 1
     assert found > 20
+
+
+def test_shapenet_frequencies():
+    """More than half are white cars; what counts as jeep or bus is half of each."""
+    p = cars.FREQUENCIES["shapenet"]
+    of = dict(zip(cars.CAPTIONS, p * 2151))
+    assert p.sum() == pytest.approx(1) and (p > 0).sum() == 57
+    assert of["a white car"] == pytest.approx(1117) and of["a black car"] == pytest.approx(3)
+    assert of["a white jeep"] == of["a white bus"] == pytest.approx(147)
+    labels = np.array([cars.scene(0, i, "shapenet")[1] for i in range(600)])
+    white = cars.caption_index(labels) == cars.CAPTIONS.index("a white car")
+    assert 0.46 < white.mean() < 0.58
+
+
+def test_shapenet_counts_are_those_of_the_file():
+    path = Path(cars.__file__).resolve().parent.parent / "shared/labels/shapenet_cars.csv"
+    if not path.exists():
+        pytest.skip(f"ShapeNet's captions are not here: {path}")
+    with open(path, newline="", encoding="utf-8") as file:
+        counts = {row["caption"]: int(row["objects"]) for row in csv.DictReader(file)}
+    entries = (entry.split(" ", 1) for entry in " ".join(cars.SHAPENET.split()).split(", "))
+    assert {f"a {name}": int(count) for count, name in entries} == counts
