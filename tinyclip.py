@@ -20,9 +20,11 @@ Shapes: B pictures, K captions, L tokens, D width, E embedding width; pictures (
 Left out: the published weights, ResNet towers, distributed training.
 """
 import functools
+import gzip
 import html
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import ftfy
 import regex
@@ -47,12 +49,28 @@ class CLIPConfig:
     image_size: int = 32           # pixels, H and W
     T: int = 1000                  # of the diffusion model whose x_t it shall understand
 
+    def __post_init__(self):
+        if self.stem not in ("conv", "patch"):
+            raise ValueError(f"stem must be conv or patch, not {self.stem!r}")
+        if self.stem == "conv" and (self.patch & (self.patch - 1) or self.width % 32):
+            raise ValueError("with the conv stem, patch must be a power of two and width a "
+                             "multiple of 32")
+        if self.image_size % self.patch:
+            raise ValueError(f"image_size {self.image_size} is no multiple of patch {self.patch}")
+        if self.width % self.heads or self.text_width % self.text_heads:
+            raise ValueError("width must be a multiple of heads, and text_width of text_heads")
+        if self.context_length < 3 or self.max_logit_scale <= 0 or self.T < 10:
+            raise ValueError("context_length must be at least 3, max_logit_scale more than 0, and "
+                             "T at least 10")
+
 
 # ---- words to numbers: byte-level byte pair encoding ---------------------------------------------
 
 def clean(text):
     """Mend mojibake, undo HTML entities, squeeze white space, lower case."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))   # twice: they come doubly escaped
+    plain = text.isascii() and text.isprintable() and "&" not in text
+    if not plain:   # there ftfy would find nothing to mend, and take its time
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))   # twice: they come so escaped
     return regex.sub(r"\s+", " ", text).strip().lower()
 
 
@@ -106,6 +124,7 @@ class Tokenizer:
         self.symbols = [*single, *(s + "</w>" for s in single), *(a + b for a, b in self.merges)]
         self.id_of = {symbol: i for i, symbol in enumerate(self.symbols)}
         self.byte_of = {symbol: byte for byte, symbol in byte_symbols().items()}
+        self.ids_of_word = {}   # of the words read so far: the same few occur again and again
         self.start = len(self.symbols)
         self.end = len(self.symbols) + 1
         self.vocab_size = len(self.symbols) + 2
@@ -132,6 +151,17 @@ class Tokenizer:
             words = {merge(symbols, best): count for symbols, count in words.items()}
         return cls(merges)
 
+    @classmethod
+    def from_openai(cls, path):
+        """The tokenizer of the published CLIP, 49,408 ids, from bpe_simple_vocab_16e6.txt.gz of
+        github.com/openai/CLIP: a header, then one merge a line, of which it uses these many.
+
+        differs from the published one: "<|endoftext|>" in a text is a row of letters and signs
+        like any other. There it becomes the end token, so that a prompt can cut itself short.
+        """
+        lines = gzip.decompress(Path(path).read_bytes()).decode("utf-8").split("\n")
+        return cls(line.split() for line in lines[1:49_408 - 514 + 1])
+
     @staticmethod
     def split(word):
         """"car" -> ("c", "a", "r</w>")"""
@@ -157,8 +187,10 @@ class Tokenizer:
         """-> list of ids, without start and end."""
         ids = []
         for word in WORDS.findall(clean(text)):
-            *_, symbols = self.joined(word)   # the last ones, when nothing merges any more
-            ids += [self.id_of[s] for s in symbols]
+            if word not in self.ids_of_word:
+                *_, symbols = self.joined(word)   # the last ones, when nothing merges any more
+                self.ids_of_word[word] = [self.id_of[s] for s in symbols]
+            ids += self.ids_of_word[word]
         return ids
 
     def decode(self, ids):
@@ -386,6 +418,11 @@ class CLIP(nn.Module):
     def encode_text(self, tokens):
         """tokens: (K, L) int from Tokenizer.batch -> text_features: (K, E), unnormalised."""
         return self.text(tokens)
+
+    def encode_captions(self, texts):
+        """K texts -> text_features: (K, E), unnormalised, where CLIP's parameters are."""
+        tokens = self.tokenizer.batch(texts, self.config.context_length)
+        return self.encode_text(tokens.to(self.log_scale.device))
 
     def logit_scale(self, t):
         """t: (B,) int in 0..T -> (B, 1), in (0, max_logit_scale].
