@@ -19,7 +19,7 @@ Time is t = 1..T, T = 1000; alpha_bar has T + 1 entries and alpha_bar[0] = 1 is 
 Shapes: B batch, C channels, H x W pixels (the same for x_0, eps, x_t, v), D width of what the
 network knows of t; pictures in [-1, 1]. A hat marks every estimate.
 
-Left out: learnt variances, class labels, other noise schedules.
+Left out: learnt variances, other noise schedules.
 """
 import math
 from dataclasses import dataclass
@@ -31,13 +31,29 @@ from torch import nn
 
 @dataclass
 class UNetConfig:
-    channels: int = 32               # of the finest level; a multiple of 16, where it attends of 32
+    channels: int = 32               # of the finest level
     multipliers: tuple = (1, 2, 4)   # one level each, every next one at half the resolution
     blocks: int = 1                  # residual blocks per level going down; coming up, one more
     attention: tuple = (2,)          # the levels with self-attention, 0 the finest
     dropout: float = 0.0
+    text: bool = False               # whether it is told captions; no CLIP needs it, see guide.py
     image_size: int = 32             # pixels, H and W of what it is trained on
     T: int = 1000
+
+    def __post_init__(self):
+        widths = [self.channels * m for m in self.multipliers]
+        heads = [widths[level] for level in self.attention if level < len(widths)] + widths[-1:]
+        if any(width % 16 or not width for width in widths) or any(width % 32 for width in heads):
+            raise ValueError(f"channels x multipliers are {widths}; each must be a multiple of 16, "
+                             "and of 32 where there is attention, as always at the last level")
+        if self.image_size % 2 ** (len(widths) - 1):
+            raise ValueError(f"image_size {self.image_size} cannot be halved {len(widths) - 1} "
+                             "times; use fewer multipliers")
+        if not set(self.attention) <= set(range(len(widths))):
+            raise ValueError(f"attention {self.attention}: there are the levels 0 to "
+                             f"{len(widths) - 1}")
+        if not 0 <= self.dropout < 1 or self.T < 10:
+            raise ValueError("dropout must be from 0 to less than 1, and T at least 10")
 
 
 # ---- the forward process -------------------------------------------------------------------------
@@ -152,7 +168,8 @@ class UNet(nn.Module):
     again with a shortcut from each step down.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, captions=0):
+        """captions: K, how many there are, for config.text."""
         super().__init__()
         self.config = config
         widths = [config.channels * m for m in config.multipliers]   # channels of each level
@@ -165,6 +182,8 @@ class UNet(nn.Module):
             return nn.ModuleList([block, attention])
 
         self.time = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU())
+        if config.text:   # row 0, "it may be anything", adds nothing and learns nothing
+            self.caption = nn.Embedding(captions + 1, D, padding_idx=0)
         self.first = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
@@ -195,12 +214,15 @@ class UNet(nn.Module):
         out = zero(nn.Conv2d(c, 3, 3, padding=1))
         self.last = nn.Sequential(norm(c), nn.SiLU(), out)
 
-    def forward(self, x_t, t):
+    def forward(self, x_t, t, caption=None):
         """x_t: (B, 3, H, W), t: (B,) int in 1..T -> v_hat: (B, 3, H, W).
 
+        caption: (B,) int in 1..K, or 0, like None, for "it may be anything".
         H and W must be divisible by 2^(levels - 1).
         """
         time = self.time(time_embedding(t, self.time[0].in_features))         # (B, D)
+        if caption is not None:
+            time = time + self.caption(caption)
         h = self.first(x_t)                                                   # (B, C, H, W)
         kept = [h]
         for layer in self.down:
@@ -225,7 +247,7 @@ class UNet(nn.Module):
 
 def from_checkpoint(content):
     """The content of a checkpoint of kind "ddpm" -> UNet in fp32."""
-    unet = UNet(UNetConfig(**content["config"]))
+    unet = UNet(UNetConfig(**content["config"]), len(content.get("captions", ())))
     unet.load_state_dict({name: p.float() for name, p in content["weights"].items()})
     return unet
 
@@ -290,7 +312,8 @@ def denoiser(unet, alpha_bar):
 def ddim_step(x_t, x_0_hat, t, t_next, alpha_bar, eta, z):
     """One step from time t to t_next < t -> x at t_next (Song et al. 2021 eq. 12).
 
-    x_t, x_0_hat, z: the same shape, z standard normal. t, t_next: int, the same for the batch.
+    x_t, x_0_hat, z: the same shape, z standard normal; with eta = 0 it is multiplied by 0.
+    t, t_next: int, the same for the batch.
     eta in [0, 1] scales sigma (their eq. 16): eta = 0 is deterministic DDIM; eta = 1 between
     neighbouring times is the DDPM posterior (Ho et al. 2020 eq. 7).
     """
@@ -322,6 +345,22 @@ def sampling_times(T, steps):
     return torch.linspace(T, 0, steps + 1).round().long().tolist()
 
 
+def moves(times, recurrence=1):
+    """The steps (t, t_next) of a sampler that visits these times, each one `recurrence` times.
+
+    [1000, 500, 0], 2 -> (1000, 500), (500, 1000), (1000, 500), (500, 0)
+
+    Between two equal steps fresh noise leads back from t_next to t (Bansal et al. 2023, "Universal
+    Guidance", eq. 10), so that what guidance broke has another chance to heal, at as many times the
+    cost. The last step is taken once: it ends at t = 0.
+    """
+    for t, t_next in zip(times[:-1], times[1:]):
+        yield t, t_next
+        for _ in range(recurrence - 1 if t_next > 0 else 0):
+            yield t_next, t
+            yield t, t_next
+
+
 def noise(generators, shape, device="cpu"):
     """One draw from each picture's own CPU generator -> (B, *shape), standard normal.
 
@@ -331,24 +370,32 @@ def noise(generators, shape, device="cpu"):
 
 
 @torch.no_grad()
-def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, watch=None):
+def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, recurrence=1,
+           watch=None):
     """The one loop: denoise, clamp, extrapolate, step. -> x_0: (B, C, H, W)
 
     denoise(x_t, t): (B, C, H, W), (B,) int -> x_0_hat: (B, C, H, W). Guidance is a denoiser too
     (guide.py), so this loop knows nothing of it.
     x_T: (B, C, H, W) standard normal.
-    generators: B torch.Generators on the CPU, for the noise that eta > 0 adds.
+    generators: B torch.Generators on the CPU, for the noise that eta > 0 and recurrence > 1 add;
+    else None will do.
     clamp keeps x_0_hat in [-1, 1], where pictures live; the extrapolated one may lie a little
     outside. eps_hat comes from the x_0_hat that the step aims at, or the two would disagree.
+    recurrence: how often every step but the last is taken, see moves.
     watch(t, x_t, x_0_hat), if given, is called at every step with t an int.
 
-    differs from the paper (Song et al. 2021): every step but the first and the last aims at the
-    extrapolated x_0_hat. That makes DPM-Solver++(2M) of DDIM (eta = 0) and SDE-DPM-Solver++(2M) of
-    DDPM (eta = 1), whose 50 steps are better than 100 plain ones (RESULTS.md).
+    differs from the paper (Song et al. 2021): every step but the first, the last and those taken
+    again aims at the extrapolated x_0_hat. That makes DPM-Solver++(2M) of DDIM (eta = 0) and
+    SDE-DPM-Solver++(2M) of DDPM (eta = 1), whose 50 steps are better than 100 plain ones
+    (RESULTS.md).
     """
-    times = sampling_times(len(alpha_bar) - 1, steps)
     x_t, t_before, x_0_hat_before = x_T, None, None
-    for t, t_next in zip(times[:-1], times[1:]):
+    for t, t_next in moves(sampling_times(len(alpha_bar) - 1, steps), recurrence):
+        z = noise(generators, x_t.shape[1:], x_t.device) if eta > 0 or t_next > t else 0.
+        if t_next > t:   # back into the noise, where nothing that was known before holds
+            kept = alpha_bar[t_next] / alpha_bar[t]
+            x_t, t_before = kept.sqrt() * x_t + (1 - kept).sqrt() * z, None
+            continue
         x_0_hat = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device))
         if clamp:
             x_0_hat = x_0_hat.clamp(-1, 1)
@@ -357,31 +404,92 @@ def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, w
         aim = x_0_hat
         if t_before is not None and t_next > 0:
             aim = extrapolated(x_0_hat, x_0_hat_before, t_before, t, t_next, alpha_bar)
-        z = noise(generators, x_t.shape[1:], x_t.device) if eta > 0 else torch.zeros_like(x_t)
         x_t = ddim_step(x_t, aim, t, t_next, alpha_bar, eta, z)
         t_before, x_0_hat_before = t, x_0_hat
     return x_t
 
 
-if __name__ == "__main__":   # how noise takes over, and a sampler whose denoiser is never wrong
-    alpha_bar = cosine_alpha_bar()
-    for t in (0, 100, 300, 500, 700, 900, 1000):
-        a = alpha_bar[t]
-        print(f"t = {t:4}   alpha_bar = {a:<7.2g}   signal/noise = {a / (1 - a):.2g}")
+@torch.no_grad()
+def invert(denoise, x_0, alpha_bar, steps=50):
+    """The noise from which deterministic sampling would draw these pictures: DDIM, run backwards.
 
-    x_0 = torch.rand(2, 3, 8, 12) * 2 - 1   # made up: in this world the right answer is known
-    for steps in (1, 10, 1000):
-        generators = [torch.Generator().manual_seed(i) for i in range(2)]
-        out = sample(lambda x_t, t: x_0, torch.randn_like(x_0), generators, alpha_bar, steps)
-        print(f"steps = {steps:4}   sample() returns x_0: {torch.equal(out, x_0)}")
+    -> x_T like x_0, (B, C, H, W); sample(..., eta=0, clamp=False) then returns to about x_0.
 
-# t =    0   alpha_bar = 1         signal/noise = inf
-# t =  100   alpha_bar = 0.97      signal/noise = 35
-# t =  300   alpha_bar = 0.79      signal/noise = 3.7
-# t =  500   alpha_bar = 0.49      signal/noise = 0.98
-# t =  700   alpha_bar = 0.2       signal/noise = 0.25
-# t =  900   alpha_bar = 0.024     signal/noise = 0.025
-# t = 1000   alpha_bar = 2.4e-09   signal/noise = 2.4e-09
-# steps =    1   sample() returns x_0: True
-# steps =   10   sample() returns x_0: True
-# steps = 1000   sample() returns x_0: True
+    The ordinary differential equation behind DDIM (Song et al. 2021 eq. 14) says that
+    x_t / sqrt(alpha_bar) moves by eps_hat times the change of sqrt((1 - alpha_bar) / alpha_bar).
+    A step down asks for eps_hat where it begins; to undo it, we would have to ask where we end, and
+    there we are not yet. So the network looks at where we are, told where we go. The error falls
+    with the number of steps.
+    """
+    times = sampling_times(len(alpha_bar) - 1, steps)[::-1]
+    x_t = x_0
+    for t, t_next in zip(times[:-1], times[1:]):
+        a, a_next = alpha_bar[t], alpha_bar[t_next]
+        x_0_hat = denoise(x_t, torch.full((len(x_t),), t_next, device=x_t.device))
+        eps_hat = (x_t - a_next.sqrt() * x_0_hat) / (1 - a_next).sqrt()
+        change = (1 - a_next).sqrt() - (a_next * (1 - a) / a).sqrt()   # times sqrt(alpha_bar_next)
+        x_t = (a_next / a).sqrt() * x_t + change * eps_hat
+    return x_t
+
+
+# ---- the same in the plane -----------------------------------------------------------------------
+
+def swiss_roll(n, generator):
+    """-> (n, 2, 1, 1): "pictures" of two numbers each, on a spiral within [-1, 1]."""
+    angle = 1.5 * math.pi * (1 + 2 * torch.rand(n, generator=generator))
+    points = torch.stack([angle * angle.cos(), angle * angle.sin()], dim=1) / 15
+    return (points + 0.01 * torch.randn(n, 2, generator=generator))[:, :, None, None]
+
+
+class PlaneNet(nn.Module):
+    """What the U-Net is to pictures: x_t (B, 2, 1, 1), t (B,) int -> v_hat (B, 2, 1, 1)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(2 + 12 + 32, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(),
+            nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
+
+    def forward(self, x_t, t):
+        x = x_t.flatten(1)                                                    # (B, 2)
+        waves = torch.cat([math.pi * x, 2 * math.pi * x, 4 * math.pi * x], dim=1)
+        known = [x, waves.sin(), waves.cos(), time_embedding(t, 32)]
+        return self.layers(torch.cat(known, dim=1)).view_as(x_t)
+
+
+if __name__ == "__main__":   # learn to draw a spiral, half a minute; out/swiss-roll.png
+    import data
+
+    torch.manual_seed(0)
+    generator, alpha_bar, net = torch.Generator().manual_seed(0), cosine_alpha_bar(), PlaneNet()
+    optimizer = torch.optim.AdamW(net.parameters())
+    for step in range(4000):
+        x_0, t = swiss_roll(256, generator), random_times(256, 1000, generator)
+        eps = torch.randn(x_0.shape, generator=generator)
+        loss = ddpm_loss(net, x_0, t, eps, alpha_bar).mean()
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / 4000)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    roll = swiss_roll(2000, generator)
+    generators = [torch.Generator().manual_seed(i) for i in range(1000)]
+    x_T = noise(generators, (2, 1, 1))
+
+    def show(points, title):   # one panel of the picture, one line of print
+        far = torch.cdist(points.flatten(1), roll.flatten(1)).min(dim=1).values.mean()
+        print(f"{title}   {far:.3f} from the spiral, on average")
+        place = ((points.flatten(1).clamp(-2, 2) + 2) * 31.75).long()
+        panel = torch.full((128, 128, 3), 255, dtype=torch.uint8)
+        panel[127 - place[:, 1], place[:, 0]] = 0
+        return panel
+
+    panels = [show(q_sample(roll, torch.full((2000,), t), torch.randn(roll.shape), alpha_bar),
+                   f"noised up to t = {t:4}") for t in (0, 100, 300, 600, 1000)]
+    path = {}
+    sample(denoiser(net, alpha_bar), x_T, generators, alpha_bar, 100, 0., watch=lambda t, x, _:
+           path.update({t: x}))
+    panels += [show(path[t], f"on the way back, {t:4}") for t in (1000, 600, 300, 100, 10)]
+    panels += [show(sample(denoiser(net, alpha_bar), x_T, generators, alpha_bar, steps, 0.),
+                    f"drawn in {steps:4} steps") for steps in (2, 5, 10, 100, 1000)]
+    data.save_grid("out/swiss-roll.png", torch.stack(panels).numpy(), columns=5)

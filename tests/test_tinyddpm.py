@@ -96,6 +96,48 @@ def test_extrapolation_is_exact_where_x_0_hat_changes_evenly(alpha_bar):
     assert torch.allclose(ahead, x_0_hat((lam(700) + lam(500)) / 2), atol=1e-5)
 
 
+def test_inversion_finds_the_noise(alpha_bar):
+    """For Gaussian data the way from noise to picture is known: x_0 = mean + std x_T. Inversion
+    goes it backwards, and sampling returns; both get better with the number of steps."""
+    mean, std = 0.3, 0.5
+
+    def denoise(x_t, t):
+        a = tinyddpm.at(alpha_bar, t)
+        return mean + a.sqrt() * std ** 2 / (a * std ** 2 + 1 - a) * (x_t - a.sqrt() * mean)
+
+    torch.manual_seed(0)
+    x_0, errors, returns = mean + std * torch.randn(2, 3, 4, 6), [], []
+    for steps in (10, 50, 250):
+        x_T = tinyddpm.invert(denoise, x_0, alpha_bar, steps)
+        errors.append((x_T - (x_0 - mean) / std).abs().max().item())
+        back = tinyddpm.sample(denoise, x_T, None, alpha_bar, steps, eta=0., clamp=False)
+        returns.append((back - x_0).abs().max().item())
+    assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.05
+    assert returns[0] > returns[1] > returns[2] and returns[2] < 0.05
+
+
+def test_moves_go_back_into_the_noise():
+    assert list(tinyddpm.moves([9, 5, 0])) == [(9, 5), (5, 0)]
+    assert list(tinyddpm.moves([9, 5, 0], 2)) == [(9, 5), (5, 9), (9, 5), (5, 0)]
+
+
+def test_a_unet_that_is_told_captions():
+    """It starts as if told nothing, caption 0 stays nothing, and each caption becomes its own."""
+    torch.manual_seed(0)
+    unet = tinyddpm.UNet(tinyddpm.UNetConfig(
+        channels=32, multipliers=(1,), attention=(), text=True), captions=3)
+    torch.nn.init.normal_(unet.last[2].weight)
+    for block in [m for m in unet.modules() if isinstance(m, tinyddpm.ResBlock)]:
+        torch.nn.init.normal_(block.conv2.weight, std=0.1)
+    x, t = torch.randn(1, 3, 4, 6).expand(4, -1, -1, -1), torch.full((4,), 300)
+    out = unet(x, t, torch.arange(4))
+    assert torch.allclose(out[0], unet(x, t)[0], atol=1e-5)
+    assert all((out[i] - out[j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
+    out.square().sum().backward()
+    grad = unet.caption.weight.grad
+    assert (grad[0] == 0).all() and (grad[1:] != 0).any(dim=1).all()
+
+
 def test_the_loss_of_the_true_v_is_zero_and_the_denoiser_inverts_it(alpha_bar):
     """v, x_0_hat and q_sample are one consistent set: a network that knows v has loss 0, and its
     denoiser returns x_0."""
