@@ -5,10 +5,12 @@ What touches a file is here, so that the other chapters are about mathematics al
 Pictures are uint8 (N, H, W, 3) in storage and float (N, 3, H, W) in [-1, 1] everywhere else;
 `to_float` and `to_uint8` are the only way across.
 """
+import argparse
 import functools
 import math
 import multiprocessing
 import os
+import sys
 import timeit
 import zlib
 from pathlib import Path
@@ -20,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
 import cars
+import folders
 
 CACHE = Path("cache")   # rendered data sets, in the folder where the command runs
 SHIPPED = Path(__file__).resolve().parent / "weights"   # trained models, they come with the source
@@ -27,6 +30,28 @@ SHIPPED = Path(__file__).resolve().parent / "weights"   # trained models, they c
 
 class UserError(Exception):
     """Something that a user can mend: the commands print it in one line and exit with code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors like all others: in one line."""
+
+    def error(self, message):
+        raise UserError(f"{message}; -h explains")
+
+
+def command(main):
+    """Run main() as the file at hand is run by a user, and leave Python as shells expect it."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except (UserError, OSError) as error:   # OSError: a full disk, a folder that is not ours
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print(f"{name}: the device's memory is full; try a smaller --batch", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 # ---- where to compute ----------------------------------------------------------------------------
@@ -100,33 +125,52 @@ def generator(*entropy, device="cpu"):
 
 class Dataset(NamedTuple):
     name: str
-    pictures: np.ndarray     # (N, H, W, 3) uint8, memory-mapped: it may be larger than memory
-    caption_of: np.ndarray   # (N,) int64, each picture's index into captions
-    captions: list           # K different captions
-    labels: np.ndarray       # (N, A) int64, the truth about each picture, one column per attribute
-    attributes: dict         # name of attribute -> its possible values
+    pictures: np.ndarray         # (N, H, W, 3) uint8, memory-mapped: may be larger than memory
+    caption_of: np.ndarray       # (N,) int64, each picture's index into captions
+    captions: list               # K different captions
+    spellings: list              # S lists of K texts: the ways to write each caption
+    caption_labels: np.ndarray   # (K, A) int64, the truth behind each caption, by attribute
+    attributes: dict             # name of attribute -> its possible values; empty if none is known
+    report: str                  # a line: what was found
+
+    @property
+    def labels(self):
+        """(N, A) int64, the truth about each picture."""
+        return self.caption_labels[self.caption_of]
 
 
 SPLITS = {"train": cars.TRAIN, "validation": cars.VALIDATION,
           "judge": cars.JUDGE_TRAIN, "judge-test": cars.JUDGE_TEST}
 
 
-def load(name, size, count, split="train"):
-    """The first `count` pictures of a split, size x size -> Dataset. Rendered once, then cached."""
-    if name != "cars":
-        raise UserError(f"--data {name}: the only data set so far is 'cars'")
-    world = zlib.crc32(cars.render(0, range(12), 24)[0].tobytes())   # a changed world, a new name
+def load(name, size, count, split="train", labels="balanced"):
+    """A split of a data set, size x size pixels -> Dataset. Made once, then cached.
+
+    name: "cars", of which it is the first `count` pictures, or a folder in one of the layouts of
+    folders.py, of which it is all. labels: how often which car occurs, see cars.FREQUENCIES.
+    UserError if the folder cannot be used.
+
+    All cores take part; where they start by spawning (Windows, macOS), a script that calls this
+    needs the usual `if __name__ == "__main__":`.
+    """
+    return _car_world(size, count, split, labels) if name == "cars" else _folder(name, size, split)
+
+
+def _car_world(size, count, split, labels):
+    world = zlib.crc32(cars.render(0, range(12), 24, labels)[0].tobytes())   # changed: a new name
     path = CACHE / f"cars-{world:08x}-{split}-{size}px-{count}.npy"
     if not path.exists():
-        _render_all(path, SPLITS[split], size, count)
-    pictures = np.load(path, mmap_mode="r")
-    labels = np.load(path.with_suffix(".labels.npy"))
-    caption_of = cars.caption_index(labels)
-    return Dataset(name, pictures, caption_of, cars.CAPTIONS, labels, cars.ATTRIBUTES)
+        _render_all(path, SPLITS[split], size, count, labels)
+    pictures, caption_of = np.load(path, mmap_mode="r"), np.load(path.with_suffix(".captions.npy"))
+    shorter = [caption.removeprefix("a ") for caption in cars.CAPTIONS]   # as users write
+    caption_labels = cars.caption_labels(np.arange(len(cars.CAPTIONS)))
+    report = f"{split}: {count:,} pictures of the car world, {len(cars.CAPTIONS)} captions"
+    return Dataset("cars", pictures, caption_of, cars.CAPTIONS, [cars.CAPTIONS, shorter],
+                   caption_labels, cars.ATTRIBUTES, report)
 
 
-def _render_all(path, first, size, count, chunk=100):
-    """Pictures first .. first + count - 1 into `path`, their labels beside it.
+def _render_all(path, first, size, count, labels, chunk=100):
+    """Pictures first .. first + count - 1 into `path`, their captions' indices beside it.
 
     All cores render, a chunk at a time, and this process writes. The pictures take their name
     last, once all is whole, so that an interrupted run leaves nothing that `load` would open.
@@ -134,23 +178,50 @@ def _render_all(path, first, size, count, chunk=100):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     pictures = np.lib.format.open_memmap(temporary, "w+", np.uint8, (count, size, size, 3))
-    labels = np.empty((count, 3), np.int64)
+    caption_of = np.empty(count, np.int64)
     starts = range(0, count, chunk)
-    jobs = [(range(first + i, first + min(i + chunk, count)), size) for i in starts]
+    jobs = [(range(first + i, first + min(i + chunk, count)), size, labels) for i in starts]
     bar = tqdm(total=count, desc=f"rendering {path.stem}", unit="picture")
-    with bar, multiprocessing.Pool() as pool:
-        for i, (some, truth) in zip(starts, pool.imap(_render_some, jobs)):
-            pictures[i:i + chunk], labels[i:i + chunk] = some, truth
-            bar.update(len(some))
-    pictures.flush()
-    np.save(path.with_suffix(".labels.npy"), labels)
-    os.replace(temporary, path)
+    try:
+        with bar, multiprocessing.Pool(None, *folders.QUIET) as pool:
+            for i, (some, truth) in zip(starts, pool.imap(_render_some, jobs)):
+                pictures[i:i + chunk], caption_of[i:i + chunk] = some, cars.caption_index(truth)
+                bar.update(len(some))
+        pictures.flush()
+        np.save(path.with_suffix(".captions.npy"), caption_of)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _render_some(job):
     """One chunk. At module level, because it is sent to the other processes by its name."""
-    indices, size = job
-    return cars.render(0, indices, size)
+    indices, size, labels = job
+    return cars.render(0, indices, size, labels)
+
+
+def _folder(name, size, split):
+    folder = Path(name).resolve()
+    try:
+        listing = folders.find(folder)
+        rows = folders.part_of(listing, split)
+    except folders.Unusable as problem:
+        raise UserError(f"--data {name}: {problem}") from None
+    files = [listing.files[i] for i in rows]
+    path = CACHE / f"folder-{folders.fingerprint(files):08x}-{split}-{size}px.raw"
+    if not path.exists():
+        folders.pack(files, size, path)
+    good = np.load(path.with_suffix(".npy"))   # which of the files are in it
+    if not len(good):
+        raise UserError(f"--data {name}: none of {len(files):,} pictures can be read, such as "
+                        f"{files[0]}")
+    pictures = np.memmap(path, np.uint8, "r", shape=(len(good), size, size, 3))
+    captions, spellings, place = folders.captions(listing)
+    caption_of = np.array([place[rows[i]] for i in good], np.int64)
+    attributes = {"class": listing.classes} if listing.classes else {}
+    caption_labels = np.arange(len(captions), dtype=np.int64)[:, None][:, :len(attributes)]
+    return Dataset(folder.as_posix(), pictures, caption_of, captions, spellings, caption_labels,
+                   attributes, folders.report(listing, split, rows, good))
 
 
 def batch(dataset, seed, step, size, device="cpu"):
@@ -284,12 +355,22 @@ def fp16(model):
     return {name: p.detach().half().cpu().contiguous() for name, p in weights.items()}
 
 
+# What weights.pt of each kind holds, beside "kind", "config", "weights" and "data".
+HOLDS = {"clip": ("schedule", "captions", "spellings", "counts", "merges"),
+         "ddpm": ("schedule", "captions", "counts"),
+         "judge": ("attributes", "captions", "caption_labels")}
+
+
 def load_model(path, kind, build):
     """-> (model, content). The model is in eval mode and needs no gradients for its parameters.
 
     build(content), such as tinyclip.from_checkpoint, makes it; every name and shape must match.
     """
     content = load_checkpoint(path, kind)
+    missing = [key for key in ("config", "weights", "data", *HOLDS[kind]) if key not in content]
+    if missing:
+        raise UserError(f"{path} holds no {missing[0]!r}, it is of another version; train one "
+                        f"with: python train.py {kind} --fresh")
     try:
         return build(content).eval().requires_grad_(False), content
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -308,6 +389,18 @@ def find_weights(clip=None, ddpm=None):
     return Path(clip or usual[0]), Path(ddpm or usual[1])
 
 
+def load_judge(name, path, build, device="cpu"):
+    """A judge for a data set, as given by its path, else trained in runs/, else shipped
+    -> (model, content) as load_model does; (None, None) if there is none.
+    """
+    usual = [Path("runs/judge/weights.pt"), SHIPPED / "judge.pt"]
+    for candidate in [path] if path else usual:
+        if path or (candidate.exists() and load_checkpoint(candidate, "judge").get("data") == name):
+            grader, content = load_model(candidate, "judge", build)
+            return grader.to(device), content
+    return None, None
+
+
 def check_fit(clip, ddpm):
     """The contents of two checkpoints; UserError where they differ in what they must share.
 
@@ -319,10 +412,25 @@ def check_fit(clip, ddpm):
         if a != b:
             raise UserError(f"these CLIP and DDPM do not fit together: {key} is {a} for CLIP "
                             f"and {b} for the DDPM; train both alike")
+    if clip["captions"] != ddpm["captions"]:
+        raise UserError("these CLIP and DDPM do not fit together: they know other captions; train "
+                        "both alike")
+
+
+class Pair(NamedTuple):
+    """Two models that fit together."""
+    clip: torch.nn.Module
+    unet: torch.nn.Module
+    captions: list         # K, that CLIP was trained on
+    spellings: list        # S lists of K texts, the ways in which it read them
+    clip_counts: list      # K, how often each of them occurred in CLIP's training
+    ddpm_counts: list      # K, likewise in the diffusion model's
+    data: str              # the name of the data set
+    where: str             # the models' files and the device, to be printed
 
 
 def load_pair(build_clip, build_unet, clip=None, ddpm=None, device="cpu"):
-    """The two models that find_weights finds, on the device -> CLIP, U-Net, captions, where from.
+    """The two models that find_weights finds, on the device -> Pair.
 
     build_clip, build_unet: see load_model. UserError if the two do not fit together.
     """
@@ -331,8 +439,9 @@ def load_pair(build_clip, build_unet, clip=None, ddpm=None, device="cpu"):
     unet, ddpm_content = load_model(ddpm_path, "ddpm", build_unet)
     check_fit(clip_content, ddpm_content)
     clip, unet = (m.to(device, memory_format=torch.channels_last) for m in (clip, unet))
-    where = f"CLIP from {clip_path}, DDPM from {ddpm_path}, on {device}"
-    return clip, unet, clip_content["captions"], where
+    return Pair(clip, unet, clip_content["captions"], clip_content["spellings"],
+                clip_content["counts"], ddpm_content["counts"], clip_content["data"],
+                f"CLIP from {clip_path}, DDPM from {ddpm_path}, on {device}")
 
 
 if __name__ == "__main__":   # what a batch is

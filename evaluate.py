@@ -1,7 +1,8 @@
-"""python evaluate.py clip | ddpm | judge | guidance | figure: what README.md and RESULTS.md claim.
+"""python evaluate.py TABLE: what README.md and RESULTS.md claim.
 
     python evaluate.py clip            accuracy and calibration against t
     python evaluate.py ddpm            held-out loss against t
+    python evaluate.py inversion       from pictures to noise and back
     python evaluate.py judge           the judge's own accuracy, by the height of the camera
     python evaluate.py guidance        all 294 prompts, one sample each, judged; a row per method
     python evaluate.py guidance --methods contrastive --scales 3 6 12 --prompts even --seed 1
@@ -14,9 +15,9 @@ import argparse
 import json
 import platform
 import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -30,14 +31,25 @@ import tinyclip
 import tinyddpm
 
 
+class Models(NamedTuple):
+    clip: torch.nn.Module
+    unet: torch.nn.Module
+    alpha_bar: torch.Tensor       # (T + 1,)
+    text_features: torch.Tensor   # (K, E)
+    captions: list                # K, that CLIP knows
+    log_prior: torch.Tensor       # (K,), see guide.contrastive
+
+
 def load_models(args, device):
-    """-> CLIP, U-Net, alpha_bar (T + 1,), text_features (K, E), the K captions that CLIP knows."""
-    clip, unet, captions, where = data.load_pair(
-        tinyclip.from_checkpoint, tinyddpm.from_checkpoint, args.clip, args.ddpm, device)
-    print(where)
-    alpha_bar = tinyddpm.cosine_alpha_bar(unet.config.T).to(device)
-    tokens = clip.tokenizer.batch(captions, clip.config.context_length).to(device)
-    return clip, unet, alpha_bar, clip.encode_text(tokens), captions
+    pair = data.load_pair(tinyclip.from_checkpoint, tinyddpm.from_checkpoint, args.clip, args.ddpm,
+                          device)
+    print(pair.where)
+    if (pair.data, pair.unet.config.T) != ("cars", 1000):
+        raise data.UserError(f"these models were trained on {pair.data} with T = "
+                             f"{pair.unet.config.T}; the tables are about the car world and 1000")
+    log_prior = guide.prior_ratio(pair.ddpm_counts, pair.clip_counts).to(device)
+    return Models(pair.clip, pair.unet, tinyddpm.cosine_alpha_bar().to(device),
+                  pair.clip.encode_captions(pair.captions), pair.captions, log_prior)
 
 
 # ---- CLIP and the diffusion model, each by itself ------------------------------------------------
@@ -78,7 +90,7 @@ def calibration_error(probabilities, truth, bins=15):
 
 def clip_table(args, device):
     """Top-1 among all captions, per attribute, and calibration, at rising noise."""
-    clip, _, alpha_bar, text_features, _ = load_models(args, device)
+    clip, _, alpha_bar, text_features, *_ = load_models(args, device)
     dataset, x_0, eps = held_out(args, clip.config.image_size, 2000, device)
     truth, rows = torch.from_numpy(dataset.caption_of).to(device), []
     for t in (0, 50, *range(100, 1000, 100), 950):
@@ -99,7 +111,7 @@ def clip_table(args, device):
 
 def ddpm_table(args, device):
     """The mean squared error of v_hat on held-out pictures, at rising noise."""
-    _, unet, alpha_bar, _, _ = load_models(args, device)
+    _, unet, alpha_bar, *_ = load_models(args, device)
     _, x_0, eps = held_out(args, unet.config.image_size, 1000, device)
     rows = []
     for t in (50, 150, 300, 500, 700, 900):
@@ -109,9 +121,24 @@ def ddpm_table(args, device):
     return rows
 
 
+def inversion_table(args, device):
+    """What becomes of held-out pictures on the way to noise and back, by the number of steps."""
+    _, unet, alpha_bar, *_ = load_models(args, device)
+    _, x_0, _ = held_out(args, unet.config.image_size, 64, device)
+    denoise, rows = tinyddpm.denoiser(unet, alpha_bar), []
+    for steps in (10, 25, 50, 100, 250, 1000):
+        x_T = tinyddpm.invert(denoise, x_0, alpha_bar, steps)
+        back = tinyddpm.sample(denoise, x_T, None, alpha_bar, steps, eta=0., clamp=False)
+        rows.append({"steps": steps, "rms_error": (back - x_0).square().mean().sqrt().item(),
+                     "x_T_mean": x_T.mean().item(), "x_T_std": x_T.std().item()})
+        some = torch.cat([x_0[:8], back[:8]])   # as they were, as they came back
+        data.save_grid(args.out / f"inversion-{steps}.png", data.to_uint8(some), 8, 2)
+    return rows
+
+
 def judge_table(args, device):
     """The judge's own accuracy on its held-out pictures, by how high the camera stands."""
-    grader, content = load_judge(args, device)
+    grader, content = data.load_judge("cars", args.judge, judge.from_checkpoint, device)
     dataset = data.load("cars", grader.config.size, 5000, "judge-test")
     x = data.to_float(torch.tensor(dataset.pictures)).to(device)
     right = judge.verdict(grader, x).cpu() == torch.from_numpy(dataset.labels)        # (N, A)
@@ -126,13 +153,6 @@ def judge_table(args, device):
     return rows
 
 
-def load_judge(args, device):
-    """-> the judge on the device, and the content of its checkpoint."""
-    path = args.judge or data.SHIPPED / "judge.pt"
-    grader, content = data.load_model(path, "judge", judge.from_checkpoint)
-    return grader.to(device), content
-
-
 # ---- guidance: is it obeyed? ---------------------------------------------------------------------
 
 HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
@@ -145,19 +165,20 @@ def guidance_table(args, device):
     row is unguided unless --methods says otherwise, and the others' times are compared with it.
     """
     models, rows = load_models(args, device), []
-    captions = models[-1]
-    targets = torch.arange(len(captions), device=device)[HALVES[args.prompts]]
-    grader, content = load_judge(args, device)
+    targets = torch.arange(len(models.captions), device=device)[HALVES[args.prompts]]
+    grader, content = data.load_judge("cars", args.judge, judge.from_checkpoint, device)
+    if "classifier-free" in args.methods and not models.unet.config.text:
+        raise data.UserError("this DDPM is told no captions; train one with: python train.py ddpm "
+                             "--text --fresh")
     for name in args.methods:
-        for scale in scales_of(name, args):
+        for scale in args.scales or [guide.METHODS[name].scale]:
             start = time.perf_counter()
-            x_0 = sample_all(name, scale, targets, models, args)
+            x_0, calls = sample_all(name, scale, targets, models, args)
             pictures = data.to_uint8(x_0)   # waits for the device, so the time is true
             seconds = time.perf_counter() - start
             rows.append({"method": name, "scale": scale,
-                         **grade(grader, content["attributes"], x_0, targets),
-                         "clip_belief": belief(models, x_0, targets),
-                         "unet_calls": args.steps, "seconds": seconds,
+                         **grade(grader, content, x_0, targets),
+                         "clip_belief": belief(models, x_0, targets), **calls, "seconds": seconds,
                          "times_first_row": seconds / (rows[0]["seconds"] if rows else seconds)})
             some = pictures[::max(1, len(pictures) // 48)][:48]   # evenly from all prompts
             data.save_grid(args.out / f"guidance-{name}-{scale:g}.png", some, zoom=2)
@@ -165,40 +186,42 @@ def guidance_table(args, device):
     return rows
 
 
-def scales_of(name, args):
-    """The scales at which a method is to be tried."""
-    if name == "none":
-        return [0.]
-    _, usual, _ = guide.METHODS[name]
-    return args.scales or [usual]
-
-
 def sample_all(name, scale, targets, models, args):
-    """One picture for each target, from noise that is its own -> x_0 (N, 3, H, W)."""
-    clip, unet, alpha_bar, text_features, _ = models
-    maker, _, interval = guide.METHODS.get(name, (None, None, (1, 1000)))
-    pictures = []
-    for part in tqdm(targets.split(args.batch), desc=f"{name} {scale:g}", leave=False):
+    """One picture for each target, from noise that is its own -> x_0 (N, 3, H, W), and how often
+    the U-Net was evaluated for a picture, forward and backward."""
+    clip, unet, alpha_bar, text_features, _, log_prior = models
+    size, calls, pictures = unet.config.image_size, {"unet": 0, "unet_backward": 0}, []
+    hooks = [unet.register_forward_hook(lambda *_: calls.update(unet=calls["unet"] + 1)),
+             unet.last.register_full_backward_hook(
+                 lambda *_: calls.update(unet_backward=calls["unet_backward"] + 1))]
+    parts = targets.split(args.batch)
+    for part in tqdm(parts, desc=f"{name} {scale:g}", leave=False):
         generators = [data.generator(args.seed, i) for i in part.tolist()]
-        log_p = maker(clip, text_features, part) if maker else None
-        pictures.append(guide.generate(unet, alpha_bar, generators, log_p, scale,
-                                       args.interval or interval, args.steps, args.eta))
-    return torch.cat(pictures)
+        denoise = guide.guided_by(name, clip, unet, alpha_bar, text_features, part, scale,
+                                  args.interval, log_prior)
+        x_T = tinyddpm.noise(generators, (3, size, size), alpha_bar.device)
+        pictures.append(tinyddpm.sample(denoise, x_T, generators, alpha_bar, args.steps, args.eta,
+                                        recurrence=args.recurrence))
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(pictures), {key: count // len(parts) for key, count in calls.items()}
 
 
-def grade(grader, attributes, x_0, targets):
-    """What the judge finds -> shares of pictures; joint: all attributes right, low..high: 95 %."""
-    truth = torch.from_numpy(cars.caption_labels(targets.cpu().numpy()))   # (N, A)
+def grade(grader, content, x_0, targets):
+    """What the judge finds -> shares of pictures; joint: all attributes right, low..high: 95 %.
+
+    content: of the judge's checkpoint, which says what each caption promises.
+    """
+    truth = torch.tensor(content["caption_labels"])[targets.cpu()]         # (N, A)
     right = judge.verdict(grader, x_0).cpu() == truth                      # (N, A)
     low, high = judge.wilson(int(right.all(1).sum()), len(right))
     return {"prompts": len(right), "joint": right.all(1).float().mean().item(), "low": low,
-            "high": high, **dict(zip(attributes, right.float().mean(0).tolist()))}
+            "high": high, **dict(zip(content["attributes"], right.float().mean(0).tolist()))}
 
 
 def belief(models, x_0, targets):
     """The probability that CLIP gives the caption each picture was made for, on average."""
-    clip, _, _, text_features, _ = models
-    logits = clip_logits(clip, x_0, torch.zeros_like(targets), text_features)
+    logits = clip_logits(models.clip, x_0, torch.zeros_like(targets), models.text_features)
     return logits.softmax(1)[torch.arange(len(x_0)), targets].mean().item()
 
 
@@ -214,9 +237,10 @@ def figure(args, device):
 
     CLIP twice: told how noisy x_t is, and told that x_t is clean. Both look at the same x_t.
     """
-    clip, unet, alpha_bar, text_features, captions = load_models(args, device)
+    models = load_models(args, device)
+    clip, unet, alpha_bar, text_features, captions, _ = models
     target = find_caption(args.prompt, captions)
-    moments = trajectory(clip, unet, alpha_bar, text_features, target, args)
+    moments = trajectory(models, target, args)
     denoise, font = tinyddpm.denoiser(unet, alpha_bar), ImageFont.load_default(13)
     columns = [LEFT, LEFT + STEP, LEFT + 2 * STEP + 16, LEFT + 2 * STEP + 16 + OPINION]
     sheet = Image.new("RGB", (columns[-1] + OPINION + 28, TOP + len(moments) * STEP), "white")
@@ -230,7 +254,7 @@ def figure(args, device):
         sheet.paste(enlarged(x_t / x_t.abs().max()), (columns[0], y))
         sheet.paste(enlarged(denoise(x_t, now)), (columns[1], y))
         for x, told in zip(columns[2:], (now, torch.zeros_like(now))):
-            grad, probabilities = opinion(clip, x_t, told, text_features, target)
+            grad, probabilities = opinion(models, x_t, told, target)
             sheet.paste(enlarged(grad / (3 * grad.std() + 1e-12)), (x, y))
             draw_bars(draw, x + CELL + 6, y + 6, probabilities, target, captions, font)
     sheet.save(args.out / "figure.png")
@@ -246,24 +270,27 @@ def find_caption(prompt, captions):
     return known.index(tinyclip.canonical(prompt))
 
 
-def trajectory(clip, unet, alpha_bar, text_features, target, args):
+def trajectory(models, target, args):
     """One picture on its way -> {t: x_t (1, 3, H, W)} at five times from noise to picture."""
-    maker, scale, interval = guide.METHODS["contrastive"]
-    log_p = maker(clip, text_features, torch.tensor([target], device=alpha_bar.device))
-    visited = {}
-    guide.generate(unet, alpha_bar, [data.generator(args.seed, 0)], log_p, scale, interval,
-                   args.steps, args.eta, watch=lambda t, x_t, x_0_hat: visited.update({t: x_t}))
+    clip, unet, alpha_bar, text_features, _, log_prior = models
+    generators, size, visited = [data.generator(args.seed, 0)], unet.config.image_size, {}
+    denoise = guide.guided_by("contrastive", clip, unet, alpha_bar, text_features,
+                              torch.tensor([target], device=alpha_bar.device), log_prior=log_prior)
+    x_T = tinyddpm.noise(generators, (3, size, size), alpha_bar.device)
+    tinyddpm.sample(denoise, x_T, generators, alpha_bar, args.steps, args.eta,
+                    watch=lambda t, x_t, x_0_hat: visited.update({t: x_t}))
     nearest = [min(visited, key=lambda t: abs(t - wanted)) for wanted in (900, 700, 500, 300, 100)]
     return {t: visited[t] for t in nearest}
 
 
-def opinion(clip, x_t, t, text_features, target):
+def opinion(models, x_t, t, target):
     """CLIP on one x_t, told that it is at time t -> the gradient that would guide, p (K,)."""
-    log_p = guide.contrastive(clip, text_features, torch.tensor([target]))
+    clip, _, _, text_features, _, log_prior = models
+    log_p = guide.contrastive(clip, text_features, torch.tensor([target]), log_prior)
     with torch.enable_grad():
         x = x_t.detach().requires_grad_()
         grad, = torch.autograd.grad(log_p(x, t, None).sum(), x)
-    logits = clip.logits(clip.encode_image(x_t, t), text_features, t)
+    logits = clip.logits(clip.encode_image(x_t, t), text_features, t) + log_prior
     return grad, logits.softmax(1)[0]
 
 
@@ -284,8 +311,8 @@ def draw_bars(draw, x, y, probabilities, target, captions, font):
 
 # ---- the command line ----------------------------------------------------------------------------
 
-TABLES = {"clip": clip_table, "ddpm": ddpm_table, "judge": judge_table,
-          "guidance": guidance_table, "figure": figure}
+TABLES = {"clip": clip_table, "ddpm": ddpm_table, "inversion": inversion_table,
+          "judge": judge_table, "guidance": guidance_table, "figure": figure}
 
 
 def show(rows, header=True):
@@ -298,12 +325,12 @@ def show(rows, header=True):
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(
+    parser = data.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("table", choices=TABLES)
     add("--methods", nargs="+", default=["none", "clean", "contrastive"],
-        choices=["none", *guide.METHODS], help="guidance: a row for each")
+        choices=guide.METHODS, help="guidance: a row for each")
     add("--scales", type=float, nargs="+",
         help="guidance: a row for each; default: the method's own")
     add("--interval", type=int, nargs=2, metavar=("LO", "HI"),
@@ -315,6 +342,7 @@ def parse(arguments):
     add("--prompt", default="a white and red car", help="figure: the caption to draw")
     add("--steps", type=int, default=50, help="guidance, figure: denoising steps")
     add("--eta", type=float, default=1., help="guidance, figure: 0 is DDIM, 1 as noisy as DDPM")
+    add("--recurrence", type=int, default=1, help="guidance: how often each step is taken")
     add("--seed", type=int, default=0)
     add("--clip", help="a CLIP's weights.pt")
     add("--ddpm", help="a DDPM's weights.pt")
@@ -322,7 +350,7 @@ def parse(arguments):
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
     args = parser.parse_args(arguments)
     for name, low, high in (("steps", 1, 1000), ("eta", 0, 1), ("batch", 1, 10_000),
-                            ("seed", 0, 2 ** 63)):
+                            ("recurrence", 1, 100), ("seed", 0, 2 ** 63)):
         if not low <= getattr(args, name) <= high:   # NaN is refused too
             raise data.UserError(
                 f"--{name} must be from {low} to {high}, not {getattr(args, name)}")
@@ -331,7 +359,7 @@ def parse(arguments):
 
 def origin(args, device):
     """Where a table comes from: commit, machine and arguments."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
+    git = ["git", "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent)
         commit = done.stdout.strip()
@@ -355,8 +383,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except data.UserError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    data.command(main)

@@ -1,6 +1,7 @@
 """python sample.py "white and red car": pictures from words.
 
     python sample.py "a blue van" -n 4 --gif      four of them, and how they came to be
+    python sample.py "red bus" "blue bus"         one file for each prompt, from the same noise
     python sample.py -n 64                        no prompt: whatever the diffusion model draws
 
 Uses runs/clip and runs/ddpm if both were trained, else the models that come with the source. Writes
@@ -12,10 +13,10 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-import cars
 import data
 import guide
 import judge
@@ -26,28 +27,34 @@ import tinyddpm
 # ---- the command line ----------------------------------------------------------------------------
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(
+    parser = data.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("prompt", nargs="?", help="what to draw; without it, sampling is unguided")
+    add("prompts", nargs="*", metavar="prompt",
+        help="what to draw, each in a file of its own; without one, sampling is unguided")
     add("-n", type=int, default=16, help="how many pictures")
-    add("--method", default="contrastive", choices=[*guide.METHODS, "none"])
+    add("--method", default="contrastive", choices=guide.METHODS)
     add("--scale", type=float, help="guidance scale; default: the method's own")
     add("--interval", type=int, nargs=2, metavar=("LO", "HI"),
         help="guide only at these times, 1 to 1000; default: the method's own")
     add("--steps", type=int, default=50, help="denoising steps, 1 to 1000")
     add("--eta", type=float, default=1., help="0 is deterministic DDIM, 1 as noisy as DDPM")
+    add("--recurrence", type=int, default=1, help="take every step so many times, with fresh noise")
     add("--seed", type=int, default=0)
-    add("--out", help="the PNG to write; default out/PROMPT.png")
+    add("--out", help="the PNG to write, or the folder if there are several prompts; default out")
     add("--gif", action="store_true", help="also the way there, as a GIF: x_t above, x_0_hat below")
     add("--clip", help="a CLIP's weights.pt")
     add("--ddpm", help="a DDPM's weights.pt")
+    add("--judge", help="a judge's weights.pt")
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
     add("--batch", type=int, default=64, help="pictures at a time")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)   # prompts and flags in any order
     check(args)
-    if args.prompt is None:
-        args.method = "none"
+    if not args.prompts:
+        args.prompts, args.method = [None], "none"
+    method = guide.METHODS[args.method]
+    args.scale = method.scale if args.scale is None else args.scale
+    args.interval = tuple(args.interval or method.interval)
     return args
 
 
@@ -55,7 +62,8 @@ def check(args):
     """Refuse what cannot be drawn."""
     for name, value, low, high in (
             ("-n", args.n, 1, 10_000), ("--steps", args.steps, 1, 1000), ("--eta", args.eta, 0, 1),
-            ("--batch", args.batch, 1, 10_000), ("--seed", args.seed, 0, 2 ** 63)):
+            ("--recurrence", args.recurrence, 1, 100), ("--batch", args.batch, 1, 10_000),
+            ("--seed", args.seed, 0, 2 ** 63)):
         if not low <= value <= high:   # NaN is refused too
             raise data.UserError(f"{name} must be from {low} to {high}, not {value}")
     if args.scale is not None and not math.isfinite(args.scale):
@@ -63,45 +71,71 @@ def check(args):
     if args.interval and not 1 <= args.interval[0] <= args.interval[1] <= 1000:
         raise data.UserError("--interval must be two times LO <= HI from 1 to 1000, not "
                              f"{args.interval[0]} {args.interval[1]}")
-    if args.prompt is not None and not tinyclip.canonical(args.prompt):
+    if not all(tinyclip.canonical(prompt) for prompt in args.prompts):
         raise data.UserError("the prompt is empty; leave it out to sample without guidance")
 
 
 # ---- what is wanted ------------------------------------------------------------------------------
 
-def find_target(prompt, captions):
+def find_target(prompt, pair):
     """-> the captions, with the prompt added if it is a new one, and the index of the prompt.
 
-    Warns of words that CLIP has never read.
+    Warns of words that CLIP has never read, and of those that it will not read.
     """
-    known = [tinyclip.canonical(caption) for caption in captions]
+    clip, captions = pair.clip, pair.captions
+    known = {tinyclip.canonical(text): i for texts in pair.spellings
+             for i, text in enumerate(texts)}
     wanted = tinyclip.canonical(prompt)
     if wanted in known:
-        return captions, known.index(wanted)
-    read = {word for caption in known for word in caption.split()}
-    strange = [word for word in wanted.split() if word not in read]
+        return captions, known[wanted]
+    read = sorted({word for caption in known for word in caption.split()})
+    strange = [word[:30] for word in dict.fromkeys(wanted.split()) if word not in read]
     if strange:
-        print(f"CLIP never read {', '.join(map(repr, strange))}; it knows: "
-              f"{' '.join(sorted(read))}", file=sys.stderr)
+        print(f"CLIP never read {first_of(map(repr, strange))}; it knows: {first_of(read, 50)}",
+              file=sys.stderr)
+    longest = clip.config.context_length - 2   # start and end
+    if len(clip.tokenizer.encode(prompt)) > longest:
+        print(f"the prompt is too long: CLIP reads its first {longest} tokens", file=sys.stderr)
     return [*captions, prompt], len(captions)
 
 
-def choose_guidance(args):
-    """-> maker of log_p, scale and interval: the method's own, where flags do not say otherwise."""
-    if args.method == "none":
-        return None, 0., (1, 1000)
-    maker, scale, interval = guide.METHODS[args.method]
-    return maker, scale if args.scale is None else args.scale, tuple(args.interval or interval)
+def first_of(words, most=5):
+    """"a, b, c and 7 more" """
+    words = list(words)
+    more = f" and {len(words) - most:,} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
+
+
+class Wish(NamedTuple):
+    """What a prompt comes to, for a CLIP that knows K captions, the prompt among them."""
+    captions: list                # K
+    target: int                   # the prompt's place among them
+    text_features: torch.Tensor   # (K, E)
+    log_prior: torch.Tensor       # (K,), see guide.contrastive
+
+
+def understand(prompt, args, pair, device):
+    """-> Wish, or None if there is no prompt. UserError if the method cannot do it."""
+    if prompt is None:
+        return None
+    captions, target = find_target(prompt, pair)
+    if args.method == "classifier-free" and not pair.unet.config.text:
+        raise data.UserError("this DDPM is told no captions; train one with: python train.py ddpm "
+                             "--text --fresh")
+    if args.method == "classifier-free" and target == len(pair.captions):
+        raise data.UserError(f"{prompt!r} is none of the {target} captions that this DDPM is told, "
+                             "and nothing but CLIP understands others; use another --method")
+    log_prior = torch.zeros(len(captions), device=device)   # of a new caption nothing is known
+    log_prior[:len(pair.captions)] = guide.prior_ratio(pair.ddpm_counts, pair.clip_counts)
+    return Wish(captions, target, pair.clip.encode_captions(captions), log_prior)
 
 
 # ---- drawing -------------------------------------------------------------------------------------
 
-def draw(args, unet, alpha_bar, log_p_for, scale, interval):
-    """-> x_0 (n, 3, H, W) in [-1, 1], and the GIF's frames, an empty list if no GIF is wanted.
-
-    log_p_for(B) -> the log_p that guides B pictures, or None for no guidance.
-    """
-    pictures, frames = [], []
+def draw(args, pair, alpha_bar, wish):
+    """-> x_0 (n, 3, H, W) in [-1, 1], and the GIF's frames, none if no GIF is wanted."""
+    clip, unet, device = pair.clip, pair.unet, alpha_bar.device
+    size, pictures, frames = unet.config.image_size, [], []
     shown = min(8, args.n, args.batch)   # of the first batch: more would make a GIF of megabytes
 
     def watch(t, x_t, x_0_hat):
@@ -109,25 +143,47 @@ def draw(args, unet, alpha_bar, log_p_for, scale, interval):
 
     for first in range(0, args.n, args.batch):
         indices = range(first, min(first + args.batch, args.n))
+        denoise = tinyddpm.denoiser(unet, alpha_bar)
+        if wish is not None:
+            targets = torch.full((len(indices),), wish.target, device=device)
+            denoise = guide.guided_by(args.method, clip, unet, alpha_bar, wish.text_features,
+                                      targets, args.scale, args.interval, wish.log_prior)
         generators = [data.generator(args.seed, i) for i in indices]
-        pictures.append(guide.generate(
-            unet, alpha_bar, generators, log_p_for(len(indices)), scale, interval,
-            args.steps, args.eta, watch if args.gif and first == 0 else None))
+        x_T = tinyddpm.noise(generators, (3, size, size), device)
+        pictures.append(tinyddpm.sample(
+            denoise, x_T, generators, alpha_bar, args.steps, args.eta,
+            recurrence=args.recurrence, watch=watch if args.gif and first == 0 else None))
     return torch.cat(pictures), frames
 
 
-def save(args, pictures, frames, scale, interval):
-    """The PNG, with all that it takes to draw it again in its metadata, and the GIF -> the path."""
-    out = Path(args.out or f"out/{file_name(args.prompt)}.png")
+def paths(args):
+    """-> the PNG of each prompt, all different; their folders are made, or refused, now."""
+    chosen = []
+    for prompt in args.prompts:
+        out = Path(args.out or "out")
+        if not args.out or len(args.prompts) > 1:
+            out = out / f"{file_name(prompt)}.png"
+        if out.suffix.lower() != ".png":
+            raise data.UserError(f"--out {out}: the pictures are written as PNG; end it in .png")
+        if out in chosen:   # "red bus" and "a red bus"
+            out = out.with_stem(f"{out.stem}-{len(chosen) + 1}")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        chosen.append(out)
+    return chosen
+
+
+def save(args, where, prompt, out, pictures, frames):
+    """The PNG, with all that it takes to draw it again in its metadata, and the GIF."""
     about = {key: value for key, value in vars(args).items()
-             if value is not None and key not in ("out", "device", "gif")}
-    about.update(scale=scale, interval=interval)
+             if value is not None and key not in ("prompts", "out", "device", "gif")}
+    about["models"] = where
+    if prompt is not None:
+        about["prompt"] = prompt
     columns = max(1, min(8, round(args.n ** 0.5)))
     zoom = max(1, 96 // pictures.shape[1])   # small pictures get up to 96 pixels on the screen
     data.save_grid(out, pictures, columns, zoom, **about)
     if frames:   # one row of x_t, below it one of x_0_hat
         data.save_gif(out.with_suffix(".gif"), frames, columns=len(frames[0]) // 2, zoom=zoom)
-    return out
 
 
 def file_name(prompt):
@@ -140,21 +196,26 @@ def file_name(prompt):
 
 # ---- reporting -----------------------------------------------------------------------------------
 
-def report_belief(clip, x_0, text_features, captions, target):
+def report_belief(clip, x_0, wish):
     """What the CLIP that guided thinks, which is not what to grade it by."""
     image_features = torch.cat([clip.encode_image(part) for part in x_0.split(250)])
-    belief = clip.logits(image_features, text_features).softmax(1)[:, target].mean()
-    print(f"CLIP gives {captions[target]!r} a probability of {belief:.0%} on average, "
-          f"among {len(captions)} captions")
+    probabilities = clip.logits(image_features, wish.text_features).softmax(1)    # (N, K)
+    caption = wish.captions[wish.target]
+    caption = caption if len(caption) < 80 else caption[:80] + "..."
+    print(f"CLIP gives {caption!r} a probability of {probabilities[:, wish.target].mean():.0%} on "
+          f"average, among {len(wish.captions)} captions")
 
 
-def report_verdict(x_0, caption):
-    """What the judge sees, if it is there and its attributes can say the caption."""
-    if not (data.SHIPPED / "judge.pt").exists() or caption not in cars.CAPTIONS:
+def report_verdict(grader, content, x_0, wish):
+    """What the judge sees, if its attributes can say the caption.
+
+    content: of the judge's checkpoint, which says what each caption promises.
+    """
+    caption = wish.captions[wish.target]
+    if caption not in content["captions"]:
         return
-    grader, content = data.load_model(data.SHIPPED / "judge.pt", "judge", judge.from_checkpoint)
-    truth = torch.from_numpy(cars.caption_labels(cars.CAPTIONS.index(caption)))   # (A,)
-    right = judge.verdict(grader.to(x_0.device), x_0).cpu() == truth              # (N, A)
+    promise = torch.tensor(content["caption_labels"][content["captions"].index(caption)])   # (A,)
+    right = judge.verdict(grader, x_0).cpu() == promise                                  # (N, A)
     shares = zip(content["attributes"], right.float().mean(0))
     parts = ", ".join(f"{name} {share:.0%}" for name, share in shares)
     print(f"the judge finds all of it right in {int(right.all(1).sum())} of {len(x_0)} pictures "
@@ -164,40 +225,31 @@ def report_verdict(x_0, caption):
 @torch.no_grad()
 def main(arguments=None):
     args = parse(arguments)
-    device = data.pick_device(args.device)
-    clip, unet, captions, where = data.load_pair(
-        tinyclip.from_checkpoint, tinyddpm.from_checkpoint, args.clip, args.ddpm, device)
-    print(where)
-    alpha_bar = tinyddpm.cosine_alpha_bar(unet.config.T).to(device)
-    maker, scale, interval = choose_guidance(args)
+    device, out = data.pick_device(args.device), paths(args)
+    pair = data.load_pair(tinyclip.from_checkpoint, tinyddpm.from_checkpoint, args.clip, args.ddpm,
+                          device)
+    print(pair.where)
+    T = pair.unet.config.T
+    if args.steps > T:
+        raise data.UserError(f"--steps {args.steps}: this DDPM has {T} times")
+    grader, content = data.load_judge(pair.data, args.judge, judge.from_checkpoint, device)
+    alpha_bar = tinyddpm.cosine_alpha_bar(T).to(device)
 
     with data.autocast(device):
-        start = time.perf_counter()
-        if args.prompt:
-            captions, target = find_target(args.prompt, captions)
-            tokens = clip.tokenizer.batch(captions, clip.config.context_length).to(device)
-            text_features = clip.encode_text(tokens)   # (K, E)
-
-        def log_p_for(B):
-            if maker is None:
-                return None
-            return maker(clip, text_features, torch.full((B,), target, device=device))
-
-        x_0, frames = draw(args, unet, alpha_bar, log_p_for, scale, interval)
-        pictures = data.to_uint8(x_0)   # (n, H, W, 3); waits for the device, so the time is true
-        seconds = time.perf_counter() - start
-        if args.prompt:
-            report_belief(clip, x_0, text_features, captions, target)
-            report_verdict(x_0, captions[target])
-
-    out = save(args, pictures, frames, scale, interval)
-    print(f"{args.n} pictures in {seconds:.1f} s "
-          f"({args.steps} steps, {args.method}, scale {scale:g}) -> {out}")
+        wishes = [understand(prompt, args, pair, device) for prompt in args.prompts]
+        for prompt, wish, path in zip(args.prompts, wishes, out):
+            start = time.perf_counter()
+            x_0, frames = draw(args, pair, alpha_bar, wish)
+            pictures = data.to_uint8(x_0)   # (n, H, W, 3); waits for the device: the time is true
+            seconds = time.perf_counter() - start
+            save(args, pair.where, prompt, path, pictures, frames)
+            if wish:
+                report_belief(pair.clip, x_0, wish)
+            if wish and grader:
+                report_verdict(grader, content, x_0, wish)
+            print(f"{args.n} pictures in {seconds:.1f} s "
+                  f"({args.steps} steps, {args.method}, scale {args.scale:g}) -> {path}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except data.UserError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    data.command(main)

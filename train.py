@@ -13,18 +13,20 @@ one that ran through.
 import argparse
 import copy
 import dataclasses
+import functools
 import math
 import signal
-import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+import cars
 import data
 import judge
 import muon
@@ -39,12 +41,14 @@ class TrainConfig:
     lr: float = 1e-3             # the highest learning rate, of both optimizers
     warmup: float = 0.03         # of the run, in which the learning rate climbs from zero
     weight_decay: float = 0.05   # of Muon's matrices; what AdamW trains does not decay
-    pictures: int = 50_000       # size of the training set
+    pictures: int = 50_000       # how many of the car world are rendered; a folder gives all it has
+    labels: str = "balanced"     # how often which car occurs: "balanced", or as in "shapenet"
 
 
 @dataclass
 class CLIPTrainConfig(TrainConfig):
     clean: float = 0.125         # the share of a batch that carries no noise
+    most_captions: int = 1024    # that one step compares a picture with
 
 
 # What a preset means for each kind of model: the model's config, and that of its training.
@@ -72,25 +76,28 @@ class Job(NamedTuple):
 
 def clip_job(config, options, dataset, validation, device):
     """Which of all captions belongs to this noised picture?"""
+    if len(dataset.captions) < 2:
+        raise data.UserError(f"all pictures have the caption {dataset.captions[0]!r}; CLIP learns "
+                             "from differences")
     alpha_bar = tinyddpm.cosine_alpha_bar(config.T).to(device)
     caption_of = torch.from_numpy(dataset.caption_of).to(device)
-    tokenizer = tinyclip.Tokenizer.train(dataset.captions, vocab_size=4096)
-    shortened = [caption.removeprefix("a ") for caption in dataset.captions]
+    tokenizer = tinyclip.Tokenizer.train(sum(dataset.spellings, []), vocab_size=4096)
     tokens = torch.stack([tokenizer.batch(texts, config.context_length)
-                          for texts in (dataset.captions, shortened)]).to(device)   # (2, K, L)
-    K, B = len(dataset.captions), options.batch
+                          for texts in dataset.spellings]).to(device)   # (S, K, L)
+    (S, K, _), B = tokens.shape, options.batch
 
     def loss(model, x_0, rows, generator):
         t = tinyddpm.random_times(B, config.T, generator)
         shuffled = torch.randperm(B, generator=generator, device=device)
         t[shuffled[:round(options.clean * B)]] = 0
         eps = torch.randn(x_0.shape, generator=generator, device=device)
-        # Users leave the article out, so half the time we do.
-        spelling = torch.randint(2, (K,), generator=generator, device=device)
+        chosen, weight = some_captions(K, caption_of[rows], options.most_captions, generator)
+        spelling = torch.randint(S, chosen.shape, generator=generator, device=device)
         image_features = model.encode_image(tinyddpm.q_sample(x_0, t, eps, alpha_bar), t)
-        text_features = model.encode_text(tokens[spelling, torch.arange(K, device=device)])
-        logits = model.logits(image_features, text_features, t)   # (B, K)
-        return tinyclip.clip_loss(logits, caption_of[rows], t == 0)
+        text_features = model.encode_text(tokens[spelling, chosen])
+        logits = model.logits(image_features, text_features, t) + weight.log()   # (B, chosen)
+        own = torch.searchsorted(chosen, caption_of[rows])        # its caption's place in chosen
+        return tinyclip.clip_loss(logits, own, t == 0)
 
     def preview(model, folder):
         accuracy = accuracy_through_noise(model, tokens[0], validation, alpha_bar)
@@ -100,10 +107,34 @@ def clip_job(config, options, dataset, validation, device):
         some = [f"{accuracy[t]:.1%} at t = {t}" for t in (0, 300, 500, 700) if t in accuracy]
         return "top-1 on held-out pictures: " + ", ".join(some)
 
-    counts = torch.bincount(caption_of, minlength=K).tolist()
-    content = {"captions": dataset.captions, "counts": counts, "merges": tokenizer.merges}
-    note = f"chance is a loss of ln({K}) = {math.log(K):.2f}"
+    content = {**captions_of(dataset), "spellings": dataset.spellings, "merges": tokenizer.merges}
+    seen = min(K, options.most_captions)
+    note = f"chance is a loss of ln({seen}) = {math.log(seen):.2f}"
     return Job("clip", tinyclip.CLIP(config, tokenizer), loss, preview, content, note)
+
+
+def captions_of(dataset):
+    """What a checkpoint holds of the captions: all of them, and how often each one occurs."""
+    counts = np.bincount(dataset.caption_of, minlength=len(dataset.captions))
+    return {"captions": dataset.captions, "counts": counts.tolist()}
+
+
+def some_captions(K, needed, most, generator):
+    """The captions that one step compares its pictures with -> ascending indices, and for how
+    many captions each one stands.
+
+    All K of them, or the needed ones, the batch's own, and random others until there are `most`.
+    The others stand for all that were left out too, so that the sum over all exp(logits) is right
+    on average.
+    """
+    if K <= most:
+        return torch.arange(K, device=needed.device), torch.ones(K, device=needed.device)
+    luck = torch.rand(K, generator=generator, device=needed.device)
+    luck[needed] = 2.
+    own = int((luck == 2.).sum())
+    chosen = luck.topk(max(most, own)).indices.sort().values
+    others = max(1, len(chosen) - own)
+    return chosen, torch.where(luck[chosen] == 2., 1., (K - own) / others)
 
 
 def accuracy_through_noise(clip, tokens, validation, alpha_bar):
@@ -127,6 +158,7 @@ def accuracy_through_noise(clip, tokens, validation, alpha_bar):
 def ddpm_job(config, options, dataset, validation, device):
     """What is the clean picture in this noised one?"""
     alpha_bar = tinyddpm.cosine_alpha_bar(config.T).to(device)
+    captions = torch.from_numpy(dataset.caption_of).to(device) + 1   # 0 is "it may be anything"
 
     def mean_loss(model, x_0, generator):
         t = tinyddpm.random_times(len(x_0), config.T, generator)
@@ -134,7 +166,11 @@ def ddpm_job(config, options, dataset, validation, device):
         return tinyddpm.ddpm_loss(model, x_0, t, eps, alpha_bar).mean()
 
     def loss(model, x_0, rows, generator):
-        return mean_loss(model, x_0, generator)
+        if not config.text:
+            return mean_loss(model, x_0, generator)
+        # One in ten is told nothing, or it could not do without (Ho & Salimans 2022, Alg. 1).
+        told = torch.rand(len(x_0), generator=generator, device=device) > 0.1
+        return mean_loss(functools.partial(model, caption=captions[rows] * told), x_0, generator)
 
     def preview(model, folder):
         x_0, _ = data.batch(validation, 0, 0, 500, device)
@@ -147,11 +183,15 @@ def ddpm_job(config, options, dataset, validation, device):
         return f"loss on held-out pictures {held_out:.4f}, {len(samples)} samples in samples.png"
 
     note = "a network that says v = 0 has a loss of about 0.9"
-    return Job("ddpm", tinyddpm.UNet(config), loss, preview, {}, note)
+    unet = tinyddpm.UNet(config, len(dataset.captions))
+    return Job("ddpm", unet, loss, preview, captions_of(dataset), note)
 
 
 def judge_job(config, options, dataset, validation, device):
-    """What are body, main and second colour of this clean picture?"""
+    """What are body, main and second colour of this clean picture? Or what class is it?"""
+    if not dataset.attributes:
+        raise data.UserError("a judge learns the car world or class folders; other captions name "
+                             "no attributes that it could tell")
     labels = torch.from_numpy(dataset.labels).to(device)
     sizes = {name: len(values) for name, values in dataset.attributes.items()}
 
@@ -166,7 +206,8 @@ def judge_job(config, options, dataset, validation, device):
         return f"on {len(right)} held-out pictures: joint {joint:.2%}, {', '.join(parts)}"
 
     note = f"chance is a loss of {sum(math.log(n) for n in sizes.values()):.2f}"
-    content = {"attributes": dataset.attributes}
+    content = {"attributes": dataset.attributes, "captions": dataset.captions,
+               "caption_labels": dataset.caption_labels.tolist()}   # what each caption promises
     return Job("judge", judge.Judge(config, sizes), loss, preview, content, note)
 
 
@@ -328,20 +369,24 @@ def train(run, done, dataset, options, args):
 
 def parse(arguments):
     """-> args, the model's config and the training's: those of the preset, changed by flags."""
-    parser = argparse.ArgumentParser(
+    parser = data.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
     for kind in JOBS:
         add_flags(kinds.add_parser(kind, help=f"python train.py {kind} -h lists its flags"), kind)
     args = parser.parse_args(arguments)
     args.out = args.out or f"runs/{args.kind}"
-    config, options = (changed(config, args) for config in PRESETS[args.preset][args.kind])
+    try:
+        config, options = (changed(config, args) for config in PRESETS[args.preset][args.kind])
+    except ValueError as error:   # a config refuses what cannot be built
+        raise data.UserError(str(error)) from None
     check(args, options)
     return args, config, options
 
 
 def add_flags(parser, kind):
-    parser.add_argument("--data", default="cars")
+    parser.add_argument("--data", default="cars",
+                        help="cars, the built-in world, or a folder with pictures and captions")
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS))
     parser.add_argument("--minutes", type=float, help="stop after so many, to go on later")
     parser.add_argument("--out", help=f"the run's folder; default runs/{kind}")
@@ -352,9 +397,10 @@ def add_flags(parser, kind):
     for config in PRESETS["tiny"][kind]:
         for name, value in dataclasses.asdict(config).items():
             several = isinstance(value, tuple)
-            parser.add_argument("--" + name.replace("_", "-"), nargs="+" if several else None,
-                                type=type(value[0] if several else value),
-                                default=argparse.SUPPRESS, help=f"tiny: {value}")
+            how = {"action": "store_true"} if value is False else {
+                "nargs": "+" if several else None, "type": type(value[0] if several else value)}
+            parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
+                                help=f"tiny: {value}", **how)
 
 
 def changed(config, args):
@@ -372,24 +418,32 @@ def check(args, options):
     for name, value in (("lr", options.lr), ("minutes", args.minutes)):
         if value is not None and not value > 0:   # so that NaN is refused too
             raise data.UserError(f"--{name} must be more than 0, not {value}")
+    for name in ("warmup", "clean", "weight-decay"):
+        if not 0 <= getattr(options, name.replace("-", "_"), 0) <= 1:
+            raise data.UserError(f"--{name} must be from 0 to 1")
+    if options.labels not in cars.FREQUENCIES:
+        raise data.UserError(f"--labels must be one of {', '.join(cars.FREQUENCIES)}, not "
+                             f"{options.labels}")
     if not 0 <= args.seed < 2 ** 63:
         raise data.UserError(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
 
 
 def main(arguments=None):
     args, config, options = parse(arguments)
-    device = data.pick_device(args.device)
+    device, folder = data.pick_device(args.device), Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)   # or refuse now, not after the first save
     if args.kind == "judge":   # which must see other pictures than those it is going to judge by
-        dataset = data.load(args.data, config.size, options.pictures, "judge")
-        validation = data.load(args.data, config.size, 5000, "judge-test")
+        size, splits, held_out = config.size, ("judge", "judge-test"), 5000
     else:
-        dataset = data.load(args.data, config.image_size, options.pictures, "train")
-        validation = data.load(args.data, config.image_size, 2000, "validation")
+        size, splits, held_out = config.image_size, ("train", "validation"), 2000
+    dataset, validation = (data.load(args.data, size, count, split, options.labels)
+                           for split, count in zip(splits, (options.pictures, held_out)))
+    print(dataset.report, validation.report, sep="\n")
     torch.manual_seed(args.seed)   # for the initial weights
     job = JOBS[args.kind](config, options, dataset, validation, device)
-    settings = {"data": args.data, "seed": args.seed,
+    settings = {"data": dataset.name, "data set": dataset.report, "seed": args.seed,
                 **dataclasses.asdict(config), **dataclasses.asdict(options)}
-    run = begin(job, Path(args.out), settings, options, device)
+    run = begin(job, folder, settings, options, device)
 
     done = 0 if args.fresh else resume(run)
     if done == options.steps:
@@ -403,10 +457,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except data.UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)   # as shells report Ctrl-C
+    data.command(main)

@@ -96,10 +96,22 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder):
     ("--minutes 0", "--minutes must be more than 0, not 0.0"),
     ("--minutes nan", "--minutes must be"), ("--steps 0", "--steps must be at least 1"),
     ("--batch 0", "--batch must be"), ("--pictures -5", "--pictures must be"),
-    ("--lr nan", "--lr must be"), ("--seed -1", "--seed must be")])
+    ("--lr nan", "--lr must be"), ("--seed -1", "--seed must be"), ("--preset huge", "'huge'"),
+    ("--labels odd", "--labels must be one of balanced, shapenet"), ("--steps many", "'many'"),
+    ("--stem foo", "stem must be"), ("--heads 3", "multiple of heads"), ("--clean nan", "--clean"),
+    ("--image-size 30", "no multiple of patch"), ("--patch 3 --image-size 33", "power of two")])
 def test_nothing_can_be_trained_with_such_numbers(flags, message):
     with pytest.raises(data.UserError, match=message):
         train.parse(["clip", *flags.split()])
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--channels 40", "multiple of 16"), ("--attention 7", "levels 0 to 2"),
+    ("--image-size 30", "cannot be halved 2 times"), ("--dropout 5", "dropout must be"),
+    ("--channels 16 --multipliers 1 --attention 0", "of 32 where there is attention")])
+def test_no_unet_can_be_built_like_this(flags, message):
+    with pytest.raises(data.UserError, match=message):
+        train.parse(["ddpm", *flags.split()])
 
 
 def test_such_a_number_is_refused_in_one_line(tmp_path):
@@ -111,7 +123,8 @@ def test_such_a_number_is_refused_in_one_line(tmp_path):
 def test_flags_change_the_preset(capsys):
     """Given flags replace the preset's values and no others; -h lists the fields of both
     configs."""
-    args, config, options = train.parse("ddpm --channels 48 --multipliers 1 2 --lr 0.002".split())
+    args, config, options = train.parse(
+        "ddpm --channels 48 --multipliers 1 2 --attention 1 --lr 0.002".split())
     assert (config.channels, config.multipliers, config.blocks,
             options.lr, options.batch) == (48, (1, 2), 1, 0.002, 32)
     assert args.out == "runs/ddpm"
@@ -133,11 +146,103 @@ def test_sample_with_the_trained_models(folder):
     assert "unguided" in run(folder, "sample.py -n 1 --steps 2 --device cpu")
 
 
-def test_new_words_are_named_and_new_captions_join(folder):
-    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "a purple car",
-                           "-n", "1", "--steps", "2", "--device", "cpu"],
-                          cwd=folder, capture_output=True, text=True)
-    assert "'purple'" in done.stderr and "among 295 captions" in done.stdout
+@pytest.fixture
+def here(folder, monkeypatch):
+    """In this process, in the folder of the toy models."""
+    monkeypatch.chdir(folder)
+    yield folder
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # train.py took it
+
+
+def test_new_words_are_named_and_new_captions_join(here, capsys):
+    sample.main(["a purple car", "-n", "1", "--steps", "2", "--device", "cpu"])
+    out, error = capsys.readouterr()
+    assert "'purple'" in error and "'car'" not in error and "among 295 captions" in out
+
+
+def test_a_prompt_of_ten_thousand_characters(here, capsys):
+    sample.main(["wheel " * 1667, "-n", "1", "--steps", "2", "--device", "cpu", "--out", "x.png"])
+    out, error = capsys.readouterr()
+    assert "CLIP reads its first 14 tokens" in error and "CLIP never read 'wheel';" in error
+    assert max(map(len, (out + error).splitlines())) < 1000 and Path("x.png").exists()
+
+
+def test_several_prompts_start_from_the_same_noise(here):
+    sample.main("red bus|A blue van|-n|2|--steps|2|--scale|0|--device|cpu|--out|several".split("|"))
+    images = [Image.open(here / "several" / f"{name}.png") for name in ("red-bus", "blue-van")]
+    assert [image.text["prompt"] for image in images] == ["red bus", "A blue van"]
+    assert images[0].tobytes() == images[1].tobytes()
+    sample.main("red bus|A red bus|blue van|-n|1|--steps|5|--device|cpu|--out|several".split("|"))
+    images = [Image.open(here / "several" / f"{name}.png").tobytes()
+              for name in ("red-bus", "red-bus-2", "blue-van")]
+    assert images[0] == images[1] != images[2]
+
+
+@pytest.mark.parametrize("method", [name for name in guide.METHODS if name != "classifier-free"])
+def test_every_method_samples(here, capsys, method):
+    sample.main(["red bus", "-n", "1", "--steps", "2", "--method", method, "--recurrence", "2",
+                 "--device", "cpu", "--out", "m.png"])
+    assert f"(2 steps, {method}, scale" in capsys.readouterr().out
+    assert Image.open("m.png").text["recurrence"] == "2"
+
+
+def test_classifier_free_needs_a_ddpm_that_was_told_captions(here, capsys):
+    flags = "-n 1 --steps 2 --method classifier-free --device cpu --out m.png".split()
+    with pytest.raises(data.UserError, match="train.py ddpm --text"):
+        sample.main(["red bus", *flags])
+    train.main(f"ddpm --text --steps 2 {TINY['ddpm']} --device cpu --out told".split())
+    flags += ["--ddpm", "told/weights.pt"]
+    sample.main(["red bus", *flags])
+    assert "classifier-free, scale" in capsys.readouterr().out
+    with pytest.raises(data.UserError, match="'purple bus' is none of the 294 captions"):
+        sample.main(["purple bus", *flags])
+
+
+def test_photographs_from_folder_to_picture(here, tmp_path, monkeypatch, capsys):
+    """Class folders train all three models as they come; prompts find their class, and a judge of
+    the same pictures is the one that is asked."""
+    for name, colour in (("fire_truck", (200, 0, 0)), ("airplane", (0, 0, 200))):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(60):
+            picture = Image.new("RGB", (20, 16), tuple(min(255, c + i) for c in colour))
+            picture.save(tmp_path / "photos" / name / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    for kind, flags in TINY.items():
+        train.main(f"{kind} --data photos/ --steps 3 {flags} --device cpu".split())
+        out = capsys.readouterr().out
+        assert "train: found" in out or kind == "judge"
+        assert "2 captions (class folders); first three: " in out and "finished" in out
+    sample.main("airplane -n 2 --steps 2 --device cpu".split())
+    out, error = capsys.readouterr()
+    assert "'a photo of an airplane'" in out and "class" in out and not error
+    assert "the judge finds all of it right in" in out
+
+
+def test_real_captions_have_no_judge(here, tmp_path, monkeypatch):
+    for i in range(60):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("a thing")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(data.UserError, match="name no attributes"):
+        train.main(f"judge --data . --steps 3 {TINY['judge']} --device cpu".split())
+
+
+def test_where_processes_are_spawned(here, tmp_path):
+    """As on Windows and macOS: rendering and packing work from a script with the usual guard."""
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    script = tmp_path / "script.py"
+    script.write_text(f"""if __name__ == "__main__":
+    import multiprocessing, pathlib, sys
+    sys.path.insert(0, {str(ROOT)!r})
+    multiprocessing.set_start_method("spawn")
+    import data, folders
+    print(len(data.load("cars", 8, 20).pictures))
+    folders.pack([pathlib.Path("a.png")], 8, pathlib.Path("packed.raw"))
+    print(pathlib.Path("packed.raw").stat().st_size)
+""")
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.stdout.split() == ["20", "192"], done.stderr
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -146,16 +251,25 @@ def test_new_words_are_named_and_new_captions_join(folder):
     ("--scale|nan", "--scale must be"), (" ", "prompt is empty"),
     ("a car|--clip|none.pt", "there is no file none.pt"),
     ("a car|--clip|runs/ddpm/weights.pt", "holds 'ddpm'"),
-    ("a car|--device|gpu7", "--device gpu7")])
-def test_mistakes_are_named(folder, monkeypatch, arguments, message):
-    monkeypatch.chdir(folder)
+    ("a car|--device|gpu7", "--device gpu7"), ("-n|-3", "-n must be"), ("-n|x", "invalid int"),
+    ("--steps|5000", "--steps must be"), ("--recurrence|0", "--recurrence must be"),
+    ("a car|--out|a.jpg", "end it in .png"), ("a car|--judge|none.pt", "no file none.pt"),
+    ("a car|--method|magic", "invalid choice: 'magic'"), ("a car|--colour", "unrecognized"),
+    ("\t&nbsp; ", "prompt is empty")])
+def test_mistakes_are_named(here, arguments, message):
     with pytest.raises(data.UserError, match=message):
         sample.main(arguments.split("|"))
 
 
-def test_a_mistake_is_answered_in_one_line_and_with_code_2(folder):
-    error = run(folder, "sample.py|a car|--clip|none.pt", code=2)
-    assert "none.pt" in error and len(error.strip().splitlines()) == 1
+@pytest.mark.parametrize("command, message", [
+    ("sample.py|a car|--clip|none.pt", "none.pt"),
+    ("sample.py|-n|1|--steps|1|--out|file/a.png", "file"),
+    ("train.py|ddpm|--out|file/a", "file"), ("train.py|nothing", "invalid choice: 'nothing'"),
+    ("evaluate.py|clip|--out|file/a", "file"), ("sample.py|-n|1|--scale", "expected one argument")])
+def test_a_mistake_is_answered_in_one_line_and_with_code_2(folder, command, message):
+    (folder / "file").write_text("no folder")
+    error = run(folder, command, code=2)
+    assert message in error and len(error.strip().splitlines()) == 1
 
 
 def test_evaluate(folder):
@@ -173,16 +287,18 @@ def test_the_shipped_models_obey():
     clip, content = data.load_model(SHIPPED / "clip.pt", "clip", tinyclip.from_checkpoint)
     unet, _ = data.load_model(SHIPPED / "ddpm.pt", "ddpm", tinyddpm.from_checkpoint)
     grader, _ = data.load_model(SHIPPED / "judge.pt", "judge", judge.from_checkpoint)
-    maker, scale, interval = guide.METHODS["contrastive"]
     alpha_bar, captions = tinyddpm.cosine_alpha_bar(unet.config.T), content["captions"]
     text_features = clip.encode_text(clip.tokenizer.batch(captions, clip.config.context_length))
     target = captions.index("a white and red car")
 
-    def right(log_p):
+    def right(name):
         generators = [data.generator(0, i) for i in range(16)]
-        with data.autocast(alpha_bar.device):
-            x_0 = guide.generate(unet, alpha_bar, generators, log_p, scale, interval)
+        denoise = guide.guided_by(name, clip, unet, alpha_bar, text_features,
+                                  torch.full((16,), target))
+        with data.autocast(alpha_bar.device), torch.no_grad():
+            x_0 = tinyddpm.sample(denoise, tinyddpm.noise(generators, (3, 32, 32)), generators,
+                                  alpha_bar)
         return int((judge.verdict(grader, x_0).numpy() == cars.caption_labels(target)).all(1).sum())
 
-    assert right(maker(clip, text_features, torch.full((16,), target))) >= 10
-    assert right(None) <= 3
+    assert right("contrastive") >= 10
+    assert right("none") <= 3

@@ -68,7 +68,7 @@ def test_checkpoints_are_plain_and_checked(tmp_path):
     assert torch.equal(data.load_checkpoint(path, "clip")["w"], torch.arange(3.))
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
     for damage, message in ((None, "clip"), (path.read_bytes()[:200], "readable"),
-                            (b"", "readable")):
+                            (b"", "readable"), (np.random.default_rng(0).bytes(999), "readable")):
         if damage is not None:
             path.write_bytes(damage)
         with pytest.raises(data.UserError, match=message):
@@ -87,30 +87,80 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
 
 
 def test_models_that_do_not_fit_are_refused_by_name():
-    clip = {"data": "cars", "schedule": "cosine", "config": {"image_size": 32, "T": 1000}}
+    clip = {"data": "cars", "schedule": "cosine", "config": {"image_size": 32, "T": 1000},
+            "captions": ["a", "b"]}
     data.check_fit(clip, dict(clip))
     for key, value in (("data", "photos"), ("schedule", "linear"),
-                       ("config", {"image_size": 64, "T": 1000})):
-        with pytest.raises(data.UserError, match="image_size|data|schedule"):
+                       ("config", {"image_size": 64, "T": 1000}), ("captions", ["a", "c"])):
+        with pytest.raises(data.UserError, match="image_size|data|schedule|captions"):
             data.check_fit(clip, {**clip, key: value})
 
 
-def test_fp16_weights_come_back(tmp_path):
-    config, sizes = judge.JudgeConfig(width=8), {"body": 6, "main": 7}
+@pytest.fixture
+def small_judge():
+    """A judge, and the content of its checkpoint."""
     torch.manual_seed(0)
-    model = judge.Judge(config, sizes).eval()
-    content = {"kind": "judge", "config": vars(config),
-               "attributes": {k: list(range(n)) for k, n in sizes.items()},
-               "weights": data.fp16(model)}
+    config, attributes = judge.JudgeConfig(width=8), {"body": list("abcdef"), "main": list("xyz")}
+    model = judge.Judge(config, {name: len(v) for name, v in attributes.items()}).eval()
+    return model, {"kind": "judge", "config": vars(config), "data": "cars", "captions": ["a"],
+                   "caption_labels": [[0, 0]], "attributes": attributes,
+                   "weights": data.fp16(model)}
+
+
+def test_fp16_weights_come_back(tmp_path, small_judge):
+    model, content = small_judge
     data.save_checkpoint(tmp_path / "judge.pt", content)
     back, _ = data.load_model(tmp_path / "judge.pt", "judge", judge.from_checkpoint)
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(back(x)["main"], model(x)["main"], atol=1e-2)
-    del content["weights"]["heads.main.bias"]
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda c: c["weights"].pop("heads.main.bias"), "heads.main.bias"),
+    (lambda c: c["weights"].update(more=torch.zeros(1)), "more"),
+    (lambda c: c["weights"].update({"heads.main.bias": torch.zeros(4)}), "heads.main.bias"),
+    (lambda c: c["config"].update(colour=1), "colour"),
+    (lambda c: c.pop("captions"), "holds no 'captions'"),
+    (lambda c: c.update(weights=None), "does not fit")])
+def test_weights_that_do_not_fit_are_named(tmp_path, small_judge, spoil, message):
+    """A missing, an extra and a misshapen tensor, and what else can be wrong inside."""
+    _, content = small_judge
+    spoil(content)
     data.save_checkpoint(tmp_path / "judge.pt", content)
-    with pytest.raises(data.UserError, match="does not fit"):
+    with pytest.raises(data.UserError, match=message) as error:
         data.load_model(tmp_path / "judge.pt", "judge", judge.from_checkpoint)
+    assert "\n" not in str(error.value)
+
+
+class Evil:
+    """Unpickled, it would leave a file."""
+
+    def __reduce__(self):
+        return open, ("was-here", "w")
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"kind": "clip", "note": Evil()}, tmp_path / "x.pt")
+    with pytest.raises(data.UserError, match="not a readable checkpoint"):
+        data.load_checkpoint(tmp_path / "x.pt", "clip")
+    assert not (tmp_path / "was-here").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    data.save_checkpoint(path, {"kind": "clip"})
+    before = path.read_bytes()
+
+    def full(content, to):
+        to.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(data.UserError, match="cannot write .*No space left"):
+        data.save_checkpoint(path, {"kind": "clip"})
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
 def test_ticks_are_round_numbers_inside_the_span():

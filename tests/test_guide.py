@@ -1,3 +1,5 @@
+import dataclasses
+import functools
 import math
 
 import pytest
@@ -21,44 +23,78 @@ def gaussian_denoiser(alpha_bar, mean, var):
     return denoise
 
 
-@pytest.mark.parametrize("method", guide.METHODS)
+METHODS = [name for name in guide.METHODS if name != "none"]
+
+
+@pytest.fixture
+def told_unet(unet):
+    """One that listens to captions, as random as the other."""
+    torch.manual_seed(0)
+    told = tinyddpm.UNet(dataclasses.replace(unet.config, text=True), captions=294).eval()
+    told.load_state_dict(unet.state_dict(), strict=False)
+    return told
+
+
+def draw(name, clip, unet, text_features, alpha_bar, target, scale, eta=1., steps=5):
+    """Pictures guided by a method, a picture for each target."""
+    denoise = guide.guided_by(name, clip, unet, alpha_bar, text_features, torch.tensor(target),
+                              scale)
+    g = generators(len(target))
+    return sample(denoise, tinyddpm.noise(g, (3, 16, 16)), g, alpha_bar, steps, eta)
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("eta", [0., 1.])
-def test_scale_0_is_bit_equal_to_no_guidance(method, eta, clip, unet, text_features, alpha_bar):
-    log_p = guide.METHODS[method][0](clip, text_features, torch.tensor([5, 77]))
-    plain = guide.generate(unet, alpha_bar, generators(2), steps=5, eta=eta)
-    guided = guide.generate(unet, alpha_bar, generators(2), log_p, scale=0., steps=5, eta=eta)
+def test_scale_0_is_bit_equal_to_no_guidance(name, eta, clip, told_unet, text_features, alpha_bar):
+    plain, guided = (draw(method, clip, told_unet, text_features, alpha_bar, [5, 77], 0., eta)
+                     for method in ("none", name))
     assert torch.isfinite(plain).all() and torch.equal(plain, guided)
 
 
-@pytest.mark.parametrize("method", guide.METHODS)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("eta", [0., 1.])
 def test_guidance_reaches_every_sampler_and_depends_on_the_target(
-        method, eta, clip, unet, text_features, alpha_bar):
-    maker = guide.METHODS[method][0]
-    run = lambda target: guide.generate(
-        unet, alpha_bar, generators(1), maker(clip, text_features, torch.tensor([target])),
-        5., (1, 900), 5, eta)
-    plain = guide.generate(unet, alpha_bar, generators(1), steps=5, eta=eta)
-    assert (not torch.allclose(run(5), plain, atol=1e-4)
-            and not torch.allclose(run(5), run(77), atol=1e-4))
+        name, eta, clip, told_unet, text_features, alpha_bar):
+    run = lambda method, target: draw(method, clip, told_unet, text_features, alpha_bar, [target],
+                                      5., eta)
+    out = run(name, 5)
+    assert torch.isfinite(out).all()
+    assert not torch.allclose(out, run("none", 5), atol=1e-4)
+    assert not torch.allclose(out, run(name, 77), atol=1e-4)
 
 
-@pytest.mark.parametrize("method", guide.METHODS)
-def test_gradient_against_finite_differences(method, clip, text_features):
+@pytest.mark.parametrize("name", [n for n in METHODS if guide.METHODS[n].log_p])
+def test_gradient_against_finite_differences(name, clip, text_features):
+    """In float64, and for the methods that look at it through an x_0_hat that depends on x_t.
+
+    x0-fast replaces part of the derivative on purpose: there the derivative with respect to
+    x_0_hat is checked, times the number that stands for the rest.
+    """
     clip, text_features = clip.double(), text_features.double()
     clip.time_features = lambda t, f=clip.time: f(t[:, None].double() * (4 / clip.config.T))
     clip.logits = lambda image, text, t=None: (
         clip.logit_scale(torch.zeros(len(image), dtype=torch.long) if t is None else t)
         * torch.nn.functional.normalize(image, dim=-1)
         @ torch.nn.functional.normalize(text, dim=-1).T)
-    log_p = guide.METHODS[method][0](clip, text_features, torch.tensor([5, 77]))
-    torch.manual_seed(0)
-    x, t = torch.randn(2, 3, 16, 16).double().requires_grad_(), torch.tensor([300, 700])
-    direction = torch.randn(2, 3, 16, 16).double()
-    grad, = torch.autograd.grad(log_p(x, t, None).sum(), x)
-    h = 1e-5
-    slope = (log_p(x + h * direction, t, None) - log_p(x - h * direction, t, None)) / (2 * h)
-    assert torch.allclose((grad * direction).sum(dim=(1, 2, 3)), slope, rtol=1e-3, atol=1e-6)
+    torch.Tensor.float, kept = torch.Tensor.double, torch.Tensor.float   # stay precise inside
+    try:
+        log_p = guide.METHODS[name].log_p(clip, text_features, torch.tensor([5, 77]))
+        torch.manual_seed(0)
+        x, t = torch.randn(2, 3, 16, 16).double().requires_grad_(), torch.tensor([300, 700])
+        direction = torch.randn(2, 3, 16, 16).double()
+        half = lambda x: x / 2 if guide.METHODS[name].through_unet or name == "x0-fast" else None
+        grad, = torch.autograd.grad(log_p(x, t, half(x)).sum(), x)
+        h = 1e-5
+        slope = (log_p(x + h * direction, t, half(x + h * direction))
+                 - log_p(x - h * direction, t, half(x - h * direction))) / (2 * h)
+    finally:
+        torch.Tensor.float = kept
+    if name == "x0-fast":
+        a = at(tinyddpm.cosine_alpha_bar(), t).flatten().double()
+        r2 = 0.25 * (1 - a) / (1 - a + 0.25 * a)
+        slope = slope / 0.5 * r2 * a.sqrt() / (1 - a)   # 0.5: what half() contributes
+    slope, along = slope.detach(), (grad * direction).sum(dim=(1, 2, 3))
+    assert (along.abs() > 1e-4).all() and torch.allclose(along, slope, rtol=1e-3, atol=1e-6)
 
 
 def test_the_push_is_dhariwal_and_nichols(alpha_bar):
@@ -105,22 +141,104 @@ def test_interval_says_when_to_guide(alpha_bar):
     assert asked == [700, 600, 500, 400, 300, 200]
 
 
-def test_one_unet_evaluation_and_one_encoder_pass_a_step(clip, unet, text_features, alpha_bar):
-    """The cost of guidance, counted: per step one U-Net forward, one encoder forward, one encoder
-    backward, and no U-Net backward."""
+@pytest.mark.parametrize("name, unet_calls, unet_backward, encoder", [
+    ("contrastive", 7, 0, 7), ("clean", 7, 0, 7), ("spherical", 7, 0, 7), ("x0-fast", 7, 0, 7),
+    ("x0", 7, 7, 7), ("classifier-free", 14, 0, 0)])
+def test_what_a_method_costs(name, unet_calls, unet_backward, encoder, clip, told_unet,
+                             text_features, alpha_bar):
+    """Counted over 7 steps. The default: one U-Net forward a step, one encoder forward, one
+    encoder backward, and no U-Net backward."""
     counts = {"unet": 0, "encoder": 0, "encoder backward": 0, "unet backward": 0}
     count = lambda key: lambda *_: counts.__setitem__(key, counts[key] + 1)
-    unet.register_forward_hook(count("unet"))
-    unet.register_full_backward_hook(count("unet backward"))
+    told_unet.register_forward_hook(count("unet"))
+    told_unet.last.register_full_backward_hook(count("unet backward"))
     clip.image.register_forward_hook(count("encoder"))
-    clip.image.register_full_backward_hook(count("encoder backward"))
-    log_p = guide.contrastive(clip, text_features, torch.tensor([5, 77]))
-    guide.generate(unet, alpha_bar, generators(2), log_p, scale=2., steps=7)
-    assert counts == {"unet": 7, "encoder": 7, "encoder backward": 7, "unet backward": 0}
+    clip.image.projection.register_full_backward_hook(count("encoder backward"))
+    denoise = guide.guided_by(name, clip, told_unet, alpha_bar, text_features,
+                              torch.tensor([5, 77]), 2., (1, 1000))
+    g = generators(2)
+    sample(denoise, tinyddpm.noise(g, (3, 16, 16)), g, alpha_bar, steps=7)
+    assert counts == {"unet": unet_calls, "encoder": encoder, "encoder backward": encoder,
+                      "unet backward": unet_backward}
 
 
 def test_a_picture_depends_on_its_own_seed_alone(clip, unet, text_features, alpha_bar):
-    maker = lambda n: guide.contrastive(clip, text_features, torch.full((n,), 5))
-    many = guide.generate(unet, alpha_bar, generators(4), maker(4), 2., (1, 900), 5)
-    one = guide.generate(unet, alpha_bar, generators(1), maker(1), 2., (1, 900), 5)
+    many, one = (draw("contrastive", clip, unet, text_features, alpha_bar, target, 2.)
+                 for target in ([5, 77, 3, 9], [5]))
     assert torch.allclose(many[:1], one, atol=1e-3)
+
+
+def test_classifier_free_is_a_line_through_two_opinions(told_unet, alpha_bar):
+    """Scale 1 is the U-Net that is told the caption; other scales lie on the same line."""
+    x, t, target = torch.randn(2, 3, 16, 16), torch.tensor([400, 400]), torch.tensor([3, 0])
+    with torch.no_grad():
+        nothing = tinyddpm.denoiser(told_unet, alpha_bar)(x, t)
+        told = tinyddpm.denoiser(
+            functools.partial(told_unet, caption=target + 1), alpha_bar)(x, t)
+        out = {s: guide.classifier_free(told_unet, alpha_bar, target, s)(x, t) for s in (1., 3.)}
+    assert torch.allclose(out[1.], told, atol=1e-5) and (told - nothing).abs().max() > 1e-3
+    assert torch.allclose(out[3.], nothing + 3 * (told - nothing), atol=1e-5)
+
+
+def test_the_prior_corrects_for_what_was_seen_more_often():
+    """Two worlds that differ in how common the captions are: with the prior, CLIP's posterior
+    becomes the diffusion model's."""
+    prior = guide.prior_ratio([899, 99], [499, 499])
+    posterior = (torch.tensor([0.5, 0.5]).log() + prior).softmax(0)
+    assert posterior.tolist() == pytest.approx([0.9, 0.1], abs=1e-5)
+    assert (guide.prior_ratio([5, 0, 7], [5, 0, 7]) == 0).all()
+    assert torch.isfinite(guide.prior_ratio([0, 9], [9, 0])).all()
+
+
+def test_recurrence_goes_back_to_the_same_noise_level(alpha_bar):
+    """With the true x_0 as denoiser, every x_t that is visited has mean sqrt(alpha_bar_t) x_0 and
+    variance 1 - alpha_bar_t, the first time as the third."""
+    x_0, g, seen = 0.7, generators(8), []
+    out = sample(lambda x_t, t: torch.full_like(x_t, x_0),
+                 math.sqrt(alpha_bar[-1]) * x_0 + tinyddpm.noise(g, (3, 32, 40)), g, alpha_bar, 5,
+                 recurrence=3, watch=lambda t, x_t, _: seen.append((t, x_t)))
+    assert [t for t, _ in seen] == [t for t in (1000, 800, 600, 400) for _ in range(3)] + [200]
+    for t, x_t in seen:
+        assert x_t.mean() == pytest.approx(math.sqrt(alpha_bar[t]) * x_0, abs=0.02)
+        assert x_t.var() == pytest.approx(1 - alpha_bar[t].item(), rel=0.03)
+    assert torch.allclose(out, torch.full_like(out, x_0), atol=1e-5)
+
+
+def test_what_each_log_p_is(clip, text_features):
+    """Values, written a second time: signs, times, temperatures and priors."""
+    torch.manual_seed(0)
+    x, h, t = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16), torch.tensor([300, 700])
+    target, prior, zero = torch.tensor([5, 77]), torch.randn(294), torch.zeros(2, dtype=torch.long)
+    of = lambda name, x_t, x_0_hat: guide.METHODS[name].log_p(
+        clip, text_features, target, prior)(x_t, t, x_0_hat)
+    with torch.no_grad():
+        def softmax(pictures, times, temperature=5.):
+            logits = clip.logits(clip.encode_image(pictures, times), text_features, times) + prior
+            p = (logits / temperature).exp() / (logits / temperature).exp().sum(1, keepdim=True)
+            return temperature * p[[0, 1], target].log()
+
+        assert torch.allclose(of("contrastive", x, None), softmax(x, t), atol=1e-4)
+        assert torch.allclose(of("clean", x, None), softmax(x, zero), atol=1e-4)
+        assert torch.allclose(of("x0", x, h), softmax(h, zero), atol=1e-4)
+        assert torch.allclose(of("x0-fast", x, h), softmax(h, zero), atol=1e-4)
+        once = guide.contrastive(clip, text_features, target, prior, temperature=1.)(x, t, None)
+        assert torch.allclose(once, softmax(x, t, 1.), atol=1e-4)
+        cos = torch.cosine_similarity(clip.encode_image(x, t), text_features[target])
+        expected = -clip.logit_scale(t)[:, 0] * cos.acos() ** 2 / 2
+        assert torch.allclose(of("spherical", x, None), expected, rtol=1e-3)
+
+
+def test_x0_fast_is_x0_where_its_assumption_holds(clip, text_features, alpha_bar):
+    """For independent normal pixels of standard deviation 0.5 the number that stands for the
+    U-Net's Jacobian is that Jacobian."""
+    torch.manual_seed(0)
+    x, t, target = torch.randn(2, 3, 16, 16), torch.tensor([400, 400]), torch.tensor([5, 77])
+    denoise = gaussian_denoiser(alpha_bar, 0., 0.25)
+    pushed = {}
+    for name in ("x0", "x0-fast"):
+        method = guide.METHODS[name]
+        log_p = method.log_p(clip, text_features, target)
+        pushed[name] = guide.guided(denoise, log_p, alpha_bar, 20., through_unet=method.through_unet
+                                    )(x, t) - denoise(x, t)
+    assert pushed["x0"].abs().max() > 1e-3
+    assert torch.allclose(pushed["x0"], pushed["x0-fast"], atol=1e-5)
