@@ -187,11 +187,11 @@ class Method(NamedTuple):
 
 METHODS = {
     "contrastive": Method(contrastive, 16., (1, 950)),
-    "spherical": Method(spherical, 16., (1, 950)),
+    "spherical": Method(spherical, 8., (1, 950)),
     "clean": Method(clean, 16., (1, 950)),
-    "x0": Method(x0, 16., (1, 950), through_unet=True),
-    "x0-fast": Method(x0_fast, 16., (1, 950)),
-    "classifier-free": Method(None, 3., (1, 1000)),
+    "x0": Method(x0, 32., (1, 950), through_unet=True),
+    "x0-fast": Method(x0_fast, 128., (1, 950)),
+    "classifier-free": Method(None, 2., (1, 1000)),
     "none": Method(None, 0., (1, 1000)),
 }
 
