@@ -159,9 +159,10 @@ def load(name, size, count, split="train", labels="balanced"):
 def _car_world(size, count, split, labels):
     world = zlib.crc32(cars.render(0, range(12), 24, labels)[0].tobytes())   # changed: a new name
     path = CACHE / f"cars-{world:08x}-{split}-{size}px-{count}.npy"
-    if not path.exists():
+    beside = path.with_suffix(".captions.npy")
+    if not (path.exists() and beside.exists()):
         _render_all(path, SPLITS[split], size, count, labels)
-    pictures, caption_of = np.load(path, mmap_mode="r"), np.load(path.with_suffix(".captions.npy"))
+    pictures, caption_of = np.load(path, mmap_mode="r"), np.load(beside)
     shorter = [caption.removeprefix("a ") for caption in cars.CAPTIONS]   # as users write
     caption_labels = cars.caption_labels(np.arange(len(cars.CAPTIONS)))
     report = f"{split}: {count:,} pictures of the car world, {len(cars.CAPTIONS)} captions"
