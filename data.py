@@ -418,6 +418,13 @@ def check_fit(clip, ddpm):
                         "both alike")
 
 
+def check_told(unet):
+    """UserError if a U-Net cannot be told captions, as classifier-free guidance has to."""
+    if not unet.config.text:
+        raise UserError("this DDPM is told no captions; train one with: python train.py ddpm "
+                        "--text --fresh")
+
+
 class Pair(NamedTuple):
     """Two models that fit together."""
     clip: torch.nn.Module

@@ -167,9 +167,8 @@ def guidance_table(args, device):
     models, rows = load_models(args, device), []
     targets = torch.arange(len(models.captions), device=device)[HALVES[args.prompts]]
     grader, content = data.load_judge("cars", args.judge, judge.from_checkpoint, device)
-    if "classifier-free" in args.methods and not models.unet.config.text:
-        raise data.UserError("this DDPM is told no captions; train one with: python train.py ddpm "
-                             "--text --fresh")
+    if "classifier-free" in args.methods:
+        data.check_told(models.unet)
     for name in args.methods:
         for scale in args.scales or [guide.METHODS[name].scale]:
             start = time.perf_counter()

@@ -180,9 +180,9 @@ def classifier_free(unet, alpha_bar, target, scale, interval=(1, math.inf)):
 
 class Method(NamedTuple):
     log_p: Callable              # its maker; None if there is none
-    scale: float                 # found by a sweep, like the interval: RESULTS.md
-    interval: tuple
-    through_unet: bool = False
+    scale: float                 # found by a sweep: RESULTS.md
+    interval: tuple              # swept for "contrastive"; the other CLIP methods have its own
+    through_unet: bool = False   # see guided
 
 
 METHODS = {

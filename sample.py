@@ -119,12 +119,11 @@ def understand(prompt, args, pair, device):
     if prompt is None:
         return None
     captions, target = find_target(prompt, pair)
-    if args.method == "classifier-free" and not pair.unet.config.text:
-        raise data.UserError("this DDPM is told no captions; train one with: python train.py ddpm "
-                             "--text --fresh")
-    if args.method == "classifier-free" and target == len(pair.captions):
-        raise data.UserError(f"{prompt!r} is none of the {target} captions that this DDPM is told, "
-                             "and nothing but CLIP understands others; use another --method")
+    if args.method == "classifier-free":
+        data.check_told(pair.unet)
+        if target == len(pair.captions):
+            raise data.UserError(f"{prompt!r} is none of the {target} captions that this DDPM is "
+                                 "told, and only CLIP understands others; use another --method")
     log_prior = torch.zeros(len(captions), device=device)   # of a new caption nothing is known
     log_prior[:len(pair.captions)] = guide.prior_ratio(pair.ddpm_counts, pair.clip_counts)
     return Wish(captions, target, pair.clip.encode_captions(captions), log_prior)

@@ -108,8 +108,7 @@ def clip_job(config, options, dataset, validation, device):
         return "top-1 on held-out pictures: " + ", ".join(some)
 
     content = {**captions_of(dataset), "spellings": dataset.spellings, "merges": tokenizer.merges}
-    seen = min(K, options.most_captions)
-    note = f"chance is a loss of ln({seen}) = {math.log(seen):.2f}"
+    note = f"chance is a loss of ln({K}) = {math.log(K):.2f}"
     return Job("clip", tinyclip.CLIP(config, tokenizer), loss, preview, content, note)
 
 

@@ -1,4 +1,5 @@
 """The optimizer and the run, in-process; test_commands.py has the command."""
+import numpy as np
 import pytest
 import torch
 
@@ -61,6 +62,22 @@ def test_every_parameter_has_one_optimizer_and_only_wide_matrices_have_muon():
     assert all(parameters[i].ndim > 1 for i in matrices)
     wide = [parameters[i] for i in others if parameters[i].ndim > 1]
     assert [id(p) for p in wide] == [id(unet.first.weight), id(unet.last[2].weight)]
+
+
+@pytest.mark.parametrize("K, most, batch", [(5, 9, 4), (50, 20, 8), (50, 20, 200), (50, 2, 8)])
+def test_some_captions_stand_for_all(K, most, batch):
+    """The batch's own are always among them, and the weighted sum over them is, on average, the
+    sum over all."""
+    needed = torch.from_numpy(np.random.default_rng(0).integers(K, size=batch))
+    values, sums = torch.arange(1., K + 1), []
+    for seed in range(300):
+        chosen, weight = train.some_captions(K, needed, most, torch.Generator().manual_seed(seed))
+        own = torch.searchsorted(chosen, needed)
+        assert (chosen[own] == needed).all() and (weight[own] == 1).all()
+        assert len(set(chosen.tolist())) == len(chosen) <= max(most, len(needed))
+        sums.append((weight * values[chosen]).sum())
+    if most > batch:   # otherwise there may be no others to stand for the rest
+        assert torch.stack(sums).mean() == pytest.approx(values.sum().item(), rel=0.02)
 
 
 @pytest.mark.parametrize("step, expected", [(1, 0.1), (10, 1.), (55, 0.5), (100, 0.)])
