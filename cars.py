@@ -454,7 +454,7 @@ if __name__ == "__main__":   # a grid of 48 cars
     start = time.perf_counter()
     pictures, labels = render(seed=0, indices=range(48), size=128)
     speed = len(pictures) / (time.perf_counter() - start)
-    print(f"48 pictures of 128 x 128 at {speed:.0f} pictures/s on one core -> cars.png")
+    print(f"48 pictures of 128 x 128 at {speed:.0f} pictures/s on one core -> out/cars.png")
     for i in range(4):
         print("   ", caption(*labels[i]))
-    data.save_grid("cars.png", pictures, columns=8)
+    data.save_grid("out/cars.png", pictures, columns=8)

@@ -1,4 +1,4 @@
-"""Chapter 1: pictures and words on disk. Data sets, batches, grids, plots, GIFs and checkpoints.
+"""Chapter 1: pictures and words on disk. Data sets, batches, grids, GIFs and checkpoints.
 
 What touches a file is here, so that the other chapters are about mathematics alone.
 
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import cars
@@ -235,7 +235,7 @@ def batch(dataset, seed, step, size, device="cpu"):
     return to_float(pictures), rows
 
 
-# ---- grids, GIFs and plots -----------------------------------------------------------------------
+# ---- grids and GIFs ------------------------------------------------------------------------------
 
 def grid(pictures, columns=8, gap=2, zoom=1):
     """(N, H, W, 3) uint8 -> one Image, row by row, on white, `gap` pixels apart before the zoom."""
@@ -263,53 +263,6 @@ def save_gif(path, frames, columns=4, zoom=2, milliseconds=80):
     images = [grid(frame, columns, zoom=zoom) for frame in frames]
     durations = [milliseconds] * (len(images) - 1) + [2000]
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
-
-
-PALETTE = ["#c0392b", "#2c6fbb", "#2e8b57", "#8e44ad", "#d68910", "#555555"]   # then from the start
-
-
-def _ticks(low, high):
-    """About five round numbers between low and high: multiples of 1, 2 or 5 x a power of 10."""
-    rough = (high - low) / 5
-    power = 10 ** math.floor(math.log10(rough))
-    step = min((m * power for m in (1, 2, 5, 10)), key=lambda step: abs(step - rough))
-    return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
-
-
-def save_plot(path, curves, x_label, y_label, width=560, height=340):
-    """curves: name -> (xs, ys), finite numbers -> a line plot as PNG. Axes span the data."""
-    image, font = Image.new("RGB", (width, height), "white"), ImageFont.load_default(13)
-    draw = ImageDraw.Draw(image)
-    left, right, top, bottom = 56, width - 16, 26, height - 42   # the frame, in pixels
-
-    x_low, x_high = _span(xs for xs, _ in curves.values())
-    y_low, y_high = _span(ys for _, ys in curves.values())
-    across = lambda x: left + (x - x_low) / (x_high - x_low) * (right - left)   # data -> pixels
-    up = lambda y: bottom - (y - y_low) / (y_high - y_low) * (bottom - top)
-
-    # A text's anchor is two letters: left, middle or right, then ascender (top), middle, descender.
-    for x in _ticks(x_low, x_high):
-        draw.line([(across(x), top), (across(x), bottom)], "#e6e6e6")
-        draw.text((across(x), bottom + 5), f"{x:.4g}", "black", font, "ma")
-    for y in _ticks(y_low, y_high):
-        draw.line([(left, up(y)), (right, up(y))], "#e6e6e6")
-        draw.text((left - 5, up(y)), f"{y:.4g}", "black", font, "rm")
-    draw.text(((left + right) / 2, height - 4), x_label, "black", font, "md")
-    draw.text((6, 4), y_label, "black", font)
-
-    for i, (name, (xs, ys)) in enumerate(curves.items()):
-        colour = PALETTE[i % len(PALETTE)]
-        draw.line([(across(x), up(y)) for x, y in zip(xs, ys)], colour, 2)
-        draw.text((right - 6, top + 6 + 16 * i), name, colour, font, "ra")   # the legend
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
-
-
-def _span(series):
-    """The least and the greatest of all numbers; a constant gets room above it, for an axis."""
-    values = np.concatenate([np.asarray(numbers, float) for numbers in series])
-    low, high = float(values.min()), float(values.max())
-    return low, high if high > low else low + 1
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

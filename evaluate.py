@@ -23,10 +23,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+import bpe
 import cars
 import data
 import guide
 import judge
+import plot
 import tinyclip
 import tinyddpm
 
@@ -47,7 +49,8 @@ def load_models(args, device):
     if (pair.data, pair.unet.config.T) != ("cars", 1000):
         raise data.UserError(f"these models were trained on {pair.data} with T = "
                              f"{pair.unet.config.T}; the tables are about the car world and 1000")
-    log_prior = guide.prior_ratio(pair.ddpm_counts, pair.clip_counts).to(device)
+    clip_counts = pair.ddpm_counts if args.no_prior else pair.clip_counts   # equal: a ratio of 1
+    log_prior = guide.prior_ratio(pair.ddpm_counts, clip_counts).to(device)
     return Models(pair.clip, pair.unet, tinyddpm.cosine_alpha_bar().to(device),
                   pair.clip.encode_captions(pair.captions), pair.captions, log_prior)
 
@@ -105,7 +108,7 @@ def clip_table(args, device):
                      "logit_scale": clip.logit_scale(times[:1]).item()})
     curves = {name: ([row["t"] for row in rows], [row[name] for row in rows])
               for name in ("joint", *dataset.attributes)}
-    data.save_plot(args.out / "clip.png", curves, "t", "accuracy on held-out pictures")
+    plot.lines(args.out / "clip.png", curves, "t", "accuracy on held-out pictures")
     return rows
 
 
@@ -262,11 +265,11 @@ def figure(args, device):
 
 def find_caption(prompt, captions):
     """-> the index of the prompt among CLIP's captions."""
-    known = [tinyclip.canonical(caption) for caption in captions]
-    if tinyclip.canonical(prompt) not in known:
+    known = [bpe.canonical(caption) for caption in captions]
+    if bpe.canonical(prompt) not in known:
         raise data.UserError(f"--prompt {prompt!r} is none of CLIP's {len(captions)} captions, "
                              f"such as {captions[0]!r}")
-    return known.index(tinyclip.canonical(prompt))
+    return known.index(bpe.canonical(prompt))
 
 
 def trajectory(models, target, args):
@@ -342,6 +345,8 @@ def parse(arguments):
     add("--steps", type=int, default=50, help="guidance, figure: denoising steps")
     add("--eta", type=float, default=1., help="guidance, figure: 0 is DDIM, 1 as noisy as DDPM")
     add("--recurrence", type=int, default=1, help="guidance: how often each step is taken")
+    add("--no-prior", action="store_true",
+        help="guidance: as if CLIP had met each caption as often as the DDPM")
     add("--seed", type=int, default=0)
     add("--clip", help="a CLIP's weights.pt")
     add("--ddpm", help="a DDPM's weights.pt")

@@ -188,7 +188,7 @@ def report(listing, split, rows, good):
     broken = sorted(set(range(len(rows))) - set(good.tolist()))
     if broken:
         names = ", ".join(str(listing.files[rows[i]]) for i in broken[:3])
-        line += f"; {len(broken):,} cannot be read and are left out, such as {names}"
+        line += f"; left out because they cannot be read: {len(broken):,}, such as {names}"
     return line.encode("utf-8", "replace").decode("utf-8")   # names of files can be any bytes
 
 
@@ -256,3 +256,19 @@ def _read_some(job):
         except Exception:   # Pillow raises a dozen types for damaged files
             pictures.append(None)
     return pictures
+
+
+if __name__ == "__main__":   # a small folder of photographs, one of them broken, and what is found
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(60):
+            path = Path(folder) / ("cat", "polar_bear")[i % 2] / f"{i}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (40 + i, 30), (4 * i, 0, 0)).save(path)
+        (Path(folder) / "cat" / "0.png").write_bytes(b"no picture")
+        listing = find(Path(folder))
+        for split in PARTS:
+            rows = part_of(listing, split)
+            pack([listing.files[i] for i in rows], 32, Path(folder) / "packed.raw")
+            print(report(listing, split, rows, np.load(Path(folder) / "packed.npy")))

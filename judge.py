@@ -121,3 +121,18 @@ def wilson(right, n, z=1.96):
     centre = p + z * z / (2 * n)
     half = z * ((p * (1 - p) + z * z / (4 * n)) / n) ** 0.5
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+if __name__ == "__main__":   # the shipped judge looks at 200 cars that nobody learned from
+    import cars
+    import data
+
+    judge, content = data.load_model(data.SHIPPED / "judge.pt", "judge", from_checkpoint)
+    first = cars.JUDGE_TEST + 5000   # behind those that evaluate.py takes
+    pictures, labels = cars.render(seed=0, indices=range(first, first + 200), size=32)
+    seen = verdict(judge, data.to_float(pictures)).numpy()
+    right = (seen == labels).all(axis=1)
+    for i in (*range(3), *(~right).nonzero()[0][:2]):
+        print(f"{cars.caption(*labels[i])}: the judge sees {cars.caption(*seen[i])}")
+    low, high = wilson(right.sum(), 200)
+    print(f"all right in {right.sum()} of 200, 95 % interval {low:.1%} to {high:.1%}")

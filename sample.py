@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+import bpe
 import data
 import guide
 import judge
@@ -71,7 +72,7 @@ def check(args):
     if args.interval and not 1 <= args.interval[0] <= args.interval[1] <= 1000:
         raise data.UserError("--interval must be two times LO <= HI from 1 to 1000, not "
                              f"{args.interval[0]} {args.interval[1]}")
-    if not all(tinyclip.canonical(prompt) for prompt in args.prompts):
+    if not all(bpe.canonical(prompt) for prompt in args.prompts):
         raise data.UserError("the prompt is empty; leave it out to sample without guidance")
 
 
@@ -83,9 +84,9 @@ def find_target(prompt, pair):
     Warns of words that CLIP has never read, and of those that it will not read.
     """
     clip, captions = pair.clip, pair.captions
-    known = {tinyclip.canonical(text): i for texts in pair.spellings
+    known = {bpe.canonical(text): i for texts in pair.spellings
              for i, text in enumerate(texts)}
-    wanted = tinyclip.canonical(prompt)
+    wanted = bpe.canonical(prompt)
     if wanted in known:
         return captions, known[wanted]
     read = sorted({word for caption in known for word in caption.split()})
@@ -189,7 +190,7 @@ def file_name(prompt):
     """"A white and red car!" -> "white-and-red-car"."""
     if prompt is None:
         return "unguided"
-    name = "-".join(tinyclip.canonical(prompt).split())[:80]
+    name = "-".join(bpe.canonical(prompt).split())[:80]
     return "".join(c for c in name if c.isalnum() or c == "-") or "prompt"
 
 

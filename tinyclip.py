@@ -7,8 +7,6 @@ picture and words do.
         arxiv.org/abs/2112.10741
     Xiao et al. 2021, "Early Convolutions Help Transformers See Better" (the stem)
         arxiv.org/abs/2106.14881
-    Sennrich, Haddow, Birch 2016, "Neural Machine Translation of Rare Words with Subword Units"
-        arxiv.org/abs/1508.07909
 
 This CLIP also sees pictures through noise: t = 0 is a clean picture, t = 1..T the x_t of the
 diffusion model, and both its features and the sharpness of its opinion, logit_scale(t), depend on
@@ -19,18 +17,14 @@ Shapes: B pictures, K captions, L tokens, D width, E embedding width; pictures (
 
 Left out: the published weights, ResNet towers, distributed training.
 """
-import functools
-import gzip
-import html
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
-import ftfy
-import regex
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from bpe import Tokenizer
 
 
 @dataclass
@@ -62,154 +56,6 @@ class CLIPConfig:
         if self.context_length < 3 or self.max_logit_scale <= 0 or self.T < 10:
             raise ValueError("context_length must be at least 3, max_logit_scale more than 0, and "
                              "T at least 10")
-
-
-# ---- words to numbers: byte-level byte pair encoding ---------------------------------------------
-
-def clean(text):
-    """Mend mojibake, undo HTML entities, squeeze white space, lower case."""
-    plain = text.isascii() and text.isprintable() and "&" not in text
-    if not plain:   # there ftfy would find nothing to mend, and take its time
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))   # twice: they come so escaped
-    return regex.sub(r"\s+", " ", text).strip().lower()
-
-
-# CLIP's own way of cutting text into words: contractions, letters, single digits, runs of anything
-# else.
-WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
-                      regex.IGNORECASE)
-
-
-@functools.cache
-def byte_symbols():
-    """-> {byte: one printable character}: itself where it has one, else the next from 256 on."""
-    visible = [*range(ord("!"), ord("~") + 1),
-               *range(ord("¡"), ord("¬") + 1),
-               *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [b for b in range(256) if b not in visible]
-    return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
-
-
-def merge(symbols, pair):
-    """Join a pair of neighbours wherever it occurs.
-
-    ("c", "a", "r</w>"), ("c", "a") -> ("ca", "r</w>")
-    """
-    merged = []
-    i = 0
-    while i < len(symbols):
-        if symbols[i:i + 2] == pair:
-            merged.append(pair[0] + pair[1])
-            i += 2
-        else:
-            merged.append(symbols[i])
-            i += 1
-    return tuple(merged)
-
-
-class Tokenizer:
-    """Byte pair encoding: a word starts as its bytes, the last one marked </w>; then the most
-    frequent pairs of neighbours, found in training, merge into longer symbols, in the order in
-    which they were found.
-
-    Ids, in this order: 256 bytes, 256 bytes that end a word, the merges, start, end. Any text has
-    an encoding: what was never seen stays bytes.
-    """
-
-    def __init__(self, merges):
-        """merges: pairs of symbols, most important first, such as ("c", "a"), ("ca", "r</w>")."""
-        self.merges = [tuple(pair) for pair in merges]
-        self.rank = {pair: i for i, pair in enumerate(self.merges)}
-        single = list(byte_symbols().values())
-        self.symbols = [*single, *(s + "</w>" for s in single), *(a + b for a, b in self.merges)]
-        self.id_of = {symbol: i for i, symbol in enumerate(self.symbols)}
-        self.byte_of = {symbol: byte for byte, symbol in byte_symbols().items()}
-        self.ids_of_word = {}   # of the words read so far: the same few occur again and again
-        self.start = len(self.symbols)
-        self.end = len(self.symbols) + 1
-        self.vocab_size = len(self.symbols) + 2
-
-    @classmethod
-    def train(cls, texts, vocab_size):
-        """Learn merges from texts until there are vocab_size ids, or every word is one symbol."""
-        words = {}   # a word as a tuple of symbols -> how often it occurs
-        for text in texts:
-            for word in WORDS.findall(clean(text)):
-                symbols = cls.split(word)
-                words[symbols] = words.get(symbols, 0) + 1
-        merges = []
-        while len(merges) < vocab_size - 514:   # 2 * 256 bytes, start, end
-            pairs = {}   # two neighbours -> how often they occur
-            for symbols, count in words.items():
-                for pair in zip(symbols, symbols[1:]):
-                    pairs[pair] = pairs.get(pair, 0) + count
-            if not pairs:
-                break
-            # Ties go by spelling, so that training is repeatable.
-            best = max(pairs, key=lambda pair: (pairs[pair], pair))
-            merges.append(best)
-            words = {merge(symbols, best): count for symbols, count in words.items()}
-        return cls(merges)
-
-    @classmethod
-    def from_openai(cls, path):
-        """The tokenizer of the published CLIP, 49,408 ids, from bpe_simple_vocab_16e6.txt.gz of
-        github.com/openai/CLIP: a header, then one merge a line, of which it uses these many.
-
-        differs from the published one: "<|endoftext|>" in a text is a row of letters and signs
-        like any other. There it becomes the end token, so that a prompt can cut itself short.
-        """
-        lines = gzip.decompress(Path(path).read_bytes()).decode("utf-8").split("\n")
-        return cls(line.split() for line in lines[1:49_408 - 514 + 1])
-
-    @staticmethod
-    def split(word):
-        """"car" -> ("c", "a", "r</w>")"""
-        symbols = [byte_symbols()[b] for b in word.encode("utf-8")]
-        return (*symbols[:-1], symbols[-1] + "</w>")
-
-    def joined(self, word):
-        """Yield the symbols of a word: as split() gives them, then after each merge that applies.
-
-        "car" -> ("c", "a", "r</w>"), then ("ca", "r</w>"), then ("car</w>",)
-        """
-        symbols = self.split(word)
-        yield symbols
-        while len(symbols) > 1:
-            pairs = zip(symbols, symbols[1:])
-            best = min(pairs, key=lambda pair: self.rank.get(pair, math.inf))
-            if best not in self.rank:
-                break
-            symbols = merge(symbols, best)
-            yield symbols
-
-    def encode(self, text):
-        """-> list of ids, without start and end."""
-        ids = []
-        for word in WORDS.findall(clean(text)):
-            if word not in self.ids_of_word:
-                *_, symbols = self.joined(word)   # the last ones, when nothing merges any more
-                self.ids_of_word[word] = [self.id_of[s] for s in symbols]
-            ids += self.ids_of_word[word]
-        return ids
-
-    def decode(self, ids):
-        """List of ids -> text, with a space after every word; start and end are skipped."""
-        text = "".join(self.symbols[i] for i in ids if i < self.start).replace("</w>", " ")
-        # subtle: a space is no symbol (the byte 32 is written "Ġ"), so here it can only be </w>.
-        text = b"".join(b" " if s == " " else bytes([self.byte_of[s]]) for s in text)
-        return text.decode("utf-8", errors="replace").strip()
-
-    def batch(self, texts, context_length):
-        """K texts -> (K, L) int64, L = context_length: start, the ids, end, then zeros.
-
-        A text that is too long loses its tail, not its end.
-        """
-        tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
-        for row, text in zip(tokens, texts):
-            ids = [self.start, *self.encode(text)[:context_length - 2], self.end]
-            row[:len(ids)] = torch.tensor(ids)
-        return tokens
 
 
 # ---- the Transformer -----------------------------------------------------------------------------
@@ -451,14 +297,6 @@ def from_checkpoint(content):
     return clip
 
 
-def canonical(prompt):
-    """Prompts that mean the same caption, spelled the same.
-
-    "  A White and red car" -> "white and red car"
-    """
-    return regex.sub(r"^(a|an|the) ", "", clean(prompt))
-
-
 # ---- training ------------------------------------------------------------------------------------
 
 TEXT_TO_IMAGE = 0.1   # weight of the second term of clip_loss
@@ -491,24 +329,25 @@ def clip_loss(logits, caption_of, is_clean):
     return image_to_text + TEXT_TO_IMAGE * text_to_image
 
 
-if __name__ == "__main__":   # one sentence through the tokenizer, step by step
-    tokenizer = Tokenizer.train(["a red car", "a white car", "a red and white car"], 528)
-    sentence = "A  WHITE&amp;red cart"
-    print("cleaned:", clean(sentence))
-    print("words:  ", WORDS.findall(clean(sentence)))
-    for word in WORDS.findall(clean(sentence)):
-        print("        ", "  ->  ".join(" ".join(symbols) for symbols in tokenizer.joined(word)))
-    print("ids:    ", tokenizer.encode(sentence))
-    print("decoded:", tokenizer.decode(tokenizer.encode(sentence)))
-    print("batch:  ", tokenizer.batch([sentence], context_length=12).tolist())
+if __name__ == "__main__":   # what the shipped CLIP sees in one car, through more and more noise
+    import cars
+    import data
+    from tinyddpm import cosine_alpha_bar, q_sample
 
-# cleaned: a white&red cart
-# words:   ['a', 'white', '&', 'red', 'cart']
-#          a</w>
-#          w h i t e</w>  ->  wh i t e</w>  ->  whi t e</w>  ->  whit e</w>  ->  white</w>
-#          &</w>
-#          r e d</w>  ->  re d</w>  ->  red</w>
-#          c a r t</w>  ->  ca r t</w>
-# ids:     [320, 517, 261, 519, 512, 81, 339]
-# decoded: a white & red cart
-# batch:   [[522, 320, 517, 261, 519, 512, 81, 339, 523, 0, 0, 0]]
+    clip, content = data.load_model(data.SHIPPED / "clip.pt", "clip", from_checkpoint)
+    pictures, labels = cars.render(seed=0, indices=[cars.VALIDATION], size=32)
+    print("the truth:", cars.caption(*labels[0]))
+    x_0, text_features = data.to_float(pictures), clip.encode_captions(content["captions"])
+    eps = torch.randn(x_0.shape, generator=data.generator(0))
+    for t in torch.tensor([[0], [300], [600], [800], [900]]):
+        x_t = q_sample(x_0, t, eps, cosine_alpha_bar())
+        p = clip.logits(clip.encode_image(x_t, t), text_features, t).softmax(dim=1)[0]
+        best = [f"{p[i]:4.0%} {content['captions'][i]}" for i in p.topk(2).indices]
+        print(f"t = {int(t):3}:", ", ".join(best))
+
+# the truth: a yellow and gray truck
+# t =   0:  99% a yellow and gray truck,   0% a yellow and gray van
+# t = 300:  99% a yellow and gray truck,   1% a yellow and gray van
+# t = 600:  73% a yellow and gray truck,  23% a yellow and gray van
+# t = 800:  21% a yellow and gray truck,   8% a yellow and gray van
+# t = 900:   3% a gray and yellow jeep,   3% a white and yellow jeep

@@ -13,23 +13,23 @@ one that ran through.
 import argparse
 import copy
 import dataclasses
-import functools
 import math
 import signal
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import cars
 import data
+import jobs
 import judge
 import muon
+import plot
 import tinyclip
 import tinyddpm
 
@@ -62,162 +62,11 @@ PRESETS = {
 }
 
 
-# ---- the three jobs ------------------------------------------------------------------------------
-
-class Job(NamedTuple):
-    """What the loop has to know about one kind of model."""
-    kind: str
-    model: torch.nn.Module
-    loss: Callable       # (model, x_0, rows of the data set, generator) -> scalar
-    preview: Callable    # (averaged model, folder) -> a line to print; may draw into the folder
-    content: dict        # what weights.pt holds of this kind, beside what it always holds
-    note: str            # printed before the first step: what to compare the loss with
-
-
-def clip_job(config, options, dataset, validation, device):
-    """Which of all captions belongs to this noised picture?"""
-    if len(dataset.captions) < 2:
-        raise data.UserError(f"all pictures have the caption {dataset.captions[0]!r}; CLIP learns "
-                             "from differences")
-    alpha_bar = tinyddpm.cosine_alpha_bar(config.T).to(device)
-    caption_of = torch.from_numpy(dataset.caption_of).to(device)
-    tokenizer = tinyclip.Tokenizer.train(sum(dataset.spellings, []), vocab_size=4096)
-    tokens = torch.stack([tokenizer.batch(texts, config.context_length)
-                          for texts in dataset.spellings]).to(device)   # (S, K, L)
-    (S, K, _), B = tokens.shape, options.batch
-
-    def loss(model, x_0, rows, generator):
-        t = tinyddpm.random_times(B, config.T, generator)
-        shuffled = torch.randperm(B, generator=generator, device=device)
-        t[shuffled[:round(options.clean * B)]] = 0
-        eps = torch.randn(x_0.shape, generator=generator, device=device)
-        chosen, weight = some_captions(K, caption_of[rows], options.most_captions, generator)
-        spelling = torch.randint(S, chosen.shape, generator=generator, device=device)
-        image_features = model.encode_image(tinyddpm.q_sample(x_0, t, eps, alpha_bar), t)
-        text_features = model.encode_text(tokens[spelling, chosen])
-        logits = model.logits(image_features, text_features, t) + weight.log()   # (B, chosen)
-        own = torch.searchsorted(chosen, caption_of[rows])        # its caption's place in chosen
-        return tinyclip.clip_loss(logits, own, t == 0)
-
-    def preview(model, folder):
-        accuracy = accuracy_through_noise(model, tokens[0], validation, alpha_bar)
-        curve = list(accuracy), list(accuracy.values())
-        data.save_plot(folder / "accuracy.png", {"top-1": curve}, "t",
-                       f"accuracy among {K} captions")
-        some = [f"{accuracy[t]:.1%} at t = {t}" for t in (0, 300, 500, 700) if t in accuracy]
-        return "top-1 on held-out pictures: " + ", ".join(some)
-
-    content = {**captions_of(dataset), "spellings": dataset.spellings, "merges": tokenizer.merges}
-    note = f"chance is a loss of ln({K}) = {math.log(K):.2f}"
-    return Job("clip", tinyclip.CLIP(config, tokenizer), loss, preview, content, note)
-
-
-def captions_of(dataset):
-    """What a checkpoint holds of the captions: all of them, and how often each one occurs."""
-    counts = np.bincount(dataset.caption_of, minlength=len(dataset.captions))
-    return {"captions": dataset.captions, "counts": counts.tolist()}
-
-
-def some_captions(K, needed, most, generator):
-    """The captions that one step compares its pictures with -> ascending indices, and for how
-    many captions each one stands.
-
-    All K of them, or the needed ones, the batch's own, and random others until there are `most`.
-    The others stand for all that were left out too, so that the sum over all exp(logits) is right
-    on average.
-    """
-    if K <= most:
-        return torch.arange(K, device=needed.device), torch.ones(K, device=needed.device)
-    luck = torch.rand(K, generator=generator, device=needed.device)
-    luck[needed] = 2.
-    own = int((luck == 2.).sum())
-    chosen = luck.topk(max(most, own)).indices.sort().values
-    others = max(1, len(chosen) - own)
-    return chosen, torch.where(luck[chosen] == 2., 1., (K - own) / others)
-
-
-def accuracy_through_noise(clip, tokens, validation, alpha_bar):
-    """-> {t: how often, among 500 held-out pictures, the right caption is the most probable one}.
-
-    Pictures and noise are the same at every t and every time this is called.
-    """
-    device, T = alpha_bar.device, clip.config.T
-    x_0, rows = data.batch(validation, 0, 0, 500, device)
-    eps = torch.randn(x_0.shape, generator=data.generator(0, 0, device=device), device=device)
-    truth = torch.from_numpy(validation.caption_of[rows]).to(device)
-    text_features, accuracy = clip.encode_text(tokens), {}
-    for t in [0, *range(100, T, 100)]:
-        times = torch.full((len(x_0),), t, device=device)
-        x_t = tinyddpm.q_sample(x_0, times, eps, alpha_bar)
-        logits = clip.logits(clip.encode_image(x_t, times), text_features, times)
-        accuracy[t] = (logits.argmax(1) == truth).float().mean().item()
-    return accuracy
-
-
-def ddpm_job(config, options, dataset, validation, device):
-    """What is the clean picture in this noised one?"""
-    alpha_bar = tinyddpm.cosine_alpha_bar(config.T).to(device)
-    captions = torch.from_numpy(dataset.caption_of).to(device) + 1   # 0 is "it may be anything"
-
-    def mean_loss(model, x_0, generator):
-        t = tinyddpm.random_times(len(x_0), config.T, generator)
-        eps = torch.randn(x_0.shape, generator=generator, device=device)
-        return tinyddpm.ddpm_loss(model, x_0, t, eps, alpha_bar).mean()
-
-    def loss(model, x_0, rows, generator):
-        if not config.text:
-            return mean_loss(model, x_0, generator)
-        # One in ten is told nothing, or it could not do without (Ho & Salimans 2022, Alg. 1).
-        told = torch.rand(len(x_0), generator=generator, device=device) > 0.1
-        return mean_loss(functools.partial(model, caption=captions[rows] * told), x_0, generator)
-
-    def preview(model, folder):
-        x_0, _ = data.batch(validation, 0, 0, 500, device)
-        held_out = mean_loss(model, x_0, data.generator(0, 0, device=device))
-        generators = [data.generator(0, i) for i in range(16)]
-        x_T = tinyddpm.noise(generators, (3, config.image_size, config.image_size), device)
-        denoise = tinyddpm.denoiser(model, alpha_bar)
-        samples = tinyddpm.sample(denoise, x_T, generators, alpha_bar, steps=min(50, config.T))
-        data.save_grid(folder / "samples.png", data.to_uint8(samples), zoom=2)
-        return f"loss on held-out pictures {held_out:.4f}, {len(samples)} samples in samples.png"
-
-    note = "a network that says v = 0 has a loss of about 0.9"
-    unet = tinyddpm.UNet(config, len(dataset.captions))
-    return Job("ddpm", unet, loss, preview, captions_of(dataset), note)
-
-
-def judge_job(config, options, dataset, validation, device):
-    """What are body, main and second colour of this clean picture? Or what class is it?"""
-    if not dataset.attributes:
-        raise data.UserError("a judge learns the car world or class folders; other captions name "
-                             "no attributes that it could tell")
-    labels = torch.from_numpy(dataset.labels).to(device)
-    sizes = {name: len(values) for name, values in dataset.attributes.items()}
-
-    def loss(model, x_0, rows, generator):
-        return judge.judge_loss(model, x_0, labels[rows])
-
-    def preview(model, folder):
-        x_0 = data.to_float(torch.tensor(validation.pictures)).to(device)
-        right = judge.verdict(model, x_0).cpu() == torch.from_numpy(validation.labels)   # (N, A)
-        parts = [f"{name} {share:.2%}" for name, share in zip(sizes, right.float().mean(0))]
-        joint = right.all(1).float().mean()
-        return f"on {len(right)} held-out pictures: joint {joint:.2%}, {', '.join(parts)}"
-
-    note = f"chance is a loss of {sum(math.log(n) for n in sizes.values()):.2f}"
-    content = {"attributes": dataset.attributes, "captions": dataset.captions,
-               "caption_labels": dataset.caption_labels.tolist()}   # what each caption promises
-    return Job("judge", judge.Judge(config, sizes), loss, preview, content, note)
-
-
-JOBS = {"clip": clip_job, "ddpm": ddpm_job, "judge": judge_job}
-
-
 # ---- a run: begin, go on, save -------------------------------------------------------------------
 
 class Run(NamedTuple):
     """One run on its way. What training changes are the last four, all in place."""
-    job: Job
+    job: jobs.Job
     folder: Path
     settings: dict           # all that must be the same when a run goes on
     device: torch.device
@@ -268,7 +117,7 @@ def save(run, step):
         "data": run.settings["data"], "schedule": "cosine", "steps": step,
         "weights": data.fp16(run.ema), **run.job.content})
     curve = tuple(zip(*run.history))   # all steps, all losses
-    data.save_plot(run.folder / "loss.png", {"loss": curve}, "step",
+    plot.lines(run.folder / "loss.png", {"loss": curve}, "step",
                    "training loss, mean of 50 steps")
 
 
@@ -371,7 +220,7 @@ def parse(arguments):
     parser = data.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind in JOBS:
+    for kind in jobs.JOBS:
         add_flags(kinds.add_parser(kind, help=f"python train.py {kind} -h lists its flags"), kind)
     args = parser.parse_args(arguments)
     args.out = args.out or f"runs/{args.kind}"
@@ -439,7 +288,7 @@ def main(arguments=None):
                            for split, count in zip(splits, (options.pictures, held_out)))
     print(dataset.report, validation.report, sep="\n")
     torch.manual_seed(args.seed)   # for the initial weights
-    job = JOBS[args.kind](config, options, dataset, validation, device)
+    job = jobs.JOBS[args.kind](config, options, dataset, validation, device)
     settings = {"data": dataset.name, "data set": dataset.report, "seed": args.seed,
                 **dataclasses.asdict(config), **dataclasses.asdict(options)}
     run = begin(job, folder, settings, options, device)

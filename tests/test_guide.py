@@ -63,6 +63,23 @@ def test_guidance_reaches_every_sampler_and_depends_on_the_target(
     assert not torch.allclose(out, run(name, 77), atol=1e-4)
 
 
+@pytest.mark.parametrize("t", [2, 400, 990])
+def test_it_is_what_papers_write_as_a_step_of_the_reverse_process(alpha_bar, t):
+    """x_{t-1} = 1/sqrt(alpha_t) (x_t - beta_t/sqrt(1 - alpha_bar_t) eps_hat + scale beta_t grad)
+    + sigma_t z, with the posterior's sigma_t: so guidance is written around the DDPM."""
+    x_t, eps_hat, slope, z = torch.randn(4, 2, 3, 4, 6, dtype=torch.float64)
+    alpha_bar, now, scale = alpha_bar.double(), torch.full((2,), t), 3.
+    a, a_next = alpha_bar[t], alpha_bar[t - 1]
+    alpha, beta = a / a_next, 1 - a / a_next
+    sigma = ((1 - a_next) / (1 - a) * beta).sqrt()
+    mean = (x_t - beta / (1 - a).sqrt() * eps_hat + scale * beta * slope) / alpha.sqrt()
+
+    denoise = guide.guided(lambda x, t: (x - (1 - a).sqrt() * eps_hat) / a.sqrt(),
+                           lambda x, t, x_0_hat: (slope * x).sum(dim=(1, 2, 3)), alpha_bar, scale)
+    ours = tinyddpm.ddim_step(x_t, denoise(x_t, now), t, t - 1, alpha_bar, 1., z)
+    assert torch.allclose(ours, mean + sigma * z, rtol=1e-9)
+
+
 @pytest.mark.parametrize("name", [n for n in METHODS if guide.METHODS[n].log_p])
 def test_gradient_against_finite_differences(name, clip, text_features):
     """In float64, and for the methods that look at it through an x_0_hat that depends on x_t.

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+import jobs
 import muon
 import tinyddpm
 import train
@@ -52,7 +53,7 @@ def test_muon_decays_weights():
 def test_every_parameter_has_one_optimizer_and_only_wide_matrices_have_muon():
     """The U-Net begins and ends in colours: its first and last layer are left to AdamW."""
     unet = tinyddpm.UNet(train.PRESETS["tiny"]["ddpm"][0])
-    job = train.Job("ddpm", unet, None, None, {}, "")
+    job = jobs.Job("ddpm", unet, None, None, {}, "")
     run = train.begin(job, None, {}, train.TrainConfig(), torch.device("cpu"))
     matrices, others = ([id(p) for group in optimizer.param_groups for p in group["params"]]
                         for optimizer in run.optimizers)
@@ -71,7 +72,7 @@ def test_some_captions_stand_for_all(K, most, batch):
     needed = torch.from_numpy(np.random.default_rng(0).integers(K, size=batch))
     values, sums = torch.arange(1., K + 1), []
     for seed in range(300):
-        chosen, weight = train.some_captions(K, needed, most, torch.Generator().manual_seed(seed))
+        chosen, weight = jobs.some_captions(K, needed, most, torch.Generator().manual_seed(seed))
         own = torch.searchsorted(chosen, needed)
         assert (chosen[own] == needed).all() and (weight[own] == 1).all()
         assert len(set(chosen.tolist())) == len(chosen) <= max(most, len(needed))
