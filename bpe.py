@@ -21,6 +21,8 @@ import regex
 import torch
 
 
+# ---- text ----------------------------------------------------------------------------------------
+
 def clean(text):
     """Mend mojibake, undo HTML entities, squeeze white space, lower case."""
     plain = text.isascii() and text.isprintable() and "&" not in text
@@ -36,6 +38,8 @@ def canonical(prompt):
     """
     return regex.sub(r"^(a|an|the) ", "", clean(prompt))
 
+
+# ---- the tokenizer -------------------------------------------------------------------------------
 
 # CLIP's own way of cutting text into words: contractions, letters, single digits, runs of anything
 # else.

@@ -1,14 +1,13 @@
-"""Chapter 1: pictures and words on disk. Data sets, batches, grids, GIFs and checkpoints.
+"""Chapter 1b: pictures and words on disk. Data sets, batches, grids, GIFs, checkpoints, and what
+all commands share: errors and devices.
 
-What touches a file is here, so that the other chapters are about mathematics alone.
-
-Pictures are uint8 (N, H, W, 3) in storage and float (N, 3, H, W) in [-1, 1] everywhere else;
+Files and devices are dealt with here, so that the chapters after this one are about mathematics
+alone. Pictures are uint8 (N, H, W, 3) in storage and float (N, 3, H, W) in [-1, 1] everywhere else;
 `to_float` and `to_uint8` are the only way across.
 """
 import argparse
 import functools
 import math
-import multiprocessing
 import os
 import sys
 import timeit
@@ -124,6 +123,7 @@ def generator(*entropy, device="cpu"):
 # ---- data sets -----------------------------------------------------------------------------------
 
 class Dataset(NamedTuple):
+    """N pictures with K different captions, each of which has A attributes, such as its colours."""
     name: str
     pictures: np.ndarray         # (N, H, W, 3) uint8, memory-mapped: may be larger than memory
     caption_of: np.ndarray       # (N,) int64, each picture's index into captions
@@ -181,11 +181,11 @@ def _render_all(path, first, size, count, labels, chunk=100):
     pictures = np.lib.format.open_memmap(temporary, "w+", np.uint8, (count, size, size, 3))
     caption_of = np.empty(count, np.int64)
     starts = range(0, count, chunk)
-    jobs = [(range(first + i, first + min(i + chunk, count)), size, labels) for i in starts]
+    tasks = [(range(first + i, first + min(i + chunk, count)), size, labels) for i in starts]
     bar = tqdm(total=count, desc=f"rendering {path.stem}", unit="picture")
     try:
-        with bar, multiprocessing.Pool(None, *folders.QUIET) as pool:
-            for i, (some, truth) in zip(starts, pool.imap(_render_some, jobs)):
+        with bar, folders.workers() as pool:
+            for i, (some, truth) in zip(starts, pool.imap(_render_some, tasks)):
                 pictures[i:i + chunk], caption_of[i:i + chunk] = some, cars.caption_index(truth)
                 bar.update(len(some))
         pictures.flush()
@@ -195,9 +195,9 @@ def _render_all(path, first, size, count, labels, chunk=100):
         temporary.unlink(missing_ok=True)
 
 
-def _render_some(job):
+def _render_some(task):
     """One chunk. At module level, because it is sent to the other processes by its name."""
-    indices, size, labels = job
+    indices, size, labels = task
     return cars.render(0, indices, size, labels)
 
 
@@ -287,7 +287,8 @@ def save_checkpoint(path, content):
 def load_checkpoint(path, kind):
     """-> the dictionary that save_checkpoint wrote, on the CPU.
 
-    kind: "clip", "ddpm" or "judge". UserError if there is no such file, or it is of another kind.
+    kind: "clip", "ddpm" or "judge", or "clip run" and so on for what a run goes on from.
+    UserError if there is no such file, or it is of another kind.
     """
     advice = f"train one with: python train.py {kind.split()[0]} --fresh"
     try:
@@ -344,14 +345,21 @@ def find_weights(clip=None, ddpm=None):
 
 
 def load_judge(name, path, build, device="cpu"):
-    """A judge for a data set, as given by its path, else trained in runs/, else shipped
+    """A judge for a data set, or for any if name is None: that of the path, if one is given, else
+    one trained in runs/, else one that is shipped.
+
     -> (model, content) as load_model does; (None, None) if there is none.
     """
     usual = [Path("runs/judge/weights.pt"), SHIPPED / "judge.pt"]
     for candidate in [path] if path else usual:
-        if path or (candidate.exists() and load_checkpoint(candidate, "judge").get("data") == name):
+        if not path and not candidate.exists():
+            continue
+        found = load_checkpoint(candidate, "judge").get("data")
+        if name in (None, found):
             grader, content = load_model(candidate, "judge", build)
             return grader.to(device), content
+        if path:
+            raise UserError(f"--judge {path} knows {found}, but these models {name}")
     return None, None
 
 

@@ -3,12 +3,13 @@
     python evaluate.py clip            accuracy and calibration against t
     python evaluate.py ddpm            held-out loss against t
     python evaluate.py inversion       from pictures to noise and back
-    python evaluate.py judge           the judge's own accuracy, by the height of the camera
-    python evaluate.py guidance        all 294 prompts, one sample each, judged; a row per method
+    python evaluate.py judge           the judge's own accuracy
+    python evaluate.py guidance        all captions, one sample each, judged; a row per method
     python evaluate.py guidance --methods contrastive --scales 3 6 12 --prompts even --seed 1
-                                       a sweep: the same, a row per scale, on half of the prompts
+                                       a sweep: the same, a row per scale, on half of the captions
     python evaluate.py figure          what guidance sees: the figure of the README
 
+They are about the models that sample.py would use, and about the pictures these were trained on.
 Tables are printed, and written as JSON with commit, seed and machine; pictures go beside them.
 """
 import argparse
@@ -40,32 +41,35 @@ class Models(NamedTuple):
     text_features: torch.Tensor   # (K, E)
     captions: list                # K, that CLIP knows
     log_prior: torch.Tensor       # (K,), see guide.contrastive
+    data: str                     # the name of the data set
 
 
 def load_models(args, device):
     pair = data.load_pair(tinyclip.from_checkpoint, tinyddpm.from_checkpoint, args.clip, args.ddpm,
                           device)
     print(pair.where)
-    if (pair.data, pair.unet.config.T) != ("cars", 1000):
-        raise data.UserError(f"these models were trained on {pair.data} with T = "
-                             f"{pair.unet.config.T}; the tables are about the car world and 1000")
+    if pair.unet.config.T != 1000:
+        raise data.UserError(f"these models have T = {pair.unet.config.T}; the tables are about "
+                             "T = 1000")
     clip_counts = pair.ddpm_counts if args.no_prior else pair.clip_counts   # equal: a ratio of 1
     log_prior = guide.prior_ratio(pair.ddpm_counts, clip_counts).to(device)
     return Models(pair.clip, pair.unet, tinyddpm.cosine_alpha_bar().to(device),
-                  pair.clip.encode_captions(pair.captions), pair.captions, log_prior)
+                  pair.clip.encode_captions(pair.captions), pair.captions, log_prior, pair.data)
 
 
 # ---- CLIP and the diffusion model, each by itself ------------------------------------------------
 
-def held_out(args, size, count, device):
-    """The first pictures of the validation split and noise for them.
+def held_out(models, count, args, device):
+    """`count` pictures of the validation split, or all if there are fewer, and noise for them.
 
-    -> data set, x_0 (count, 3, size, size), eps like x_0
+    -> their captions' indices (N,), the data set, x_0 (N, 3, H, W), eps like x_0
     """
-    dataset = data.load("cars", size, 2000, "validation")
-    x_0 = data.to_float(torch.tensor(dataset.pictures[:count])).to(device)
+    dataset = data.load(models.data, models.unet.config.image_size, 2000, "validation")
+    every = max(1, len(dataset.pictures) // count)   # evenly: a folder is sorted by its classes
+    caption_of = torch.tensor(dataset.caption_of[::every][:count]).to(device)
+    x_0 = data.to_float(torch.tensor(dataset.pictures[::every][:count])).to(device)
     generator = data.generator(args.seed, device=device)
-    return dataset, x_0, torch.randn(x_0.shape, generator=generator, device=device)
+    return caption_of, dataset, x_0, torch.randn(x_0.shape, generator=generator, device=device)
 
 
 def clip_logits(clip, x, times, text_features):
@@ -93,19 +97,19 @@ def calibration_error(probabilities, truth, bins=15):
 
 def clip_table(args, device):
     """Top-1 among all captions, per attribute, and calibration, at rising noise."""
-    clip, _, alpha_bar, text_features, *_ = load_models(args, device)
-    dataset, x_0, eps = held_out(args, clip.config.image_size, 2000, device)
-    truth, rows = torch.from_numpy(dataset.caption_of).to(device), []
+    models, rows = load_models(args, device), []
+    truth, dataset, x_0, eps = held_out(models, 2000, args, device)
+    labels = torch.from_numpy(dataset.caption_labels).to(device)   # (K, A)
     for t in (0, 50, *range(100, 1000, 100), 950):
         times = torch.full((len(x_0),), t, device=device)
-        x_t = tinyddpm.q_sample(x_0, times, eps, alpha_bar)
-        logits = clip_logits(clip, x_t, times, text_features)
+        x_t = tinyddpm.q_sample(x_0, times, eps, models.alpha_bar)
+        logits = clip_logits(models.clip, x_t, times, models.text_features)
         answer = logits.argmax(1)
-        right = cars.caption_labels(answer.cpu().numpy()) == dataset.labels   # (N, A)
+        right = (labels[answer] == labels[truth]).float()         # (N, A)
         rows.append({"t": t, "joint": (answer == truth).float().mean().item(),
                      **dict(zip(dataset.attributes, right.mean(0).tolist())),
                      "ece": calibration_error(logits.softmax(1), truth),
-                     "logit_scale": clip.logit_scale(times[:1]).item()})
+                     "logit_scale": models.clip.logit_scale(times[:1]).item()})
     curves = {name: ([row["t"] for row in rows], [row[name] for row in rows])
               for name in ("joint", *dataset.attributes)}
     plot.lines(args.out / "clip.png", curves, "t", "accuracy on held-out pictures")
@@ -114,21 +118,20 @@ def clip_table(args, device):
 
 def ddpm_table(args, device):
     """The mean squared error of v_hat on held-out pictures, at rising noise."""
-    _, unet, alpha_bar, *_ = load_models(args, device)
-    _, x_0, eps = held_out(args, unet.config.image_size, 1000, device)
-    rows = []
+    models, rows = load_models(args, device), []
+    _, _, x_0, eps = held_out(models, 2000, args, device)
     for t in (50, 150, 300, 500, 700, 900):
         times = torch.full((len(x_0),), t, device=device)
-        error = tinyddpm.ddpm_loss(unet, x_0, times, eps, alpha_bar).mean().item()
-        rows.append({"t": t, "v_error": error})
+        error = tinyddpm.ddpm_loss(models.unet, x_0, times, eps, models.alpha_bar)
+        rows.append({"t": t, "v_error": error.mean().item()})
     return rows
 
 
 def inversion_table(args, device):
     """What becomes of held-out pictures on the way to noise and back, by the number of steps."""
-    _, unet, alpha_bar, *_ = load_models(args, device)
-    _, x_0, _ = held_out(args, unet.config.image_size, 64, device)
-    denoise, rows = tinyddpm.denoiser(unet, alpha_bar), []
+    models, rows = load_models(args, device), []
+    _, _, x_0, _ = held_out(models, 64, args, device)
+    alpha_bar, denoise = models.alpha_bar, tinyddpm.denoiser(models.unet, models.alpha_bar)
     for steps in (10, 25, 50, 100, 250):
         x_T = tinyddpm.invert(denoise, x_0, alpha_bar, steps)
         back = tinyddpm.sample(denoise, x_T, None, alpha_bar, steps, eta=0., clamp=False)
@@ -140,20 +143,22 @@ def inversion_table(args, device):
 
 
 def judge_table(args, device):
-    """The judge's own accuracy on its held-out pictures, by how high the camera stands."""
-    grader, content = data.load_judge("cars", args.judge, judge.from_checkpoint, device)
-    dataset = data.load("cars", grader.config.size, 5000, "judge-test")
+    """The judge's own accuracy on held-out pictures; for cars, also by how high the camera is."""
+    grader, content = data.load_judge(None, args.judge, judge.from_checkpoint, device)
+    dataset = data.load(content["data"], grader.config.size, 5000, "judge-test")
     x = data.to_float(torch.tensor(dataset.pictures)).to(device)
     right = judge.verdict(grader, x).cpu() == torch.from_numpy(dataset.labels)        # (N, A)
-    first = data.SPLITS["judge-test"]
-    sines = [-cars.scene(0, first + i)[0].forward[2] for i in range(len(right))]      # 0 to 1
-    degrees, rows = torch.tensor(sines).asin().rad2deg(), []
-    for low, high in ((0, 90), (0, 15), (15, 30), (30, 45), (45, 60), (60, 90)):
-        some = right[(degrees >= low) & (degrees < high)]
-        rows.append({"camera, degrees": f"{low} to {high}", "pictures": len(some),
-                     "joint": some.all(1).float().mean().item(),
-                     **dict(zip(content["attributes"], some.float().mean(0).tolist()))})
-    return rows
+    groups = {"all": torch.ones(len(right), dtype=torch.bool)}
+    if content["data"] == "cars":
+        first = data.SPLITS["judge-test"]
+        sines = [-cars.scene(0, first + i)[0].forward[2] for i in range(len(right))]  # 0 to 1
+        degrees = torch.tensor(sines).asin().rad2deg()
+        groups |= {f"camera at {low} to {high} degrees": (degrees >= low) & (degrees < high)
+                   for low, high in ((0, 15), (15, 30), (30, 45), (45, 60), (60, 90))}
+    return [{"pictures": name, "number": int(some.sum()),
+             "joint": right[some].all(1).float().mean().item(),
+             **dict(zip(content["attributes"], right[some].float().mean(0).tolist()))}
+            for name, some in groups.items()]
 
 
 # ---- guidance: is it obeyed? ---------------------------------------------------------------------
@@ -162,24 +167,31 @@ HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2
 
 
 def guidance_table(args, device):
-    """One sample for each prompt, judged; beside it what the guiding CLIP believes, and the cost.
+    """--each samples of each caption, judged; beside it what CLIP, which guided, believes, and the
+    cost.
 
     A row for each method and scale; printed as it comes, because the whole takes long. The first
     row is unguided unless --methods says otherwise, and the others' times are compared with it.
     """
     models, rows = load_models(args, device), []
-    targets = torch.arange(len(models.captions), device=device)[HALVES[args.prompts]]
-    grader, content = data.load_judge("cars", args.judge, judge.from_checkpoint, device)
+    K = len(models.captions)
+    of_one = torch.arange(K, device=device)[HALVES[args.prompts]]
+    indices = torch.cat([of_one + K * i for i in range(args.each)])   # of a caption: i, i + K, ...
+    targets = indices % K
+    grader, content = data.load_judge(models.data, args.judge, judge.from_checkpoint, device)
+    if not grader or not set(models.captions) <= set(content["captions"]):
+        raise data.UserError(f"there is no judge for {models.data}; train one with: python "
+                             f"train.py judge --data {models.data}")
     if "classifier-free" in args.methods:
         data.check_told(models.unet)
     for name in args.methods:
         for scale in args.scales or [guide.METHODS[name].scale]:
             start = time.perf_counter()
-            x_0, calls = sample_all(name, scale, targets, models, args)
+            x_0, calls = sample_all(name, scale, indices, models, args)
             pictures = data.to_uint8(x_0)   # waits for the device, so the time is true
             seconds = time.perf_counter() - start
             rows.append({"method": name, "scale": scale,
-                         **grade(grader, content, x_0, targets),
+                         **grade(grader, content, x_0, [models.captions[i] for i in targets]),
                          "clip_belief": belief(models, x_0, targets), **calls, "seconds": seconds,
                          "times_first_row": seconds / (rows[0]["seconds"] if rows else seconds)})
             some = pictures[::max(1, len(pictures) // 48)][:48]   # evenly from all prompts
@@ -188,19 +200,19 @@ def guidance_table(args, device):
     return rows
 
 
-def sample_all(name, scale, targets, models, args):
-    """One picture for each target, from noise that is its own -> x_0 (N, 3, H, W), and how often
-    the U-Net was evaluated for a picture, forward and backward."""
-    clip, unet, alpha_bar, text_features, _, log_prior = models
+def sample_all(name, scale, indices, models, args):
+    """The pictures with these indices, N ints: picture i is of caption i % K, from noise of its own
+    -> x_0 (N, 3, H, W), and how often the U-Net was evaluated for one, forward and backward."""
+    unet, alpha_bar, K = models.unet, models.alpha_bar, len(models.captions)
     size, calls, pictures = unet.config.image_size, {"unet": 0, "unet_backward": 0}, []
     hooks = [unet.register_forward_hook(lambda *_: calls.update(unet=calls["unet"] + 1)),
              unet.last.register_full_backward_hook(
                  lambda *_: calls.update(unet_backward=calls["unet_backward"] + 1))]
-    parts = targets.split(args.batch)
+    parts = indices.split(args.batch)
     for part in tqdm(parts, desc=f"{name} {scale:g}", leave=False):
         generators = [data.generator(args.seed, i) for i in part.tolist()]
-        denoise = guide.guided_by(name, clip, unet, alpha_bar, text_features, part, scale,
-                                  args.interval, log_prior)
+        denoise = guide.guided_by(name, models.clip, unet, alpha_bar, models.text_features,
+                                  part % K, scale, args.interval, models.log_prior)
         x_T = tinyddpm.noise(generators, (3, size, size), alpha_bar.device)
         pictures.append(tinyddpm.sample(denoise, x_T, generators, alpha_bar, args.steps, args.eta,
                                         recurrence=args.recurrence))
@@ -209,12 +221,13 @@ def sample_all(name, scale, targets, models, args):
     return torch.cat(pictures), {key: count // len(parts) for key, count in calls.items()}
 
 
-def grade(grader, content, x_0, targets):
+def grade(grader, content, x_0, wanted):
     """What the judge finds -> shares of pictures; joint: all attributes right, low..high: 95 %.
 
-    content: of the judge's checkpoint, which says what each caption promises.
+    content: of the judge's checkpoint, which says what each caption promises; wanted: N captions.
     """
-    truth = torch.tensor(content["caption_labels"])[targets.cpu()]         # (N, A)
+    promise = dict(zip(content["captions"], content["caption_labels"]))
+    truth = torch.tensor([promise[caption] for caption in wanted])         # (N, A)
     right = judge.verdict(grader, x_0).cpu() == truth                      # (N, A)
     low, high = judge.wilson(int(right.all(1).sum()), len(right))
     return {"prompts": len(right), "joint": right.all(1).float().mean().item(), "low": low,
@@ -240,10 +253,10 @@ def figure(args, device):
     CLIP twice: told how noisy x_t is, and told that x_t is clean. Both look at the same x_t.
     """
     models = load_models(args, device)
-    clip, unet, alpha_bar, text_features, captions, _ = models
-    target = find_caption(args.prompt, captions)
+    target = find_caption(args.prompt, models.captions)
     moments = trajectory(models, target, args)
-    denoise, font = tinyddpm.denoiser(unet, alpha_bar), ImageFont.load_default(13)
+    denoise = tinyddpm.denoiser(models.unet, models.alpha_bar)
+    font = ImageFont.load_default(13)
     columns = [LEFT, LEFT + STEP, LEFT + 2 * STEP + 16, LEFT + 2 * STEP + 16 + OPINION]
     sheet = Image.new("RGB", (columns[-1] + OPINION + 28, TOP + len(moments) * STEP), "white")
     draw = ImageDraw.Draw(sheet)
@@ -258,7 +271,7 @@ def figure(args, device):
         for x, told in zip(columns[2:], (now, torch.zeros_like(now))):
             grad, probabilities = opinion(models, x_t, told, target)
             sheet.paste(enlarged(grad / (3 * grad.std() + 1e-12)), (x, y))
-            draw_bars(draw, x + CELL + 6, y + 6, probabilities, target, captions, font)
+            draw_bars(draw, x + CELL + 6, y + 6, probabilities, target, models.captions, font)
     sheet.save(args.out / "figure.png")
     return []
 
@@ -274,10 +287,11 @@ def find_caption(prompt, captions):
 
 def trajectory(models, target, args):
     """One picture on its way -> {t: x_t (1, 3, H, W)} at five times from noise to picture."""
-    clip, unet, alpha_bar, text_features, _, log_prior = models
-    generators, size, visited = [data.generator(args.seed, 0)], unet.config.image_size, {}
-    denoise = guide.guided_by("contrastive", clip, unet, alpha_bar, text_features,
-                              torch.tensor([target], device=alpha_bar.device), log_prior=log_prior)
+    unet, alpha_bar, visited = models.unet, models.alpha_bar, {}
+    generators, size = [data.generator(args.seed, 0)], unet.config.image_size
+    wanted = torch.tensor([target], device=alpha_bar.device)
+    denoise = guide.guided_by("contrastive", models.clip, unet, alpha_bar, models.text_features,
+                              wanted, log_prior=models.log_prior)
     x_T = tinyddpm.noise(generators, (3, size, size), alpha_bar.device)
     tinyddpm.sample(denoise, x_T, generators, alpha_bar, args.steps, args.eta,
                     watch=lambda t, x_t, x_0_hat: visited.update({t: x_t}))
@@ -287,12 +301,12 @@ def trajectory(models, target, args):
 
 def opinion(models, x_t, t, target):
     """CLIP on one x_t, told that it is at time t -> the gradient that would guide, p (K,)."""
-    clip, _, _, text_features, _, log_prior = models
-    log_p = guide.contrastive(clip, text_features, torch.tensor([target]), log_prior)
+    clip, text_features = models.clip, models.text_features
+    log_p = guide.contrastive(clip, text_features, torch.tensor([target]), models.log_prior)
     with torch.enable_grad():
         x = x_t.detach().requires_grad_()
         grad, = torch.autograd.grad(log_p(x, t, None).sum(), x)
-    logits = clip.logits(clip.encode_image(x_t, t), text_features, t) + log_prior
+    logits = clip.logits(clip.encode_image(x_t, t), text_features, t) + models.log_prior
     return grad, logits.softmax(1)[0]
 
 
@@ -338,8 +352,9 @@ def parse(arguments):
     add("--interval", type=int, nargs=2, metavar=("LO", "HI"),
         help="guidance: only at these times; default: the method's own")
     add("--prompts", default="all", choices=list(HALVES),
-        help="guidance: tune on one half, report on all")
-    add("--judge", help="guidance: a judge's weights.pt; default: the one with the source")
+        help="guidance: tune on one half of the captions, report on all")
+    add("--each", type=int, default=1, help="guidance: samples of each caption")
+    add("--judge", help="judge, guidance: a judge's weights.pt; default: as sample.py")
     add("--batch", type=int, default=49, help="guidance: pictures at a time")
     add("--prompt", default="a white and red car", help="figure: the caption to draw")
     add("--steps", type=int, default=50, help="guidance, figure: denoising steps")
@@ -354,7 +369,7 @@ def parse(arguments):
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
     args = parser.parse_args(arguments)
     for name, low, high in (("steps", 1, 1000), ("eta", 0, 1), ("batch", 1, 10_000),
-                            ("recurrence", 1, 100), ("seed", 0, 2 ** 63)):
+                            ("recurrence", 1, 100), ("each", 1, 1000), ("seed", 0, 2 ** 63 - 1)):
         if not low <= getattr(args, name) <= high:   # NaN is refused too
             raise data.UserError(
                 f"--{name} must be from {low} to {high}, not {getattr(args, name)}")

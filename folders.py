@@ -1,4 +1,4 @@
-"""Chapter 1b: pictures of your own. A folder, in one of four layouts, becomes one packed array.
+"""Chapter 1a: pictures of your own. A folder, in one of four layouts, becomes one packed array.
 
     SRN cars        cars_train/ID/rgb/*.png and cars.txt, its line i the caption of the i-th ID in
                     sorted order (an assumption: the file itself does not say)
@@ -133,14 +133,19 @@ def class_folders(folder):
     if not files:
         return None
     names = [path.relative_to(folder).as_posix() for path in files]
-    classes = [name.split("/")[0].replace("_", " ") for name in names]
+    classes = [class_of(name.split("/")[0]) for name in names]
     return Listing("class folders", files, [photo_of(name) for name in classes], names,
                    sorted(set(classes)), len(every) - len(files))
 
 
+def class_of(directory):
+    """"Polar__bear" -> "polar bear" """
+    return " ".join(directory.replace("_", " ").lower().split()) or directory
+
+
 def photo_of(name, template=TEMPLATES[0]):
     """"airplane" -> "a photo of an airplane" """
-    return template.format(f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}")
+    return template.format(f"{'an' if name[0] in 'aeiou' else 'a'} {name}")
 
 
 def captions(listing):
@@ -152,7 +157,7 @@ def captions(listing):
         spellings = [[photo_of(name, how) for name in listing.classes] for how in TEMPLATES]
     else:
         spellings = [sorted(set(plain))]
-    place = {text.lower(): i for i, text in enumerate(spellings[0])}
+    place = {text: i for i, text in enumerate(spellings[0])}
     return spellings[0], spellings, [place[text] for text in plain]
 
 
@@ -218,7 +223,12 @@ def read(path, size):
 
 
 CHUNK = 200   # files that one process reads at a time
-QUIET = signal.signal, (signal.SIGINT, signal.SIG_IGN)   # for workers: Ctrl-C is the parent's
+
+
+def workers():
+    """-> a process for each core; use it with `with`. Ctrl-C is left to the process that calls."""
+    return multiprocessing.Pool(initializer=signal.signal,
+                                initargs=(signal.SIGINT, signal.SIG_IGN))
 
 
 def pack(files, size, path):
@@ -232,9 +242,9 @@ def pack(files, size, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(files), desc="packing", unit="picture")
     try:
-        with bar, open(temporary, "wb") as packed, multiprocessing.Pool(None, *QUIET) as pool:
-            jobs = [(chunk, size) for chunk in chunks]
-            for i, pictures in enumerate(pool.imap(_read_some, jobs)):
+        with bar, open(temporary, "wb") as packed, workers() as pool:
+            tasks = [(chunk, size) for chunk in chunks]
+            for i, pictures in enumerate(pool.imap(_read_some, tasks)):
                 readable = [j for j, picture in enumerate(pictures) if picture is not None]
                 packed.writelines(pictures[j].tobytes() for j in readable)
                 good += [CHUNK * i + j for j in readable]
@@ -245,9 +255,9 @@ def pack(files, size, path):
         temporary.unlink(missing_ok=True)
 
 
-def _read_some(job):
+def _read_some(task):
     """One chunk -> a list of pictures, None for what cannot be read. Sent to other processes."""
-    files, size = job
+    files, size = task
     warnings.simplefilter("ignore")   # Pillow's, on what it can read all the same
     pictures = []
     for file in files:

@@ -8,6 +8,7 @@
         arxiv.org/abs/2302.07121
     Ho, Salimans 2022, "Classifier-Free Diffusion Guidance"
         arxiv.org/abs/2207.12598
+    Crowson 2021, notebooks for CLIP-guided diffusion (the spherical distance)
 
 The diffusion model knows what cars look like, p(x); CLIP knows how well words fit a picture,
 p(text | x). Bayes' rule says p(x | text) ~ p(x) p(text | x), so the score of the one we want, the
@@ -23,8 +24,9 @@ So all that guidance does is move x_0_hat by (1 - alpha_bar) / sqrt(alpha_bar) t
 gradient. `guided` does that and returns a denoiser again: the sampler never knows, and guidance
 composes with any sampler, any eta and any number of steps.
 
-The makers below return log_p(x_t, t, x_0_hat) -> (B,): log p(text | x_t) up to a constant, or
-something that rises with it. Its gradient always points uphill: moving x_t along it raises log_p.
+contrastive, clean, spherical, x0 and x0_fast return log_p(x_t, t, x_0_hat) -> (B,):
+log p(text | x_t) up to a constant, or something that rises with it. Its gradient always points
+uphill: moving x_t along it raises log_p.
 
 Shapes: B pictures, K captions, E embedding width; x_t, x_0_hat, grad (B, 3, H, W); t (B,) int in
 1..T; text_features (K, E), of every caption that CLIP knows; target (B,) int in 0..K-1, the caption
@@ -105,16 +107,16 @@ def clean(clip, text_features, target, log_prior=0.):
     That is what many a first attempt does. Its gradient is that of a network far outside of what
     it was trained on: mostly noise, and large.
     """
-    softmax = contrastive(clip, text_features, target, log_prior)
-    return lambda x_t, t, x_0_hat: softmax(x_t, torch.zeros_like(t), x_0_hat)
+    told_time = contrastive(clip, text_features, target, log_prior)
+    return lambda x_t, t, x_0_hat: told_time(x_t, torch.zeros_like(t), x_0_hat)
 
 
 def spherical(clip, text_features, target, log_prior=0.):
     """-> log_p = -logit_scale(t) theta^2 / 2, theta the angle between picture and target.
 
-    Crowson 2021 (the notebooks that made CLIP-guided diffusion known). The target alone counts, no
-    rival caption and no prior. With cos(theta) instead the gradient would be as sin(theta), and
-    fade at large angles.
+    Crowson 2021 (the notebooks that made CLIP-guided diffusion known), where theta^2 / 2 is written
+    2 arcsin(chord / 2)^2. The target alone counts, no rival caption and no prior. With cos(theta)
+    instead the gradient would be as sin(theta), and fade at large angles.
     """
     wanted = F.normalize(text_features.float(), dim=-1)[target]               # (B, E)
 
@@ -132,12 +134,13 @@ def x0(clip, text_features, target, log_prior=0.):
     sqrt(alpha_bar) / (1 - alpha_bar) times the covariance of x_0 given x_t, so the push in x_0_hat
     is scale Cov(x_0 | x_t) d log_p / d x_0_hat: it goes where pictures can vary.
     """
-    softmax = contrastive(clip, text_features, target, log_prior)
-    return lambda x_t, t, x_0_hat: softmax(x_0_hat, torch.zeros_like(t), x_0_hat)
+    of_picture = contrastive(clip, text_features, target, log_prior)
+    return lambda x_t, t, x_0_hat: of_picture(x_0_hat, torch.zeros_like(t), x_0_hat)
 
 
 def x0_fast(clip, text_features, target, log_prior=0., sigma_data=0.5):
-    """-> log_p: as x0, with that covariance taken to be a number and the U-Net left alone.
+    """-> log_p: as x0, with that covariance taken to be a number and the U-Net left alone: the push
+    in x_0_hat is scale r_t^2 d log_p / d x_0_hat.
 
     The number is r_t^2 = s^2 (1 - alpha_bar) / (1 - alpha_bar + s^2 alpha_bar), what it would be if
     pixels were independent and normal with standard deviation s = sigma_data. (Song et al. 2023,
@@ -181,7 +184,7 @@ def classifier_free(unet, alpha_bar, target, scale, interval=(1, math.inf)):
 class Method(NamedTuple):
     log_p: Callable              # its maker; None if there is none
     scale: float                 # found by a sweep: RESULTS.md
-    interval: tuple              # swept for "contrastive"; the other CLIP methods have its own
+    interval: tuple              # swept for "contrastive", taken over by the others
     through_unet: bool = False   # see guided
 
 

@@ -58,12 +58,13 @@ def clip_job(config, options, dataset, validation, device):
         accuracy = accuracy_through_noise(model, tokens[0], validation, alpha_bar)
         curve = list(accuracy), list(accuracy.values())
         plot.lines(folder / "accuracy.png", {"top-1": curve}, "t",
-                       f"accuracy among {K} captions")
+                   f"accuracy among {K} captions")
         some = [f"{accuracy[t]:.1%} at t = {t}" for t in (0, 300, 500, 700) if t in accuracy]
         return "top-1 on held-out pictures: " + ", ".join(some)
 
     content = {**captions_of(dataset), "spellings": dataset.spellings, "merges": tokenizer.merges}
-    note = f"chance is a loss of ln({K}) = {math.log(K):.2f}"
+    chance = math.log(K) + tinyclip.TEXT_TO_IMAGE * math.log(max(1, round(options.clean * B)))
+    note = f"chance is a loss of {chance:.2f}: ln({K}), and a little for the text-to-image term"
     return Job("clip", tinyclip.CLIP(config, tokenizer), loss, preview, content, note)
 
 
@@ -112,7 +113,7 @@ def accuracy_through_noise(clip, tokens, validation, alpha_bar):
 def ddpm_job(config, options, dataset, validation, device):
     """What is the clean picture in this noised one?"""
     alpha_bar = tinyddpm.cosine_alpha_bar(config.T).to(device)
-    captions = torch.from_numpy(dataset.caption_of).to(device) + 1   # 0 is "it may be anything"
+    told_as = torch.from_numpy(dataset.caption_of).to(device) + 1   # 0 is "it may be anything"
 
     def mean_loss(model, x_0, generator):
         t = tinyddpm.random_times(len(x_0), config.T, generator)
@@ -124,7 +125,7 @@ def ddpm_job(config, options, dataset, validation, device):
             return mean_loss(model, x_0, generator)
         # One in ten is told nothing, or it could not do without (Ho & Salimans 2022, Alg. 1).
         told = torch.rand(len(x_0), generator=generator, device=device) > 0.1
-        return mean_loss(functools.partial(model, caption=captions[rows] * told), x_0, generator)
+        return mean_loss(functools.partial(model, caption=told_as[rows] * told), x_0, generator)
 
     def preview(model, folder):
         x_0, _ = data.batch(validation, 0, 0, 500, device)

@@ -64,7 +64,7 @@ def check(args):
     for name, value, low, high in (
             ("-n", args.n, 1, 10_000), ("--steps", args.steps, 1, 1000), ("--eta", args.eta, 0, 1),
             ("--recurrence", args.recurrence, 1, 100), ("--batch", args.batch, 1, 10_000),
-            ("--seed", args.seed, 0, 2 ** 63)):
+            ("--seed", args.seed, 0, 2 ** 63 - 1)):
         if not low <= value <= high:   # NaN is refused too
             raise data.UserError(f"{name} must be from {low} to {high}, not {value}")
     if args.scale is not None and not math.isfinite(args.scale):

@@ -1,4 +1,4 @@
-"""Chapter 2: CLIP. Two encoders, one for words and one for pictures, whose features agree when
+"""Chapter 2b: CLIP. Two encoders, one for words and one for pictures, whose features agree when
 picture and words do.
 
     Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"
@@ -305,8 +305,9 @@ TEXT_TO_IMAGE = 0.1   # weight of the second term of clip_loss
 def clip_loss(logits, caption_of, is_clean):
     """Contrastive loss, differs from the paper: every picture against all captions of the world.
 
-    logits: (B, K) for all K captions, caption_of: (B,) int in 0..K-1, each picture's own caption,
-    is_clean: (B,) bool, which pictures carry no noise -> scalar
+    logits: (B, K) for the K captions compared, all there are unless they are very many (see
+    jobs.some_captions), caption_of: (B,) int in 0..K-1, each picture's own caption, is_clean: (B,)
+    bool, which pictures carry no noise -> scalar
 
     Image to text: cross-entropy of each picture's own caption among all K. The paper's in-batch
     loss is the case in which the captions are the batch's own; with few captions in the world we
@@ -314,9 +315,9 @@ def clip_loss(logits, caption_of, is_clean):
     miss ("red and white") is always among the distractors. The softmax is then calibrated: it
     estimates p(caption | x_t), which is what guidance needs.
 
-    Text to image: for each caption that occurs among the clean pictures, which of them are its own
-    (several may be right). Only clean ones: how noisy a picture is tells nothing about its
-    caption, but would decide this contest.
+    Text to image, weighted by TEXT_TO_IMAGE: each caption that occurs among the clean pictures has
+    to find its own there, of which there may be several. Only clean ones: how noisy a picture is
+    tells nothing about its caption, but would decide this contest.
     """
     image_to_text = F.cross_entropy(logits, caption_of)
     if not is_clean.any():

@@ -1,4 +1,4 @@
-"""Chapter 3: a denoising diffusion model. Schedule, loss, one step, and the one sampling loop.
+"""Chapter 3b: a denoising diffusion model. Schedule, loss, one step, and the one sampling loop.
 
     Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilistic Models" (DDPM)
         arxiv.org/abs/2006.11239
@@ -65,7 +65,7 @@ def random_times(batch, T, generator):
     """-> (B,) int in 1..T, ascending, one from each of B equal stretches of 1..T.
 
     So every batch is spread evenly over all times, and its loss is less noisy than with
-    independent ones. Each picture must be as likely to stand in one row of the batch as in another.
+    independent ones. They stand in order, so the rows of a batch must be pictures in random order.
     """
     u = torch.rand(batch, generator=generator, device=generator.device)       # in [0, 1)
     stretch = torch.arange(batch, device=generator.device)
@@ -123,16 +123,22 @@ def denoiser(unet, alpha_bar):
     return denoise
 
 
+def noise_in(x_t, x_0_hat, a):
+    """eps_hat, what x_t is made of beside x_0_hat: q_sample solved for eps. a: alpha_bar_t"""
+    return (x_t - a.sqrt() * x_0_hat) / (1 - a).sqrt()
+
+
 def ddim_step(x_t, x_0_hat, t, t_next, alpha_bar, eta, z):
     """One step from time t to t_next < t -> x at t_next (Song et al. 2021 eq. 12).
 
-    x_t, x_0_hat, z: the same shape, z standard normal; with eta = 0 it is multiplied by 0.
+    x_t, x_0_hat, z: the same shape, z standard normal; with eta = 0, z does not matter and 0. will
+    do.
     t, t_next: int, the same for the batch.
     eta in [0, 1] scales sigma (their eq. 16): eta = 0 is deterministic DDIM; eta = 1 between
     neighbouring times is the DDPM posterior (Ho et al. 2020 eq. 7).
     """
     a, a_next = alpha_bar[t], alpha_bar[t_next]
-    eps_hat = (x_t - a.sqrt() * x_0_hat) / (1 - a).sqrt()
+    eps_hat = noise_in(x_t, x_0_hat, a)
     sigma = eta * ((1 - a_next) / (1 - a)).sqrt() * (1 - a / a_next).sqrt()
     towards_x_t = (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps_hat
     return a_next.sqrt() * x_0_hat + towards_x_t + sigma * z
@@ -142,8 +148,9 @@ def extrapolated(x_0_hat, x_0_hat_before, t_before, t, t_next, alpha_bar):
     """x_0_hat half a step ahead, if it goes on changing as it did in the step before.
 
     -> x_0_hat + 1/2 h / h_before (x_0_hat - x_0_hat_before), where h = lambda_t_next - lambda_t is
-    a step on the scale of lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), on which
-    x_0_hat is taken to change at a constant rate (Lu et al. 2022, Alg. 2).
+    the step ahead and h_before = lambda_t - lambda_t_before the one before, on the scale of
+    lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), on which x_0_hat is taken to change
+    at a constant rate (Lu et al. 2022, Alg. 2).
     t_before > t > t_next > 0: at t = 0 lambda is infinite.
 
     A step that aims at x_0_hat as it was at the step's beginning lags behind; half a step ahead is
@@ -194,7 +201,8 @@ def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, r
     generators: B torch.Generators on the CPU, for the noise that eta > 0 and recurrence > 1 add;
     else None will do.
     clamp keeps x_0_hat in [-1, 1], where pictures live; the extrapolated one may lie a little
-    outside. eps_hat comes from the x_0_hat that the step aims at, or the two would disagree.
+    outside. Either way ddim_step takes eps_hat from the x_0_hat that it is given, so that the two
+    add up to x_t.
     recurrence: how often every step but the last is taken, see moves.
     watch(t, x_t, x_0_hat), if given, is called at every step with t an int.
 
@@ -231,8 +239,10 @@ def invert(denoise, x_0, alpha_bar, steps=50):
 
     The ordinary differential equation behind DDIM (Song et al. 2021 eq. 14) says that
     x_t / sqrt(alpha_bar) moves by eps_hat times the change of sqrt((1 - alpha_bar) / alpha_bar).
-    A step down asks for eps_hat where it begins; to undo it, we would have to ask where we end, and
-    there we are not yet. So the network looks at where we are, told where we go. The error falls
+
+    differs from the paper: to undo a step we need eps_hat where that step began, which is where we
+    are going. So the network is told the time of the end, though it sees the x_t of the beginning;
+    at t = 0, where there is no noise to be found, the beginning's would not do. The error falls
     with the number of steps.
     """
     times = sampling_times(len(alpha_bar) - 1, steps)[::-1]
@@ -240,7 +250,7 @@ def invert(denoise, x_0, alpha_bar, steps=50):
     for t, t_next in zip(times[:-1], times[1:]):
         a, a_next = alpha_bar[t], alpha_bar[t_next]
         x_0_hat = denoise(x_t, torch.full((len(x_t),), t_next, device=x_t.device))
-        eps_hat = (x_t - a_next.sqrt() * x_0_hat) / (1 - a_next).sqrt()
+        eps_hat = noise_in(x_t, x_0_hat, a_next)
         change = (1 - a_next).sqrt() - (a_next * (1 - a) / a).sqrt()   # times sqrt(alpha_bar_next)
         x_t = (a_next / a).sqrt() * x_t + change * eps_hat
     return x_t
@@ -271,7 +281,7 @@ class PlaneNet(nn.Module):
         return self.layers(torch.cat(known, dim=1)).view_as(x_t)
 
 
-if __name__ == "__main__":   # learn to draw a spiral, half a minute; out/swiss-roll.png
+if __name__ == "__main__":   # learn to draw a spiral, in ten seconds or so; out/swiss-roll.png
     import data
 
     torch.manual_seed(0)

@@ -118,7 +118,7 @@ def save(run, step):
         "weights": data.fp16(run.ema), **run.job.content})
     curve = tuple(zip(*run.history))   # all steps, all losses
     plot.lines(run.folder / "loss.png", {"loss": curve}, "step",
-                   "training loss, mean of 50 steps")
+               "training loss, mean of 50 steps")
 
 
 # ---- the loop ------------------------------------------------------------------------------------

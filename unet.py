@@ -9,7 +9,11 @@ Down the levels, each at half the resolution of the one before, across the botto
 with a shortcut from each step down. Residual blocks know the time t; where the resolution is low,
 every position also looks at every other one.
 
-Shapes: B batch, C channels, H x W pixels, D width of what the network knows of t.
+x_t is a picture noised up to time t, 1..T, and v what is to be predicted of it; both are explained
+in tinyddpm.py, the network does not care. Shapes: B batch, C channels, H x W pixels, D width of
+what the network knows of t.
+
+Left out: attention over words, other ways to halve and double the resolution.
 """
 import math
 from dataclasses import dataclass
@@ -25,10 +29,10 @@ class UNetConfig:
     multipliers: tuple = (1, 2, 4)   # one level each, every next one at half the resolution
     blocks: int = 1                  # residual blocks per level going down; coming up, one more
     attention: tuple = (2,)          # the levels with self-attention, 0 the finest
-    dropout: float = 0.0
+    dropout: float = 0.0             # in the residual blocks
     text: bool = False               # whether it is told captions; no CLIP needs it, see guide.py
     image_size: int = 32             # pixels, H and W of what it is trained on
-    T: int = 1000
+    T: int = 1000                    # how many times there are; kept here with the weights
 
     def __post_init__(self):
         widths = [self.channels * m for m in self.multipliers]
@@ -100,9 +104,9 @@ class SelfAttention(nn.Module):
 
     x: (B, C, H, W) -> (B, C, H, W)
 
-    softmax(q k^T / sqrt(32)) v, as in tinyclip.py. With 64 positions the plain formula
-    trains faster on a CPU than F.scaled_dot_product_attention, whose backward pass costs eight
-    times its forward.
+    softmax(q k^T / sqrt(32)) v, as in tinyclip.Attention. With so few positions, 64 at level 2, the
+    plain formula trains faster on a CPU than F.scaled_dot_product_attention, whose backward pass
+    costs eight times its forward.
     """
 
     def __init__(self, channels):

@@ -45,6 +45,17 @@ def test_class_folders(tmp_path):
     assert all(len(texts) == 2 for texts in train.spellings)
 
 
+def test_names_of_class_folders_may_be_untidy(tmp_path):
+    """Spaces for underscores, one of each; and what differs in case alone is one class."""
+    for name in ("polar__bear", "Cat_", "cat", "_", "Å"):
+        write(tmp_path / name / "a.png")
+    listing = folders.find(tmp_path)
+    assert listing.classes == ["_", "cat", "polar bear", "å"]
+    texts, spellings, own = folders.captions(listing)
+    assert len(texts) == 4 and all(len(some) == 4 for some in spellings)
+    assert [texts[i] for i in own] == listing.texts
+
+
 def pairs(sets):
     """What goes together, over all splits -> {red of the picture: caption}."""
     return {int(red): s.captions[k] for s in sets.values()
