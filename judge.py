@@ -1,4 +1,5 @@
-"""Chapter 5: was it obeyed? An independent network looks and names body, main and second colour.
+"""Chapter 5: was it obeyed, and is it good? An independent network looks and names body, main and
+second colour; what it notices on the way measures how far drawn pictures are from real ones.
 
 Whoever guided a picture must not also grade it: gradient ascent on a network's opinion finds
 pictures that please that network (adversarial examples), and they look like success. So the judge
@@ -6,8 +7,11 @@ is of another kind than the CLIP that guides (a plain convolutional classifier, 
 and it learned from pictures that neither CLIP nor the diffusion model has seen. A sample is right
 when all attributes are right.
 
-Shapes: B pictures (N of them where there may be many), A attributes; pictures (B, 3, H, W) in
-[-1, 1] with H = W.
+    Binkowski et al. 2018, "Demystifying MMD GANs" (KID)
+        arxiv.org/abs/1801.01401
+
+Shapes: B pictures (N of them where there may be many), A attributes, F features; pictures
+(B, 3, H, W) in [-1, 1] with H = W.
 """
 from dataclasses import dataclass
 
@@ -72,12 +76,14 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict(
             {name: nn.Linear(4 * w, values) for name, values in attributes.items()})
 
+    def resized(self, x):
+        """x: (B, 3, H, W) -> the same, or area-averaged to the size that this judge knows."""
+        size = self.config.size
+        return x if x.shape[-2:] == (size, size) else F.interpolate(x, (size, size), mode="area")
+
     def forward(self, x):
         """x: (B, 3, H, W) in [-1, 1] -> {attribute: (B, values) logits}"""
-        size = self.config.size
-        if x.shape[-2:] != (size, size):
-            x = F.interpolate(x, (size, size), mode="area")
-        features = self.stages(x).mean(dim=(2, 3))                            # (B, 4w)
+        features = self.stages(self.resized(x)).mean(dim=(2, 3))              # (B, 4w)
         features = F.dropout(features, self.config.dropout, self.training)
         return {name: head(features) for name, head in self.heads.items()}
 
@@ -121,6 +127,67 @@ def wilson(right, n, z=1.96):
     centre = p + z * z / (2 * n)
     half = z * ((p * (1 - p) + z * z / (4 * n)) / n) ** 0.5
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+@torch.no_grad()
+def features(judge, x, batch=256):
+    """What the judge notices: the mean and the deviation of every channel, at three depths; call
+    judge.eval() first.
+
+    x: (N, 3, H, W) in [-1, 1] -> (N, F)
+    """
+    noticed = []
+    for part in x.split(batch):
+        h, statistics = judge.resized(part), []
+        for i, stage in enumerate(judge.stages):
+            h = stage(h)
+            if i in (2, 4, len(judge.stages) - 1):
+                statistics += [h.float().mean(dim=(2, 3)), h.float().std(dim=(2, 3))]
+        noticed.append(torch.cat(statistics, dim=1))
+    return torch.cat(noticed)
+
+
+def kid(real, drawn, block=200):
+    """Kernel distance between two sets of pictures -> (KID, its standard error).
+
+    real: (N, F), drawn: (M, F), features. Both in random order, N, M >= 2 block.
+
+    Binkowski et al. 2018, sec. 4, with the judge's features instead of Inception's, standardised by
+    the real ones: KID = mean k(x, x') + mean k(y, y') - 2 mean k(x, y) over pairs of different
+    pictures, k(x, y) = (x . y / F + 1)^3. It is unbiased, so it may fall below 0 where there is no
+    difference. The mean over disjoint blocks of pictures, whose spread gives the error.
+    """
+    centre, spread = real.mean(dim=0), real.std(dim=0) + 1e-6
+    real, drawn = ((x - centre) / spread for x in (real, drawn))
+    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3
+    among = lambda k: (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
+    blocks = [among(kernel(x, x)) + among(kernel(y, y)) - 2 * kernel(x, y).mean()
+              for x, y in zip(real.split(block), drawn.split(block)) if len(x) == len(y) == block]
+    values = torch.stack(blocks)
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+def diversity(noticed, caption_of):
+    """The mean distance between two pictures of the same caption: 0 if all of them are alike.
+
+    noticed: (N, F), features, standardised, caption_of: (N,) int, no caption with one picture alone
+    """
+    means = [torch.pdist(noticed[caption_of == k]).mean() for k in caption_of.unique()]
+    return torch.stack(means).mean().item()
+
+
+def copies(x, training, batch=64):
+    """Which pictures are copies of a training picture: much nearer to one than to all others.
+
+    x: (N, P), training: (M, P), any description of pictures -> (N,) bool, d1 / d2 < 1/3 for the
+    distances to the nearest two.
+    """
+    found = []
+    for part in x.split(batch):
+        d1, d2 = torch.cdist(part, training).topk(2, largest=False).values.unbind(dim=1)
+        found.append(d1 < d2 / 3)
+    return torch.cat(found)
+
 
 
 if __name__ == "__main__":   # the shipped judge looks at 200 cars that nobody learned from

@@ -36,6 +36,53 @@ def test_wilson_interval():
             and judge.wilson(0, 10)[1] == pytest.approx(0.2775, abs=1e-3))
 
 
+def test_kid_of_one_block_is_the_sum_over_pairs():
+    torch.manual_seed(0)
+    real, drawn = torch.randn(12, 3) * 2 + 1, torch.randn(12, 3)
+    centre, spread = real.mean(0), real.std(0)
+    x, y = ((a - centre) / spread for a in (real, drawn))
+    kernel = lambda a, b: (float(a @ b) / 3 + 1) ** 3
+    pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
+    expected = [
+        sum(kernel(x[n + i], x[n + j]) + kernel(y[n + i], y[n + j]) for i, j in pairs) / 30
+        - 2 * sum(kernel(x[n + i], y[n + j]) for i in range(6) for j in range(6)) / 36
+        for n in (0, 6)]
+    mean, error = judge.kid(real, drawn, block=6)
+    assert mean == pytest.approx(sum(expected) / 2, rel=1e-4)
+    assert error == pytest.approx(abs(expected[0] - expected[1]) / 2, rel=1e-4)   # std / sqrt(2)
+
+
+def test_kid_tells_others_from_its_own():
+    torch.manual_seed(0)
+    real, own, other = torch.randn(2000, 8), torch.randn(2000, 8), torch.randn(2000, 8) + 0.2
+    value, error = judge.kid(real, own)
+    assert abs(value) < 4 * error
+    value, error = judge.kid(real, other)
+    assert value > 4 * error > 0
+
+
+def test_features_are_of_each_picture_alone():
+    torch.manual_seed(0)
+    model = judge.Judge(judge.JudgeConfig(width=16, size=16), SIZES).eval()
+    x = torch.rand(3, 3, 16, 16) * 2 - 1
+    noticed = judge.features(model, x)
+    assert noticed.shape == (3, 2 * (32 + 64 + 64)) and torch.isfinite(noticed).all()
+    assert torch.allclose(noticed[1:2], judge.features(model, x[1:2]), atol=1e-5)
+    assert not torch.allclose(noticed[0], noticed[1], atol=1e-2)
+
+
+def test_diversity_is_within_captions():
+    noticed = torch.tensor([[0., 0.], [3., 4.], [100., 0.], [100., 1.]])
+    assert judge.diversity(noticed, torch.tensor([0, 0, 1, 1])) == pytest.approx(3)
+
+
+def test_copies_are_found():
+    torch.manual_seed(0)
+    training = torch.randn(50, 10)
+    drawn = torch.stack([training[7] + 0.01, torch.randn(10), (training[1] + training[2]) / 2])
+    assert judge.copies(drawn, training, batch=2).tolist() == [True, False, False]
+
+
 def test_learning():
     torch.manual_seed(0)
     pictures, labels = cars.render(0, range(16), 16)
