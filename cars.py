@@ -23,6 +23,7 @@ ATTRIBUTES = {"body": BODIES, "main": COLOURS, "second": COLOURS}
 # Which pictures are for what: the first index of each. The ranges never meet, so that nobody is
 # examined on what they learned from.
 TRAIN, VALIDATION, JUDGE_TRAIN, JUDGE_TEST = 0, 10_000_000, 20_000_000, 30_000_000
+JUDGE_2_TRAIN = 40_000_000   # of the judge that gives a second opinion
 
 
 # ---- words ---------------------------------------------------------------------------------------

@@ -140,7 +140,8 @@ class Dataset(NamedTuple):
 
 
 SPLITS = {"train": cars.TRAIN, "validation": cars.VALIDATION,
-          "judge": cars.JUDGE_TRAIN, "judge-test": cars.JUDGE_TEST}
+          "judge": cars.JUDGE_TRAIN, "judge-2": cars.JUDGE_2_TRAIN,
+          "judge-test": cars.JUDGE_TEST}
 
 
 def load(name, size, count, split="train", labels="balanced"):

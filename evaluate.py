@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -65,9 +66,10 @@ def held_out(models, count, args, device):
     -> their captions' indices (N,), the data set, x_0 (N, 3, H, W), eps like x_0
     """
     dataset = data.load(models.data, models.unet.config.image_size, 2000, "validation")
-    every = max(1, len(dataset.pictures) // count)   # evenly: a folder is sorted by its classes
-    caption_of = torch.tensor(dataset.caption_of[::every][:count]).to(device)
-    x_0 = data.to_float(torch.tensor(dataset.pictures[::every][:count])).to(device)
+    N = len(dataset.pictures)
+    rows = np.linspace(0, N - 1, min(count, N)).astype(int)   # evenly: a folder goes class by class
+    caption_of = torch.tensor(dataset.caption_of[rows]).to(device)
+    x_0 = data.to_float(torch.tensor(dataset.pictures[rows])).to(device)
     generator = data.generator(args.seed, device=device)
     return caption_of, dataset, x_0, torch.randn(x_0.shape, generator=generator, device=device)
 

@@ -22,9 +22,14 @@ from torch import nn
 
 @dataclass
 class JudgeConfig:
+    net: str = "resnet"    # or "plain", for a second opinion
     width: int = 32        # channels of the first stage; the later ones have 2 and 4 times that
     size: int = 32         # pixels, H and W; pictures of other sizes are area-averaged to this
     dropout: float = 0.1   # of the features, before the heads
+
+    def __post_init__(self):
+        if self.net not in ("resnet", "plain"):
+            raise ValueError(f"net must be resnet or plain, not {self.net!r}")
 
 
 def norm(channels):
@@ -52,9 +57,35 @@ class Block(nn.Module):
         return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
 
 
+def resnet(w):
+    """A small ResNet (He et al. 2016) with GroupNorm and global average pooling.
+
+    x: (B, 3, H, W) -> (B, 4w, 1, 1)
+    """
+    return nn.Sequential(
+        nn.Conv2d(3, w, 3, padding=1),
+        Block(w, w),                                                          # (B, w, H, W)
+        Block(w, 2 * w, stride=2),
+        Block(2 * w, 2 * w),                                                  # (B, 2w, H/2, W/2)
+        Block(2 * w, 4 * w, stride=2),                                        # (B, 4w, H/4, W/4)
+        Block(4 * w, 4 * w, stride=2),                                        # (B, 4w, H/8, W/8)
+        norm(4 * w), nn.SiLU(), nn.AdaptiveAvgPool2d(1))
+
+
+def plain(w):
+    """A stack of larger convolutions, without shortcuts (after Simonyan & Zisserman 2015).
+
+    x: (B, 3, H, W) -> (B, 4w, 2, 2): its heads know in which quarter of the picture something is
+    """
+    return nn.Sequential(
+        nn.Conv2d(3, w, 5, padding=2), norm(w), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(w, 2 * w, 5, padding=2), norm(2 * w), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(2 * w, 4 * w, 5, padding=2), norm(4 * w), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(4 * w, 4 * w, 3, padding=1), norm(4 * w), nn.ReLU(), nn.AdaptiveMaxPool2d(2))
+
+
 class Judge(nn.Module):
-    """A small ResNet (He et al. 2016) with GroupNorm, global average pooling and one linear head
-    per attribute.
+    """One of these networks, and one linear head per attribute.
 
     attributes: name -> number of values, such as {"body": 6, "main": 7, "second": 7}. Their order
     is that of the columns of labels and verdicts.
@@ -63,18 +94,10 @@ class Judge(nn.Module):
     def __init__(self, config, attributes):
         super().__init__()
         self.config = config
-        w = config.width
-        self.stages = nn.Sequential(
-            nn.Conv2d(3, w, 3, padding=1),
-            Block(w, w),                                                      # (B, w, H, W)
-            Block(w, 2 * w, stride=2),
-            Block(2 * w, 2 * w),                                              # (B, 2w, H/2, W/2)
-            Block(2 * w, 4 * w, stride=2),                                    # (B, 4w, H/4, W/4)
-            Block(4 * w, 4 * w, stride=2),                                    # (B, 4w, H/8, W/8)
-            norm(4 * w),
-            nn.SiLU())
+        self.stages = {"resnet": resnet, "plain": plain}[config.net](config.width)
+        found = 4 * config.width * {"resnet": 1, "plain": 4}[config.net]   # numbers in its output
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(4 * w, values) for name, values in attributes.items()})
+            {name: nn.Linear(found, values) for name, values in attributes.items()})
 
     def resized(self, x):
         """x: (B, 3, H, W) -> the same, or area-averaged to the size that this judge knows."""
@@ -83,9 +106,9 @@ class Judge(nn.Module):
 
     def forward(self, x):
         """x: (B, 3, H, W) in [-1, 1] -> {attribute: (B, values) logits}"""
-        features = self.stages(self.resized(x)).mean(dim=(2, 3))              # (B, 4w)
-        features = F.dropout(features, self.config.dropout, self.training)
-        return {name: head(features) for name, head in self.heads.items()}
+        found = self.stages(self.resized(x)).flatten(1)                       # (B, 4w or 16w)
+        found = F.dropout(found, self.config.dropout, self.training)
+        return {name: head(found) for name, head in self.heads.items()}
 
 
 def from_checkpoint(content):
@@ -131,8 +154,8 @@ def wilson(right, n, z=1.96):
 
 @torch.no_grad()
 def features(judge, x, batch=256):
-    """What the judge notices: the mean and the deviation of every channel, at three depths; call
-    judge.eval() first.
+    """What a judge of the kind "resnet" notices: the mean and the deviation of every channel, after
+    its second, fourth and last block; call judge.eval() first.
 
     x: (N, 3, H, W) in [-1, 1] -> (N, F)
     """
@@ -141,7 +164,7 @@ def features(judge, x, batch=256):
         h, statistics = judge.resized(part), []
         for i, stage in enumerate(judge.stages):
             h = stage(h)
-            if i in (2, 4, len(judge.stages) - 1):
+            if i in (2, 4, 7):
                 statistics += [h.float().mean(dim=(2, 3)), h.float().std(dim=(2, 3))]
         noticed.append(torch.cat(statistics, dim=1))
     return torch.cat(noticed)

@@ -281,7 +281,9 @@ def main(arguments=None):
     device, folder = data.pick_device(args.device), Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)   # or refuse now, not after the first save
     if args.kind == "judge":   # which must see other pictures than those it is going to judge by
-        size, splits, held_out = config.size, ("judge", "judge-test"), 5000
+        other = config.net == "plain" and args.data == "cars"   # where there is no end of pictures
+        size, held_out = config.size, 5000
+        splits = ("judge-2" if other else "judge"), "judge-test"
     else:
         size, splits, held_out = config.image_size, ("train", "validation"), 2000
     dataset, validation = (data.load(args.data, size, count, split, options.labels)

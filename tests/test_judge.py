@@ -9,9 +9,10 @@ import judge
 SIZES = {name: len(values) for name, values in cars.ATTRIBUTES.items()}
 
 
-def test_other_sizes_are_area_averaged():
+@pytest.mark.parametrize("net", ["resnet", "plain"])
+def test_other_sizes_are_area_averaged(net):
     torch.manual_seed(0)
-    model = judge.Judge(judge.JudgeConfig(width=8), SIZES).eval()
+    model = judge.Judge(judge.JudgeConfig(net=net, width=8), SIZES).eval()
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     doubled = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     with torch.no_grad():
@@ -83,11 +84,12 @@ def test_copies_are_found():
     assert judge.copies(drawn, training, batch=2).tolist() == [True, False, False]
 
 
-def test_learning():
+@pytest.mark.parametrize("net", ["resnet", "plain"])
+def test_learning(net):
     torch.manual_seed(0)
     pictures, labels = cars.render(0, range(16), 16)
     x, labels = data.to_float(pictures), torch.from_numpy(labels)
-    model = judge.Judge(judge.JudgeConfig(width=16, size=16), SIZES)
+    model = judge.Judge(judge.JudgeConfig(net=net, width=16, size=16), SIZES)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     for _ in range(40):
         optimizer.zero_grad()
