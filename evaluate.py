@@ -20,17 +20,14 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import bpe
-import cars
+import alone
 import data
+import figure
 import guide
 import judge
-import plot
 import tinyclip
 import tinyddpm
 
@@ -58,125 +55,19 @@ def load_models(args, device):
                   pair.clip.encode_captions(pair.captions), pair.captions, log_prior, pair.data)
 
 
-# ---- CLIP and the diffusion model, each by itself ------------------------------------------------
-
-def held_out(models, count, args, device):
-    """`count` pictures of the validation split, or all if there are fewer, and noise for them.
-
-    -> their captions' indices (N,), the data set, x_0 (N, 3, H, W), eps like x_0
-    """
-    dataset = data.load(models.data, models.unet.config.image_size, 2000, "validation")
-    N = len(dataset.pictures)
-    rows = np.linspace(0, N - 1, min(count, N)).astype(int)   # evenly: a folder goes class by class
-    caption_of = torch.tensor(dataset.caption_of[rows]).to(device)
-    x_0 = data.to_float(torch.tensor(dataset.pictures[rows])).to(device)
-    generator = data.generator(args.seed, device=device)
-    return caption_of, dataset, x_0, torch.randn(x_0.shape, generator=generator, device=device)
-
-
-def clip_logits(clip, x, times, text_features):
-    """x: (N, 3, H, W), times: (N,) -> (N, K), a part at a time to save memory."""
-    return torch.cat([clip.logits(clip.encode_image(x_part, t_part), text_features, t_part)
-                      for x_part, t_part in zip(x.split(250), times.split(250))])
-
-
-def calibration_error(probabilities, truth, bins=15):
-    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3): the mean gap between
-    confidence and accuracy over `bins` equal ranges of confidence, each weighted by its share.
-
-    probabilities: (N, K), truth: (N,) int -> float
-    """
-    confidence, answer = probabilities.max(dim=1)
-    right = (answer == truth).float()
-    bin_of = (confidence * bins).long().clamp(max=bins - 1)
-    error = 0.
-    for b in bin_of.unique():
-        inside = bin_of == b
-        gap = (right[inside].mean() - confidence[inside].mean()).abs()
-        error += gap.item() * inside.float().mean().item()
-    return error
-
-
-def clip_table(args, device):
-    """Top-1 among all captions, per attribute, and calibration, at rising noise."""
-    models, rows = load_models(args, device), []
-    truth, dataset, x_0, eps = held_out(models, 2000, args, device)
-    labels = torch.from_numpy(dataset.caption_labels).to(device)   # (K, A)
-    for t in (0, 50, *range(100, 1000, 100), 950):
-        times = torch.full((len(x_0),), t, device=device)
-        x_t = tinyddpm.q_sample(x_0, times, eps, models.alpha_bar)
-        logits = clip_logits(models.clip, x_t, times, models.text_features)
-        answer = logits.argmax(1)
-        right = (labels[answer] == labels[truth]).float()         # (N, A)
-        rows.append({"t": t, "joint": (answer == truth).float().mean().item(),
-                     **dict(zip(dataset.attributes, right.mean(0).tolist())),
-                     "ece": calibration_error(logits.softmax(1), truth),
-                     "logit_scale": models.clip.logit_scale(times[:1]).item()})
-    curves = {name: ([row["t"] for row in rows], [row[name] for row in rows])
-              for name in ("joint", *dataset.attributes)}
-    plot.lines(args.out / "clip.png", curves, "t", "accuracy on held-out pictures")
-    return rows
-
-
-def ddpm_table(args, device):
-    """The mean squared error of v_hat on held-out pictures, at rising noise."""
-    models, rows = load_models(args, device), []
-    _, _, x_0, eps = held_out(models, 2000, args, device)
-    for t in (50, 150, 300, 500, 700, 900):
-        times = torch.full((len(x_0),), t, device=device)
-        error = tinyddpm.ddpm_loss(models.unet, x_0, times, eps, models.alpha_bar)
-        rows.append({"t": t, "v_error": error.mean().item()})
-    return rows
-
-
-def inversion_table(args, device):
-    """What becomes of held-out pictures on the way to noise and back, by the number of steps."""
-    models, rows = load_models(args, device), []
-    _, _, x_0, _ = held_out(models, 64, args, device)
-    alpha_bar, denoise = models.alpha_bar, tinyddpm.denoiser(models.unet, models.alpha_bar)
-    for steps in (10, 25, 50, 100, 250):
-        x_T = tinyddpm.invert(denoise, x_0, alpha_bar, steps)
-        back = tinyddpm.sample(denoise, x_T, None, alpha_bar, steps, eta=0., clamp=False)
-        rows.append({"steps": steps, "rms_error": (back - x_0).square().mean().sqrt().item(),
-                     "x_T_mean": x_T.mean().item(), "x_T_std": x_T.std().item()})
-        some = torch.cat([x_0[:8], back[:8]])   # as they were, as they came back
-        data.save_grid(args.out / f"inversion-{steps}.png", data.to_uint8(some), 8, 2)
-    return rows
-
-
-def judge_table(args, device):
-    """The judge's own accuracy on held-out pictures; for cars, also by how high the camera is."""
-    grader, content = data.load_judge(None, args.judge, judge.from_checkpoint, device)
-    dataset = data.load(content["data"], grader.config.size, 5000, "judge-test")
-    x = data.to_float(torch.tensor(dataset.pictures)).to(device)
-    right = judge.verdict(grader, x).cpu() == torch.from_numpy(dataset.labels)        # (N, A)
-    groups = {"all": torch.ones(len(right), dtype=torch.bool)}
-    if content["data"] == "cars":
-        first = data.SPLITS["judge-test"]
-        sines = [-cars.scene(0, first + i)[0].forward[2] for i in range(len(right))]  # 0 to 1
-        degrees = torch.tensor(sines).asin().rad2deg()
-        groups |= {f"camera at {low} to {high} degrees": (degrees >= low) & (degrees < high)
-                   for low, high in ((0, 15), (15, 30), (30, 45), (45, 60), (60, 90))}
-    return [{"pictures": name, "number": int(some.sum()),
-             "joint": right[some].all(1).float().mean().item(),
-             **dict(zip(content["attributes"], right[some].float().mean(0).tolist()))}
-            for name, some in groups.items()]
-
-
 # ---- guidance: is it obeyed? ---------------------------------------------------------------------
 
 HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
 
 
-def guidance_table(args, device):
+def guidance_table(models, args):
     """--each samples of each caption, judged; beside it what CLIP, which guided, believes, and the
     cost.
 
     A row for each method and scale; printed as it comes, because the whole takes long. The first
     row is unguided unless --methods says otherwise, and the others' times are compared with it.
     """
-    models, rows = load_models(args, device), []
-    K = len(models.captions)
+    rows, K, device = [], len(models.captions), models.alpha_bar.device
     of_one = torch.arange(K, device=device)[HALVES[args.prompts]]
     indices = torch.cat([of_one + K * i for i in range(args.each)])   # of a caption: i, i + K, ...
     targets = indices % K
@@ -238,99 +129,14 @@ def grade(grader, content, x_0, wanted):
 
 def belief(models, x_0, targets):
     """The probability that CLIP gives the caption each picture was made for, on average."""
-    logits = clip_logits(models.clip, x_0, torch.zeros_like(targets), models.text_features)
+    logits = alone.clip_logits(models.clip, x_0, torch.zeros_like(targets), models.text_features)
     return logits.softmax(1)[torch.arange(len(x_0)), targets].mean().item()
-
-
-# ---- the figure: what guidance sees --------------------------------------------------------------
-
-CELL, STEP = 128, 136   # pixels: the side of a picture, and from one picture to the next
-LEFT, TOP = 60, 34      # margins, for the times and for the titles
-OPINION = 358           # the width of a gradient, the bars beside it and the gap after them
-
-
-def figure(args, device):
-    """x_t, x_0_hat, CLIP's gradient and its most probable captions, down one guided trajectory.
-
-    CLIP twice: told how noisy x_t is, and told that x_t is clean. Both look at the same x_t.
-    """
-    models = load_models(args, device)
-    target = find_caption(args.prompt, models.captions)
-    moments = trajectory(models, target, args)
-    denoise = tinyddpm.denoiser(models.unet, models.alpha_bar)
-    font = ImageFont.load_default(13)
-    columns = [LEFT, LEFT + STEP, LEFT + 2 * STEP + 16, LEFT + 2 * STEP + 16 + OPINION]
-    sheet = Image.new("RGB", (columns[-1] + OPINION + 28, TOP + len(moments) * STEP), "white")
-    draw = ImageDraw.Draw(sheet)
-    for x, title in zip(columns, ("x_t", "x_0_hat", "noise-aware CLIP: gradient, posterior",
-                                  "clean CLIP: gradient, posterior")):
-        draw.text((x, 10), title, "black", font)
-    for row, (t, x_t) in enumerate(moments.items()):
-        y, now = TOP + row * STEP, torch.tensor([t], device=device)
-        draw.text((8, y + CELL // 2), f"{t}", "black", font)
-        sheet.paste(enlarged(x_t / x_t.abs().max()), (columns[0], y))
-        sheet.paste(enlarged(denoise(x_t, now)), (columns[1], y))
-        for x, told in zip(columns[2:], (now, torch.zeros_like(now))):
-            grad, probabilities = opinion(models, x_t, told, target)
-            sheet.paste(enlarged(grad / (3 * grad.std() + 1e-12)), (x, y))
-            draw_bars(draw, x + CELL + 6, y + 6, probabilities, target, models.captions, font)
-    sheet.save(args.out / "figure.png")
-    return []
-
-
-def find_caption(prompt, captions):
-    """-> the index of the prompt among CLIP's captions."""
-    known = [bpe.canonical(caption) for caption in captions]
-    if bpe.canonical(prompt) not in known:
-        raise data.UserError(f"--prompt {prompt!r} is none of CLIP's {len(captions)} captions, "
-                             f"such as {captions[0]!r}")
-    return known.index(bpe.canonical(prompt))
-
-
-def trajectory(models, target, args):
-    """One picture on its way -> {t: x_t (1, 3, H, W)} at five times from noise to picture."""
-    unet, alpha_bar, visited = models.unet, models.alpha_bar, {}
-    generators, size = [data.generator(args.seed, 0)], unet.config.image_size
-    wanted = torch.tensor([target], device=alpha_bar.device)
-    denoise = guide.guided_by("contrastive", models.clip, unet, alpha_bar, models.text_features,
-                              wanted, log_prior=models.log_prior)
-    x_T = tinyddpm.noise(generators, (3, size, size), alpha_bar.device)
-    tinyddpm.sample(denoise, x_T, generators, alpha_bar, args.steps, args.eta,
-                    watch=lambda t, x_t, x_0_hat: visited.update({t: x_t}))
-    nearest = [min(visited, key=lambda t: abs(t - wanted)) for wanted in (900, 700, 500, 300, 100)]
-    return {t: visited[t] for t in nearest}
-
-
-def opinion(models, x_t, t, target):
-    """CLIP on one x_t, told that it is at time t -> the gradient that would guide, p (K,)."""
-    clip, text_features = models.clip, models.text_features
-    log_p = guide.contrastive(clip, text_features, torch.tensor([target]), models.log_prior)
-    with torch.enable_grad():
-        x = x_t.detach().requires_grad_()
-        grad, = torch.autograd.grad(log_p(x, t, None).sum(), x)
-    logits = clip.logits(clip.encode_image(x_t, t), text_features, t) + models.log_prior
-    return grad, logits.softmax(1)[0]
-
-
-def enlarged(x):
-    """(1, 3, H, W) in [-1, 1] -> an Image, CELL x CELL."""
-    return Image.fromarray(data.to_uint8(x)[0]).resize((CELL, CELL), Image.Resampling.NEAREST)
-
-
-def draw_bars(draw, x, y, probabilities, target, captions, font):
-    """The target in red and the four most probable other captions, a bar for each, from (x, y)."""
-    others = [i for i in probabilities.argsort(descending=True).tolist() if i != target]
-    for i in (target, *others[:4]):
-        p, colour = float(probabilities[i]), "#f4b9b2" if i == target else "#d5dbe3"
-        draw.rectangle([x, y, x + int(p * 208), y + 16], colour)
-        draw.text((x + 3, y + 1), f"{p:.0%} {captions[i]}", "black", font)
-        y += 24
 
 
 # ---- the command line ----------------------------------------------------------------------------
 
-TABLES = {"clip": clip_table, "ddpm": ddpm_table, "inversion": inversion_table,
-          "judge": judge_table, "guidance": guidance_table, "figure": figure}
+TABLES = {"clip": alone.clip_table, "ddpm": alone.ddpm_table, "inversion": alone.inversion_table,
+          "judge": alone.judge_table, "guidance": guidance_table, "figure": figure.figure}
 
 
 def show(rows, header=True):
@@ -396,7 +202,8 @@ def main(arguments=None):
     args.out.mkdir(parents=True, exist_ok=True)
     device = data.pick_device(args.device)
     with torch.no_grad(), data.autocast(device):
-        rows = TABLES[args.table](args, device)
+        about = device if args.table == "judge" else load_models(args, device)
+        rows = TABLES[args.table](about, args)
     if args.table != "guidance":   # which shows each row as it comes
         show(rows)
     content = {**origin(args, device), "rows": rows}

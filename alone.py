@@ -1,0 +1,117 @@
+"""What CLIP, the diffusion model and the judge are worth, each by itself: four tables of
+`python evaluate.py`.
+
+`models` is evaluate.Models, `args` what the command line says: seed, out, judge. Every table is a
+list of rows, dictionaries with the same keys; plots and pictures go into args.out.
+"""
+import numpy as np
+import torch
+
+import cars
+import data
+import judge
+import plot
+import tinyddpm
+
+
+def held_out(models, count, seed):
+    """`count` pictures of the validation split, or all if there are fewer, and noise for them.
+
+    -> their captions' indices (N,), the data set, x_0 (N, 3, H, W), eps like x_0
+    """
+    dataset = data.load(models.data, models.unet.config.image_size, 2000, "validation")
+    N, device = len(dataset.pictures), models.alpha_bar.device
+    rows = np.linspace(0, N - 1, min(count, N)).astype(int)   # evenly: a folder goes class by class
+    caption_of = torch.tensor(dataset.caption_of[rows]).to(device)
+    x_0 = data.to_float(torch.tensor(dataset.pictures[rows])).to(device)
+    generator = data.generator(seed, device=device)
+    return caption_of, dataset, x_0, torch.randn(x_0.shape, generator=generator, device=device)
+
+
+def clip_logits(clip, x, times, text_features):
+    """x: (N, 3, H, W), times: (N,) -> (N, K), a part at a time to save memory."""
+    return torch.cat([clip.logits(clip.encode_image(x_part, t_part), text_features, t_part)
+                      for x_part, t_part in zip(x.split(250), times.split(250))])
+
+
+def calibration_error(probabilities, truth, bins=15):
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3): the mean gap between
+    confidence and accuracy over `bins` equal ranges of confidence, each weighted by its share.
+
+    probabilities: (N, K), truth: (N,) int -> float
+    """
+    confidence, answer = probabilities.max(dim=1)
+    right = (answer == truth).float()
+    bin_of = (confidence * bins).long().clamp(max=bins - 1)
+    error = 0.
+    for b in bin_of.unique():
+        inside = bin_of == b
+        gap = (right[inside].mean() - confidence[inside].mean()).abs()
+        error += gap.item() * inside.float().mean().item()
+    return error
+
+
+def clip_table(models, args):
+    """Top-1 among all captions, per attribute, and calibration, at rising noise."""
+    rows = []
+    truth, dataset, x_0, eps = held_out(models, 2000, args.seed)
+    labels = torch.from_numpy(dataset.caption_labels).to(x_0.device)   # (K, A)
+    for t in (0, 50, *range(100, 1000, 100), 950):
+        times = torch.full((len(x_0),), t, device=x_0.device)
+        x_t = tinyddpm.q_sample(x_0, times, eps, models.alpha_bar)
+        logits = clip_logits(models.clip, x_t, times, models.text_features)
+        answer = logits.argmax(1)
+        right = (labels[answer] == labels[truth]).float()         # (N, A)
+        rows.append({"t": t, "joint": (answer == truth).float().mean().item(),
+                     **dict(zip(dataset.attributes, right.mean(0).tolist())),
+                     "ece": calibration_error(logits.softmax(1), truth),
+                     "logit_scale": models.clip.logit_scale(times[:1]).item()})
+    curves = {name: ([row["t"] for row in rows], [row[name] for row in rows])
+              for name in ("joint", *dataset.attributes)}
+    plot.lines(args.out / "clip.png", curves, "t", "accuracy on held-out pictures")
+    return rows
+
+
+def ddpm_table(models, args):
+    """The mean squared error of v_hat on held-out pictures, at rising noise."""
+    rows = []
+    _, _, x_0, eps = held_out(models, 2000, args.seed)
+    for t in (50, 150, 300, 500, 700, 900):
+        times = torch.full((len(x_0),), t, device=x_0.device)
+        error = tinyddpm.ddpm_loss(models.unet, x_0, times, eps, models.alpha_bar)
+        rows.append({"t": t, "v_error": error.mean().item()})
+    return rows
+
+
+def inversion_table(models, args):
+    """What becomes of held-out pictures on the way to noise and back, by the number of steps."""
+    rows = []
+    _, _, x_0, _ = held_out(models, 64, args.seed)
+    alpha_bar, denoise = models.alpha_bar, tinyddpm.denoiser(models.unet, models.alpha_bar)
+    for steps in (10, 25, 50, 100, 250):
+        x_T = tinyddpm.invert(denoise, x_0, alpha_bar, steps)
+        back = tinyddpm.sample(denoise, x_T, None, alpha_bar, steps, eta=0., clamp=False)
+        rows.append({"steps": steps, "rms_error": (back - x_0).square().mean().sqrt().item(),
+                     "x_T_mean": x_T.mean().item(), "x_T_std": x_T.std().item()})
+        some = torch.cat([x_0[:8], back[:8]])   # as they were, as they came back
+        data.save_grid(args.out / f"inversion-{steps}.png", data.to_uint8(some), 8, 2)
+    return rows
+
+
+def judge_table(device, args):
+    """The judge's own accuracy on held-out pictures; for cars, also by how high the camera is."""
+    grader, content = data.load_judge(None, args.judge, judge.from_checkpoint, device)
+    dataset = data.load(content["data"], grader.config.size, 5000, "judge-test")
+    x = data.to_float(torch.tensor(dataset.pictures)).to(device)
+    right = judge.verdict(grader, x).cpu() == torch.from_numpy(dataset.labels)        # (N, A)
+    groups = {"all": torch.ones(len(right), dtype=torch.bool)}
+    if content["data"] == "cars":
+        first = data.SPLITS["judge-test"]
+        sines = [-cars.scene(0, first + i)[0].forward[2] for i in range(len(right))]  # 0 to 1
+        degrees = torch.tensor(sines).asin().rad2deg()
+        groups |= {f"camera at {low} to {high} degrees": (degrees >= low) & (degrees < high)
+                   for low, high in ((0, 15), (15, 30), (30, 45), (45, 60), (60, 90))}
+    return [{"pictures": name, "number": int(some.sum()),
+             "joint": right[some].all(1).float().mean().item(),
+             **dict(zip(content["attributes"], right[some].float().mean(0).tolist()))}
+            for name, some in groups.items()]
