@@ -14,12 +14,15 @@ Tables are printed, and written as JSON with commit, seed and machine; pictures 
 """
 import argparse
 import json
+import os
 import platform
 import subprocess
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -55,6 +58,67 @@ def load_models(args, device):
                   pair.clip.encode_captions(pair.captions), pair.captions, log_prior, pair.data)
 
 
+# ---- drawing, and remembering what was drawn -----------------------------------------------------
+
+class Drawing(NamedTuple):
+    """N pictures for N captions, and what they cost."""
+    pictures: np.ndarray   # (N, H, W, 3) uint8
+    unet: int              # evaluations of the U-Net for each of them,
+    unet_backward: int     # and back-propagations through it
+    seconds: float         # for all of them, without the loading
+
+
+def drawn(name, scale, indices, models, args):
+    """The pictures with these indices, N ints -> Drawing. Picture i is of caption i % K, from noise
+    of its own, whatever the method.
+
+    They are kept in cache/, by all that decides what they look like, so that a table which was
+    interrupted goes on where it was.
+    """
+    interval = tuple(args.interval or guide.METHODS[name].interval)
+    decides = (fingerprint(models), name, scale, interval, args.steps, args.eta, args.recurrence,
+               args.no_prior, args.seed, indices.tolist())
+    path = data.CACHE / f"drawn-{zlib.crc32(repr(decides).encode()):08x}.npz"
+    if not path.exists():
+        drawing = draw(name, scale, interval, indices, models, args)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            np.savez(file, **drawing._asdict())
+        os.replace(path.with_suffix(".tmp"), path)
+    kept = np.load(path)
+    return Drawing(kept["pictures"], *(kept[key].item() for key in Drawing._fields[1:]))
+
+
+def fingerprint(models):
+    """A number that changes with the weights of CLIP or of the U-Net."""
+    code = 0
+    for model in (models.clip, models.unet):
+        for p in model.parameters():
+            code = zlib.crc32(p.cpu().numpy().tobytes(), code)
+    return code
+
+
+def draw(name, scale, interval, indices, models, args):
+    unet, alpha_bar, K = models.unet, models.alpha_bar, len(models.captions)
+    size, calls, pictures = unet.config.image_size, {"unet": 0, "unet_backward": 0}, []
+    hooks = [unet.register_forward_hook(lambda *_: calls.update(unet=calls["unet"] + 1)),
+             unet.last.register_full_backward_hook(
+                 lambda *_: calls.update(unet_backward=calls["unet_backward"] + 1))]
+    parts, start = indices.split(args.batch), time.perf_counter()
+    for part in tqdm(parts, desc=f"{name} {scale:g}", leave=False):
+        generators = [data.generator(args.seed, i) for i in part.tolist()]
+        denoise = guide.guided_by(name, models.clip, unet, alpha_bar, models.text_features,
+                                  part % K, scale, interval, models.log_prior)
+        x_T = tinyddpm.noise(generators, (3, size, size), alpha_bar.device)
+        pictures.append(data.to_uint8(   # waits for the device, so the time is true
+            tinyddpm.sample(denoise, x_T, generators, alpha_bar, args.steps, args.eta,
+                            recurrence=args.recurrence)))
+    for hook in hooks:
+        hook.remove()
+    return Drawing(np.concatenate(pictures), *(count // len(parts) for count in calls.values()),
+                   time.perf_counter() - start)
+
+
 # ---- guidance: is it obeyed? ---------------------------------------------------------------------
 
 HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
@@ -70,7 +134,6 @@ def guidance_table(models, args):
     rows, K, device = [], len(models.captions), models.alpha_bar.device
     of_one = torch.arange(K, device=device)[HALVES[args.prompts]]
     indices = torch.cat([of_one + K * i for i in range(args.each)])   # of a caption: i, i + K, ...
-    targets = indices % K
     grader, content = data.load_judge(models.data, args.judge, judge.from_checkpoint, device)
     if not grader or not set(models.captions) <= set(content["captions"]):
         raise data.UserError(f"there is no judge for {models.data}; train one with: python "
@@ -79,58 +142,37 @@ def guidance_table(models, args):
         data.check_told(models.unet)
     for name in args.methods:
         for scale in args.scales or [guide.METHODS[name].scale]:
-            start = time.perf_counter()
-            x_0, calls = sample_all(name, scale, indices, models, args)
-            pictures = data.to_uint8(x_0)   # waits for the device, so the time is true
-            seconds = time.perf_counter() - start
-            rows.append({"method": name, "scale": scale,
-                         **grade(grader, content, x_0, [models.captions[i] for i in targets]),
-                         "clip_belief": belief(models, x_0, targets), **calls, "seconds": seconds,
-                         "times_first_row": seconds / (rows[0]["seconds"] if rows else seconds)})
+            pictures, *cost = drawn(name, scale, indices, models, args)
+            x = data.to_float(pictures).to(device)
+            wanted = [models.captions[i] for i in indices % K]
+            row = {"method": name, "scale": scale, **grade(grader, content, x, wanted),
+                   "clip_belief": belief(models, x, indices % K),
+                   **dict(zip(Drawing._fields[1:], cost))}
+            row["times_first_row"] = row["seconds"] / (rows or [row])[0]["seconds"]
+            rows.append(row)
             some = pictures[::max(1, len(pictures) // 48)][:48]   # evenly from all prompts
             data.save_grid(args.out / f"guidance-{name}-{scale:g}.png", some, zoom=2)
-            show(rows[-1:], header=len(rows) == 1)
+            show([row], header=len(rows) == 1)
     return rows
 
 
-def sample_all(name, scale, indices, models, args):
-    """The pictures with these indices, N ints: picture i is of caption i % K, from noise of its own
-    -> x_0 (N, 3, H, W), and how often the U-Net was evaluated for one, forward and backward."""
-    unet, alpha_bar, K = models.unet, models.alpha_bar, len(models.captions)
-    size, calls, pictures = unet.config.image_size, {"unet": 0, "unet_backward": 0}, []
-    hooks = [unet.register_forward_hook(lambda *_: calls.update(unet=calls["unet"] + 1)),
-             unet.last.register_full_backward_hook(
-                 lambda *_: calls.update(unet_backward=calls["unet_backward"] + 1))]
-    parts = indices.split(args.batch)
-    for part in tqdm(parts, desc=f"{name} {scale:g}", leave=False):
-        generators = [data.generator(args.seed, i) for i in part.tolist()]
-        denoise = guide.guided_by(name, models.clip, unet, alpha_bar, models.text_features,
-                                  part % K, scale, args.interval, models.log_prior)
-        x_T = tinyddpm.noise(generators, (3, size, size), alpha_bar.device)
-        pictures.append(tinyddpm.sample(denoise, x_T, generators, alpha_bar, args.steps, args.eta,
-                                        recurrence=args.recurrence))
-    for hook in hooks:
-        hook.remove()
-    return torch.cat(pictures), {key: count // len(parts) for key, count in calls.items()}
-
-
-def grade(grader, content, x_0, wanted):
+def grade(grader, content, x, wanted):
     """What the judge finds -> shares of pictures; joint: all attributes right, low..high: 95 %.
 
     content: of the judge's checkpoint, which says what each caption promises; wanted: N captions.
     """
     promise = dict(zip(content["captions"], content["caption_labels"]))
     truth = torch.tensor([promise[caption] for caption in wanted])         # (N, A)
-    right = judge.verdict(grader, x_0).cpu() == truth                      # (N, A)
+    right = judge.verdict(grader, x).cpu() == truth                        # (N, A)
     low, high = judge.wilson(int(right.all(1).sum()), len(right))
-    return {"prompts": len(right), "joint": right.all(1).float().mean().item(), "low": low,
+    return {"samples": len(right), "joint": right.all(1).float().mean().item(), "low": low,
             "high": high, **dict(zip(content["attributes"], right.float().mean(0).tolist()))}
 
 
-def belief(models, x_0, targets):
+def belief(models, x, targets):
     """The probability that CLIP gives the caption each picture was made for, on average."""
-    logits = alone.clip_logits(models.clip, x_0, torch.zeros_like(targets), models.text_features)
-    return logits.softmax(1)[torch.arange(len(x_0)), targets].mean().item()
+    logits = alone.clip_logits(models.clip, x, torch.zeros_like(targets), models.text_features)
+    return logits.softmax(1)[torch.arange(len(x)), targets].mean().item()
 
 
 # ---- the command line ----------------------------------------------------------------------------
