@@ -119,60 +119,133 @@ def draw(name, scale, interval, indices, models, args):
                    time.perf_counter() - start)
 
 
-# ---- guidance: is it obeyed? ---------------------------------------------------------------------
-
-HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
+POOL = 2048   # unguided pictures, from which best_of chooses for all captions
 
 
-def guidance_table(models, args):
-    """--each samples of each caption, judged; beside it what CLIP, which guided, believes, and the
-    cost.
+def best_of(n, targets, models, args):
+    """For each caption the best of n unguided pictures in CLIP's opinion -> Drawing, with what it
+    would have cost to draw n for each.
 
-    A row for each method and scale; printed as it comes, because the whole takes long. The first
-    row is unguided unless --methods says otherwise, and the others' times are compared with it.
+    All choose from the same pool, each from n random ones of its own.
     """
-    rows, K, device = [], len(models.captions), models.alpha_bar.device
-    of_one = torch.arange(K, device=device)[HALVES[args.prompts]]
-    indices = torch.cat([of_one + K * i for i in range(args.each)])   # of a caption: i, i + K, ...
+    K = len(models.captions)
+    first = K * (10_000 // K)   # a pool of its own: other rows draw pictures 0, 1, ...
+    pool = drawn("none", 0., torch.arange(first, first + POOL), models, args)
+    x = data.to_float(pool.pictures).to(models.alpha_bar.device)
+    clean = torch.zeros(POOL, dtype=torch.long, device=x.device)
+    fits = alone.clip_logits(models.clip, x, clean, models.text_features).softmax(1)   # (POOL, K)
+    chosen = []
+    for i, k in enumerate(targets.tolist()):
+        some = torch.randperm(POOL, generator=data.generator(args.seed, n, i))[:n]
+        chosen.append(some[fits[some, k].argmax()].item())
+    each = pool.seconds / POOL
+    return Drawing(pool.pictures[chosen], n * pool.unet, 0, n * each * len(targets))
+
+
+# ---- measuring what was drawn --------------------------------------------------------------------
+
+class Court(NamedTuple):
+    """Who judges the pictures, and what they are compared with."""
+    judge: torch.nn.Module
+    promise: dict              # caption -> the labels that a picture of it must have, (A,)
+    attributes: list           # A names
+    real: torch.Tensor         # (N, F), what the judge notices in real pictures of these captions
+
+
+def convene(models, targets, args):
+    """-> the Court for pictures of these captions, N indices. UserError if there is no judge."""
+    device = models.alpha_bar.device
     grader, content = data.load_judge(models.data, args.judge, judge.from_checkpoint, device)
     if not grader or not set(models.captions) <= set(content["captions"]):
         raise data.UserError(f"there is no judge for {models.data}; train one with: python "
                              f"train.py judge --data {models.data}")
+    real = judge.features(grader, data.to_float(real_pictures(models, targets)).to(device))
+    promise = dict(zip(content["captions"], content["caption_labels"]))
+    return Court(grader, promise, list(content["attributes"]), real)
+
+
+def real_pictures(models, targets, skip=0):
+    """Held-out pictures of these captions, N indices -> (N, H, W, 3) uint8.
+
+    No picture twice, as long as there are enough of its caption; the first `skip` of each caption
+    are left out.
+    """
+    dataset = data.load(models.data, models.unet.config.image_size, 10_000, "validation")
+    rows_of = {k: np.flatnonzero(dataset.caption_of == k) for k in set(targets.tolist())}
+    taken, rows = {k: skip for k in rows_of}, []
+    for k in targets.tolist():
+        if not len(rows_of[k]):
+            raise data.UserError(f"no held-out picture of {models.captions[k]!r}")
+        rows.append(rows_of[k][taken[k] % len(rows_of[k])])
+        taken[k] += 1
+    return dataset.pictures[rows]
+
+
+def measure(pictures, targets, models, court):
+    """-> shares of the pictures in which the judge finds all (joint; low to high: 95 %) or one of
+    the attributes right, the probability that CLIP gives the captions, KID and its error, and the
+    diversity within a caption in terms of that of real pictures.
+
+    pictures: (N, H, W, 3) uint8, targets: (N,) the captions that they were drawn for.
+    """
+    x = data.to_float(pictures).to(models.alpha_bar.device)
+    truth = torch.tensor([court.promise[models.captions[k]] for k in targets.tolist()])   # (N, A)
+    right = judge.verdict(court.judge, x).cpu() == truth                                  # (N, A)
+    low, high = judge.wilson(int(right.all(1).sum()), len(right))
+    logits = alone.clip_logits(models.clip, x, torch.zeros_like(targets), models.text_features)
+    belief = logits.softmax(1)[torch.arange(len(x)), targets].mean().item()
+
+    noticed = judge.features(court.judge, x)
+    mixed = torch.randperm(len(x), generator=data.generator(0))   # both go caption by caption
+    kid, error = judge.kid(court.real[mixed], noticed[mixed], block=min(200, len(x) // 4))
+    spread = court.real.std(dim=0) + 1e-6
+    variety = [judge.diversity(f / spread, targets) for f in (noticed, court.real)]
+    return {"samples": len(right), "joint": right.all(1).float().mean().item(), "low": low,
+            "high": high, **dict(zip(court.attributes, right.float().mean(0).tolist())),
+            "clip_belief": belief, "kid": kid, "kid_error": error,
+            "diversity": variety[0] / variety[1]}
+
+
+# ---- guidance: is it obeyed? ---------------------------------------------------------------------
+
+BEST_OF = {f"best-of-{n}": n for n in (4, 16, 64)}   # methods that are none of guide.py's
+HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
+
+
+def guidance_table(models, args):
+    """--each samples of each caption, judged and measured; and what they cost.
+
+    A row for each method and scale; printed as it comes, because the whole takes long. The first
+    is of real pictures; the times are compared with those of the first method, unguided unless
+    --methods says otherwise.
+    """
+    K, rows = len(models.captions), []
+    of_one = torch.arange(K, device=models.alpha_bar.device)[HALVES[args.prompts]]
+    indices = torch.cat([of_one + K * i for i in range(args.each)])   # of a caption: i, i + K, ...
+    targets = indices % K
     if "classifier-free" in args.methods:
         data.check_told(models.unet)
+    court = convene(models, targets, args)
+
+    def add(name, scale, drawing):
+        row = {"method": name, "scale": scale, **measure(drawing.pictures, targets, models, court),
+               "unet": drawing.unet, "unet_backward": drawing.unet_backward,
+               "seconds": drawing.seconds}
+        unguided = rows[1]["seconds"] if len(rows) > 1 else drawing.seconds
+        row["times_first_row"] = drawing.seconds / unguided if unguided else 0.
+        rows.append(row)
+        some = drawing.pictures[::max(1, len(drawing.pictures) // 48)][:48]   # from all prompts
+        data.save_grid(args.out / f"guidance-{name}-{scale:g}.png", some, zoom=2)
+        show([row], header=len(rows) == 1)
+
+    add("real", 0., Drawing(real_pictures(models, targets, skip=args.each), 0, 0, 0.))
     for name in args.methods:
-        for scale in args.scales or [guide.METHODS[name].scale]:
-            pictures, *cost = drawn(name, scale, indices, models, args)
-            x = data.to_float(pictures).to(device)
-            wanted = [models.captions[i] for i in indices % K]
-            row = {"method": name, "scale": scale, **grade(grader, content, x, wanted),
-                   "clip_belief": belief(models, x, indices % K),
-                   **dict(zip(Drawing._fields[1:], cost))}
-            row["times_first_row"] = row["seconds"] / (rows or [row])[0]["seconds"]
-            rows.append(row)
-            some = pictures[::max(1, len(pictures) // 48)][:48]   # evenly from all prompts
-            data.save_grid(args.out / f"guidance-{name}-{scale:g}.png", some, zoom=2)
-            show([row], header=len(rows) == 1)
+        if name in BEST_OF:
+            add(name, 0., best_of(BEST_OF[name], targets, models, args))
+            continue
+        for scale in (args.scales if name != "none" else None) or [guide.METHODS[name].scale]:
+            add(name, scale, drawn(name, scale, indices, models, args))
     return rows
-
-
-def grade(grader, content, x, wanted):
-    """What the judge finds -> shares of pictures; joint: all attributes right, low..high: 95 %.
-
-    content: of the judge's checkpoint, which says what each caption promises; wanted: N captions.
-    """
-    promise = dict(zip(content["captions"], content["caption_labels"]))
-    truth = torch.tensor([promise[caption] for caption in wanted])         # (N, A)
-    right = judge.verdict(grader, x).cpu() == truth                        # (N, A)
-    low, high = judge.wilson(int(right.all(1).sum()), len(right))
-    return {"samples": len(right), "joint": right.all(1).float().mean().item(), "low": low,
-            "high": high, **dict(zip(content["attributes"], right.float().mean(0).tolist()))}
-
-
-def belief(models, x, targets):
-    """The probability that CLIP gives the caption each picture was made for, on average."""
-    logits = alone.clip_logits(models.clip, x, torch.zeros_like(targets), models.text_features)
-    return logits.softmax(1)[torch.arange(len(x)), targets].mean().item()
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -196,7 +269,7 @@ def parse(arguments):
     add = parser.add_argument
     add("table", choices=TABLES)
     add("--methods", nargs="+", default=["none", "clean", "contrastive"],
-        choices=guide.METHODS, help="guidance: a row for each")
+        choices=[*guide.METHODS, *BEST_OF], help="guidance: a row for each")
     add("--scales", type=float, nargs="+",
         help="guidance: a row for each; default: the method's own")
     add("--interval", type=int, nargs=2, metavar=("LO", "HI"),

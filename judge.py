@@ -173,30 +173,35 @@ def features(judge, x, batch=256):
 def kid(real, drawn, block=200):
     """Kernel distance between two sets of pictures -> (KID, its standard error).
 
-    real: (N, F), drawn: (M, F), features. Both in random order, N, M >= 2 block.
+    real, drawn: (N, F), features, N >= 2 block; row i of the one may be of the same caption as row
+    i of the other, but the order of the rows must be random.
 
     Binkowski et al. 2018, sec. 4, with the judge's features instead of Inception's, standardised by
-    the real ones: KID = mean k(x, x') + mean k(y, y') - 2 mean k(x, y) over pairs of different
-    pictures, k(x, y) = (x . y / F + 1)^3. It is unbiased, so it may fall below 0 where there is no
+    the real ones: the mean of k(x_i, x_j) + k(y_i, y_j) - 2 k(x_i, y_j) over all pairs i != j, with
+    k(x, y) = (x . y / F + 1)^3 (Gretton et al. 2012, lemma 6, for sets of equal size). Leaving out
+    i = j everywhere, it is unbiased for matched captions too; it may fall below 0 where there is no
     difference. The mean over disjoint blocks of pictures, whose spread gives the error.
     """
     centre, spread = real.mean(dim=0), real.std(dim=0) + 1e-6
     real, drawn = ((x - centre) / spread for x in (real, drawn))
-    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3
-    among = lambda k: (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
-    blocks = [among(kernel(x, x)) + among(kernel(y, y)) - 2 * kernel(x, y).mean()
-              for x, y in zip(real.split(block), drawn.split(block)) if len(x) == len(y) == block]
-    values = torch.stack(blocks)
+
+    def between(a, b):   # the mean of k(a_i, b_j) over i != j
+        k = (a @ b.T / a.shape[1] + 1) ** 3
+        return (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
+
+    values = torch.stack([between(x, x) + between(y, y) - 2 * between(x, y)
+                          for x, y in zip(real.split(block), drawn.split(block))
+                          if len(x) == block])
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
 
 def diversity(noticed, caption_of):
     """The mean distance between two pictures of the same caption: 0 if all of them are alike.
 
-    noticed: (N, F), features, standardised, caption_of: (N,) int, no caption with one picture alone
+    noticed: (N, F), features, standardised, caption_of: (N,) int -> float, NaN if there is no pair
     """
     means = [torch.pdist(noticed[caption_of == k]).mean() for k in caption_of.unique()]
-    return torch.stack(means).mean().item()
+    return torch.stack(means).nanmean().item()
 
 
 def copies(x, training, batch=64):

@@ -45,12 +45,19 @@ def test_kid_of_one_block_is_the_sum_over_pairs():
     kernel = lambda a, b: (float(a @ b) / 3 + 1) ** 3
     pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
     expected = [
-        sum(kernel(x[n + i], x[n + j]) + kernel(y[n + i], y[n + j]) for i, j in pairs) / 30
-        - 2 * sum(kernel(x[n + i], y[n + j]) for i in range(6) for j in range(6)) / 36
-        for n in (0, 6)]
+        sum(kernel(x[n + i], x[n + j]) + kernel(y[n + i], y[n + j]) - 2 * kernel(x[n + i], y[n + j])
+            for i, j in pairs) / 30 for n in (0, 6)]
     mean, error = judge.kid(real, drawn, block=6)
     assert mean == pytest.approx(sum(expected) / 2, rel=1e-4)
     assert error == pytest.approx(abs(expected[0] - expected[1]) / 2, rel=1e-4)   # std / sqrt(2)
+
+
+def test_kid_of_matched_captions_is_unbiased():
+    """Pictures that agree with their partners in what the caption says, and in nothing else."""
+    torch.manual_seed(0)
+    caption = 3 * torch.randn(2000, 8)
+    value, error = judge.kid(caption + torch.randn(2000, 8), caption + torch.randn(2000, 8))
+    assert abs(value) < 4 * error
 
 
 def test_kid_tells_others_from_its_own():
