@@ -375,7 +375,9 @@ def check_fit(clip, ddpm):
         if a != b:
             raise UserError(f"these CLIP and DDPM do not fit together: {key} is {a} for CLIP "
                             f"and {b} for the DDPM; train both alike")
-    if clip["captions"] != ddpm["captions"]:
+    a, b = set(clip["captions"]), set(ddpm["captions"])
+    told = ddpm["config"].get("text")   # which is by number
+    if clip["captions"] != ddpm["captions"] if told else not (a <= b or b <= a):
         raise UserError("these CLIP and DDPM do not fit together: they know other captions; train "
                         "both alike")
 
@@ -408,9 +410,14 @@ def load_pair(build_clip, build_unet, clip=None, ddpm=None, device="cpu"):
     clip, clip_content = load_model(clip_path, "clip", build_clip)
     unet, ddpm_content = load_model(ddpm_path, "ddpm", build_unet)
     check_fit(clip_content, ddpm_content)
+    # Of a caption that the DDPM never met, no ratio is known: say, as often as in CLIP's training.
+    met = dict(zip(ddpm_content["captions"], ddpm_content["counts"]))
+    share = sum(met.values()) / sum(clip_content["counts"])
+    ddpm_counts = [met.get(caption, count * share)
+                   for caption, count in zip(clip_content["captions"], clip_content["counts"])]
     clip, unet = (m.to(device, memory_format=torch.channels_last) for m in (clip, unet))
     return Pair(clip, unet, clip_content["captions"], clip_content["spellings"],
-                clip_content["counts"], ddpm_content["counts"], clip_content["data"],
+                clip_content["counts"], ddpm_counts, clip_content["data"],
                 f"CLIP from {clip_path}, DDPM from {ddpm_path}, on {device}")
 
 

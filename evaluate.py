@@ -90,8 +90,9 @@ def drawn(name, scale, indices, models, args):
 
 
 def fingerprint(models):
-    """A number that changes with the weights of CLIP or of the U-Net."""
-    code = 0
+    """A number that changes with the weights of CLIP or of the U-Net, and with the code that guides
+    and samples."""
+    code = zlib.crc32(b"".join(Path(module.__file__).read_bytes() for module in (guide, tinyddpm)))
     for model in (models.clip, models.unet):
         for p in model.parameters():
             code = zlib.crc32(p.cpu().numpy().tobytes(), code)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -43,6 +44,8 @@ class TrainConfig:
     weight_decay: float = 0.05   # of Muon's matrices; what AdamW trains does not decay
     pictures: int = 50_000       # how many of the car world are rendered; a folder gives all it has
     labels: str = "balanced"     # how often which car occurs: "balanced", or as in "shapenet"
+    hold_out: str = ""           # pairs of colours never shown, such as "white+red,blue+yellow"
+    shuffle: bool = False        # deal the captions out at random, to see what that mistake does
 
 
 @dataclass
@@ -276,6 +279,29 @@ def check(args, options):
         raise data.UserError(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
 
 
+def without(dataset, pairs):
+    """The cars that are not of two colours that pairs names, in either order, and their captions.
+
+    pairs: such as "white+red,blue+yellow". UserError if it is nothing of the kind.
+    """
+    try:
+        pairs = [{cars.COLOURS.index(colour.strip()) for colour in pair.split("+")}
+                 for pair in pairs.split(",")]
+    except ValueError as error:
+        raise data.UserError(f"--hold-out: {error}; write white+red,blue+yellow") from None
+    if dataset.name != "cars" or any(len(pair) != 2 for pair in pairs):
+        raise data.UserError("--hold-out is about the car world, and each of its pairs about two "
+                             "colours, such as white+red,blue+yellow")
+    kept = np.array([set(map(int, labels[1:])) not in pairs for labels in dataset.caption_labels])
+    rows, place = kept[dataset.caption_of].nonzero()[0], kept.cumsum() - 1
+    some = lambda texts: [text for text, keep in zip(texts, kept) if keep]
+    return dataset._replace(
+        pictures=dataset.pictures[rows], caption_of=place[dataset.caption_of[rows]],
+        captions=some(dataset.captions), spellings=[some(texts) for texts in dataset.spellings],
+        caption_labels=dataset.caption_labels[kept],
+        report=f"{dataset.report}; {len(rows):,} and {kept.sum()} are not held out")
+
+
 def main(arguments=None):
     args, config, options = parse(arguments)
     device, folder = data.pick_device(args.device), Path(args.out)
@@ -288,6 +314,11 @@ def main(arguments=None):
         size, splits, held_out = config.image_size, ("train", "validation"), 2000
     dataset, validation = (data.load(args.data, size, count, split, options.labels)
                            for split, count in zip(splits, (options.pictures, held_out)))
+    if options.hold_out:
+        dataset, validation = (without(part, options.hold_out) for part in (dataset, validation))
+    if options.shuffle:
+        dealt = np.random.default_rng(args.seed).permutation(dataset.caption_of)
+        dataset = dataset._replace(caption_of=dealt)
     print(dataset.report, validation.report, sep="\n")
     torch.manual_seed(args.seed)   # for the initial weights
     job = jobs.JOBS[args.kind](config, options, dataset, validation, device)

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import jobs
 import muon
 import tinyddpm
@@ -79,6 +80,24 @@ def test_some_captions_stand_for_all(K, most, batch):
         sums.append((weight * values[chosen]).sum())
     if most > batch:   # otherwise there may be no others to stand for the rest
         assert torch.stack(sums).mean() == pytest.approx(values.sum().item(), rel=0.02)
+
+
+def test_what_is_held_out_is_gone_in_all_spellings(monkeypatch, tmp_path):
+    """Its pictures, its captions in both orders and for all bodies; all others keep their own."""
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    whole = data.load("cars", 8, 300)
+    some = train.without(whole, "white+red, blue+yellow")
+    assert len(some.captions) == 294 - 2 * 2 * 6 and len(some.pictures) < 300
+    assert not any("white and red" in text or "red and white" in text or "yellow and blue" in text
+                   for texts in some.spellings for text in texts)
+    assert "a white car" in some.captions and "a white and blue car" in some.captions
+    truth = {picture.tobytes(): whole.captions[k]
+             for picture, k in zip(whole.pictures, whole.caption_of)}
+    assert [truth[picture.tobytes()] for picture in some.pictures] == [
+        some.captions[k] for k in some.caption_of]
+    for mistake in ("white", "white+pink", "white+white", ""):
+        with pytest.raises(data.UserError, match="--hold-out"):
+            train.without(whole, mistake)
 
 
 @pytest.mark.parametrize("step, expected", [(1, 0.1), (10, 1.), (55, 0.5), (100, 0.)])
