@@ -277,7 +277,8 @@ def test_evaluate(folder):
                   "guidance --methods none contrastive --judge runs/judge/weights.pt"):
         run(folder, f"evaluate.py {table} --steps 10 --batch 147 --device cpu")
     rows = json.loads((folder / "out/guidance.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["none", "contrastive"] and rows[0]["samples"] == 294
+    assert [row["method"] for row in rows] == ["real", "none", "contrastive"]
+    assert rows[0]["samples"] == 294 and (rows[1]["unet"], rows[1]["unet_backward"]) == (10, 0)
     assert Image.open(folder / "out/figure.png").width > 300
 
 

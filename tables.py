@@ -1,38 +1,22 @@
-"""What CLIP, the diffusion model and the judge are worth, each by itself: four tables of
-`python evaluate.py`.
+"""The tables of evaluate.py. Each is a function (models, args) -> rows, dictionaries with the same
+keys; plots and pictures go into args.out.
 
-`models` is evaluate.Models, `args` what the command line says: seed, out, judge. Every table is a
-list of rows, dictionaries with the same keys; plots and pictures go into args.out.
+models: measure.Models, args: what the command line says.
 """
-import numpy as np
+import math
+
 import torch
 
 import cars
 import data
+import guide
 import judge
+import measure
 import plot
 import tinyddpm
 
 
-def held_out(models, count, seed):
-    """`count` pictures of the validation split, or all if there are fewer, and noise for them.
-
-    -> their captions' indices (N,), the data set, x_0 (N, 3, H, W), eps like x_0
-    """
-    dataset = data.load(models.data, models.unet.config.image_size, 2000, "validation")
-    N, device = len(dataset.pictures), models.alpha_bar.device
-    rows = np.linspace(0, N - 1, min(count, N)).astype(int)   # evenly: a folder goes class by class
-    caption_of = torch.tensor(dataset.caption_of[rows]).to(device)
-    x_0 = data.to_float(torch.tensor(dataset.pictures[rows])).to(device)
-    generator = data.generator(seed, device=device)
-    return caption_of, dataset, x_0, torch.randn(x_0.shape, generator=generator, device=device)
-
-
-def clip_logits(clip, x, times, text_features):
-    """x: (N, 3, H, W), times: (N,) -> (N, K), a part at a time to save memory."""
-    return torch.cat([clip.logits(clip.encode_image(x_part, t_part), text_features, t_part)
-                      for x_part, t_part in zip(x.split(250), times.split(250))])
-
+# ---- CLIP, the diffusion model and the judge, each by itself -------------------------------------
 
 def calibration_error(probabilities, truth, bins=15):
     """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3): the mean gap between
@@ -54,12 +38,12 @@ def calibration_error(probabilities, truth, bins=15):
 def clip_table(models, args):
     """Top-1 among all captions, per attribute, and calibration, at rising noise."""
     rows = []
-    truth, dataset, x_0, eps = held_out(models, 2000, args.seed)
+    truth, dataset, x_0, eps = measure.held_out(models, 2000, args.seed)
     labels = torch.from_numpy(dataset.caption_labels).to(x_0.device)   # (K, A)
     for t in (0, 50, *range(100, 1000, 100), 950):
         times = torch.full((len(x_0),), t, device=x_0.device)
         x_t = tinyddpm.q_sample(x_0, times, eps, models.alpha_bar)
-        logits = clip_logits(models.clip, x_t, times, models.text_features)
+        logits = measure.clip_logits(models.clip, x_t, times, models.text_features)
         answer = logits.argmax(1)
         right = (labels[answer] == labels[truth]).float()         # (N, A)
         rows.append({"t": t, "joint": (answer == truth).float().mean().item(),
@@ -75,7 +59,7 @@ def clip_table(models, args):
 def ddpm_table(models, args):
     """The mean squared error of v_hat on held-out pictures, at rising noise."""
     rows = []
-    _, _, x_0, eps = held_out(models, 2000, args.seed)
+    _, _, x_0, eps = measure.held_out(models, 2000, args.seed)
     for t in (50, 150, 300, 500, 700, 900):
         times = torch.full((len(x_0),), t, device=x_0.device)
         error = tinyddpm.ddpm_loss(models.unet, x_0, times, eps, models.alpha_bar)
@@ -86,7 +70,7 @@ def ddpm_table(models, args):
 def inversion_table(models, args):
     """What becomes of held-out pictures on the way to noise and back, by the number of steps."""
     rows = []
-    _, _, x_0, _ = held_out(models, 64, args.seed)
+    _, _, x_0, _ = measure.held_out(models, 64, args.seed)
     alpha_bar, denoise = models.alpha_bar, tinyddpm.denoiser(models.unet, models.alpha_bar)
     for steps in (10, 25, 50, 100, 250):
         x_T = tinyddpm.invert(denoise, x_0, alpha_bar, steps)
@@ -98,8 +82,9 @@ def inversion_table(models, args):
     return rows
 
 
-def judge_table(device, args):
+def judge_table(models, args):
     """The judge's own accuracy on held-out pictures; for cars, also by how high the camera is."""
+    device = models.alpha_bar.device
     grader, content = data.load_judge(None, args.judge, judge.from_checkpoint, device)
     dataset = data.load(content["data"], grader.config.size, 5000, "judge-test")
     x = data.to_float(torch.tensor(dataset.pictures)).to(device)
@@ -115,3 +100,50 @@ def judge_table(device, args):
              "joint": right[some].all(1).float().mean().item(),
              **dict(zip(content["attributes"], right[some].float().mean(0).tolist()))}
             for name, some in groups.items()]
+
+
+# ---- guidance: is it obeyed? ---------------------------------------------------------------------
+
+BEST_OF = {f"best-of-{n}": n for n in (4, 16, 64)}   # methods that are none of guide.py's
+HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
+
+
+def guidance_table(models, args):
+    """--each samples of each caption, judged and measured; and what they cost.
+
+    Yields a row for each method and scale as it comes, because the whole takes long. The first is
+    of real pictures; the times are compared with those of the first method, unguided unless
+    --methods says otherwise.
+    """
+    K, first_seconds = len(models.captions), None
+    of_one = torch.arange(K, device=models.alpha_bar.device)[HALVES[args.prompts]]
+    indices = torch.cat([of_one + K * i for i in range(args.each)])   # of a caption: i, i + K, ...
+    targets = indices % K
+    if "classifier-free" in args.methods:
+        data.check_told(models.unet)
+    court = measure.convene(models, targets, args)
+    for method, scale in [("real", 0.), *ways(args)]:
+        if method == "real":   # others than those that all are compared with
+            real = measure.real_pictures(models, targets, args, skip=args.each)
+            drawing = measure.Drawing(real, 0, 0, 0.)
+        elif method in BEST_OF:
+            drawing = measure.best_of(BEST_OF[method], targets, models, args)
+        else:
+            how = measure.recipe(method, scale, models, args)
+            drawing = measure.drawn(how, indices, models, args)
+            first_seconds = first_seconds or drawing.seconds
+        some = drawing.pictures[::max(1, len(targets) // 48)][:48]   # evenly from all captions
+        data.save_grid(args.out / f"guidance-{method}-{scale:g}.png", some, zoom=2)
+        yield {"method": method, "scale": scale,
+               **measure.score(drawing.pictures, targets, models, court),
+               "unet": drawing.unet, "unet_backward": drawing.unet_backward,
+               "seconds": drawing.seconds,
+               "times_first": drawing.seconds / (first_seconds or math.inf)}
+
+
+def ways(args):
+    """The methods, each at all the scales that are asked for, or at its own."""
+    for method in args.methods:
+        own = [guide.METHODS[method].scale] if method in guide.METHODS else [0.]
+        for scale in args.scales if args.scales and own != [0.] else own:
+            yield method, scale

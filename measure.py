@@ -1,0 +1,227 @@
+"""Drawing hundreds of pictures and measuring them: what the tables of evaluate.py are made with.
+
+`args` is what evaluate.py's command line says. N pictures, K captions, A attributes, F features.
+"""
+import math
+import os
+import time
+import zlib
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import guide
+import judge
+import tinyclip
+import tinyddpm
+
+
+class Models(NamedTuple):
+    """CLIP, a diffusion model, and what depends on nothing else."""
+    clip: torch.nn.Module
+    unet: torch.nn.Module
+    alpha_bar: torch.Tensor       # (T + 1,)
+    text_features: torch.Tensor   # (K, E)
+    captions: list                # K, that CLIP knows
+    log_prior: torch.Tensor       # (K,), see guide.contrastive
+    data: str                     # the name of the data set
+
+
+def load_models(args, device):
+    pair = data.load_pair(tinyclip.from_checkpoint, tinyddpm.from_checkpoint, args.clip, args.ddpm,
+                          device)
+    print(pair.where)
+    if pair.unet.config.T != 1000:
+        raise data.UserError(f"these models have T = {pair.unet.config.T}; the tables are about "
+                             "T = 1000")
+    clip_counts = pair.ddpm_counts if args.no_prior else pair.clip_counts   # equal: a ratio of 1
+    log_prior = guide.prior_ratio(pair.ddpm_counts, clip_counts).to(device)
+    return Models(pair.clip, pair.unet, tinyddpm.cosine_alpha_bar().to(device),
+                  pair.clip.encode_captions(pair.captions), pair.captions, log_prior, pair.data)
+
+
+def held_out(models, count, seed):
+    """`count` pictures of the validation split, or all if there are fewer, and noise for them.
+
+    -> their captions' indices (N,), the data set, x_0 (N, 3, H, W), eps like x_0
+    """
+    dataset = data.load(models.data, models.unet.config.image_size, 2000, "validation")
+    N, device = len(dataset.pictures), models.alpha_bar.device
+    rows = np.linspace(0, N - 1, min(count, N)).astype(int)   # evenly: a folder goes class by class
+    caption_of = torch.tensor(dataset.caption_of[rows]).to(device)
+    x_0 = data.to_float(torch.tensor(dataset.pictures[rows])).to(device)
+    generator = data.generator(seed, device=device)
+    return caption_of, dataset, x_0, torch.randn(x_0.shape, generator=generator, device=device)
+
+
+def clip_logits(clip, x, times, text_features):
+    """x: (N, 3, H, W), times: (N,) -> (N, K), a part at a time to save memory."""
+    return torch.cat([clip.logits(clip.encode_image(x_part, t_part), text_features, t_part)
+                      for x_part, t_part in zip(x.split(250), times.split(250))])
+
+
+# ---- drawing, and remembering what was drawn -----------------------------------------------------
+
+class Drawing(NamedTuple):
+    """N pictures for N captions, and what they cost."""
+    pictures: np.ndarray   # (N, H, W, 3) uint8
+    unet: int              # evaluations of the U-Net for each of them,
+    unet_backward: int     # and back-propagations through it
+    seconds: float         # for all of them, without the loading
+
+
+class Recipe(NamedTuple):
+    """A way to draw."""
+    name: tuple          # all that distinguishes it from other ways
+    denoiser: Callable   # targets (B,) int, the captions wanted -> denoise
+
+
+def recipe(method, scale, models, args):
+    """One of guide.METHODS -> Recipe."""
+    interval = tuple(args.interval or guide.METHODS[method].interval)
+
+    def denoiser(targets):
+        return guide.guided_by(method, models.clip, models.unet, models.alpha_bar,
+                               models.text_features, targets, scale, interval, models.log_prior)
+    return Recipe((method, scale, interval, args.no_prior), denoiser)
+
+
+def drawn(how, indices, models, args):
+    """The pictures with these indices, N ints, by a Recipe -> Drawing. Picture i is of caption
+    i % K, from noise of its own, whatever the recipe.
+
+    They are kept in cache/, by all that decides what they look like, so that a table which was
+    interrupted goes on where it was.
+    """
+    decides = (fingerprint(models), how.name, args.steps, args.eta, args.recurrence, args.seed,
+               indices.tolist())
+    path = data.CACHE / f"drawn-{zlib.crc32(repr(decides).encode()):08x}.npz"
+    if not path.exists():
+        drawing = draw(how, indices, models, args)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            np.savez(file, **drawing._asdict())
+        os.replace(path.with_suffix(".tmp"), path)
+    kept = np.load(path)
+    return Drawing(kept["pictures"], *(kept[key].item() for key in Drawing._fields[1:]))
+
+
+def fingerprint(models):
+    """A number that changes with the weights of CLIP or of the U-Net, and with the code that guides
+    and samples."""
+    code = zlib.crc32(b"".join(Path(module.__file__).read_bytes() for module in (guide, tinyddpm)))
+    for model in (models.clip, models.unet):
+        for p in model.parameters():
+            code = zlib.crc32(p.cpu().numpy().tobytes(), code)
+    return code
+
+
+def draw(how, indices, models, args):
+    """What drawn() remembers."""
+    unet, alpha_bar, K = models.unet, models.alpha_bar, len(models.captions)
+    size, calls, pictures = unet.config.image_size, {"unet": 0, "unet_backward": 0}, []
+    hooks = [unet.register_forward_hook(lambda *_: calls.update(unet=calls["unet"] + 1)),
+             unet.last.register_full_backward_hook(
+                 lambda *_: calls.update(unet_backward=calls["unet_backward"] + 1))]
+    parts, start = indices.split(args.batch), time.perf_counter()
+    for part in tqdm(parts, desc=" ".join(map(str, how.name[:2])), leave=False):
+        generators = [data.generator(args.seed, i) for i in part.tolist()]
+        x_T = tinyddpm.noise(generators, (3, size, size), alpha_bar.device)
+        pictures.append(data.to_uint8(   # waits for the device, so the time is true
+            tinyddpm.sample(how.denoiser(part % K), x_T, generators, alpha_bar, args.steps,
+                            args.eta, recurrence=args.recurrence)))
+    for hook in hooks:
+        hook.remove()
+    return Drawing(np.concatenate(pictures), *(count // len(parts) for count in calls.values()),
+                   time.perf_counter() - start)
+
+
+POOL = 2048   # unguided pictures, from which best_of chooses for all captions
+
+
+def best_of(n, targets, models, args):
+    """For each caption the best of n unguided pictures in CLIP's opinion -> Drawing, with what it
+    would have cost to draw n for each.
+
+    All choose from the same pool, each from n random ones of its own.
+    """
+    K = len(models.captions)
+    first = K * (10_000 // K)   # a pool of its own: other rows draw pictures 0, 1, ...
+    pool = drawn(recipe("none", 0., models, args), torch.arange(first, first + POOL), models, args)
+    x = data.to_float(pool.pictures).to(models.alpha_bar.device)
+    clean = torch.zeros(POOL, dtype=torch.long, device=x.device)
+    fits = clip_logits(models.clip, x, clean, models.text_features).softmax(1)   # (POOL, K)
+    chosen = []
+    for i, k in enumerate(targets.tolist()):
+        some = torch.randperm(POOL, generator=data.generator(args.seed, n, i))[:n]
+        chosen.append(some[fits[some, k].argmax()].item())
+    each = pool.seconds / POOL
+    return Drawing(pool.pictures[chosen], n * pool.unet, 0, n * each * len(targets))
+
+
+# ---- measuring what was drawn --------------------------------------------------------------------
+
+class Court(NamedTuple):
+    """Who judges the pictures, and what they are compared with."""
+    judge: torch.nn.Module
+    promise: dict              # caption -> the labels that a picture of it must have, (A,)
+    attributes: list           # A names
+    real: torch.Tensor         # (N, F), what the judge notices in real pictures of these captions
+
+
+def convene(models, targets, args):
+    """-> the Court for pictures of these captions, N indices. UserError if there is no judge."""
+    device = models.alpha_bar.device
+    grader, content = data.load_judge(models.data, args.judge, judge.from_checkpoint, device)
+    if not grader or not set(models.captions) <= set(content["captions"]):
+        raise data.UserError(f"there is no judge for {models.data}; train one with: python "
+                             f"train.py judge --data {models.data}")
+    real = data.to_float(real_pictures(models, targets, args)).to(device)
+    promise = dict(zip(content["captions"], content["caption_labels"]))
+    return Court(grader, promise, list(content["attributes"]), judge.features(grader, real))
+
+
+def real_pictures(models, targets, args, skip=0):
+    """Held-out pictures of these captions, N indices -> (N, H, W, 3) uint8.
+
+    No picture twice, as long as there are enough of its caption; the first `skip` of each caption
+    are left out. Of cars there are enough for 2 x args.each of each caption.
+    """
+    dataset = data.load(models.data, models.unet.config.image_size, 4000 * args.each, "validation")
+    rows_of = {k: np.flatnonzero(dataset.caption_of == k) for k in set(targets.tolist())}
+    taken, rows = {k: skip for k in rows_of}, []
+    for k in targets.tolist():
+        if not len(rows_of[k]):
+            raise data.UserError(f"no held-out picture of {models.captions[k]!r}")
+        rows.append(rows_of[k][taken[k] % len(rows_of[k])])
+        taken[k] += 1
+    return dataset.pictures[rows]
+
+
+def score(pictures, targets, models, court):
+    """-> shares of the pictures in which the judge finds all (joint; low to high: 95 %) or one of
+    the attributes right, the probability that CLIP gives the captions, KID and its error, and the
+    diversity within a caption in terms of that of real pictures.
+
+    pictures: (N, H, W, 3) uint8, targets: (N,) the captions that they were drawn for.
+    """
+    x = data.to_float(pictures).to(models.alpha_bar.device)
+    truth = torch.tensor([court.promise[models.captions[k]] for k in targets.tolist()])   # (N, A)
+    right = judge.verdict(court.judge, x).cpu() == truth                                  # (N, A)
+    low, high = judge.wilson(int(right.all(1).sum()), len(right))
+    logits = clip_logits(models.clip, x, torch.zeros_like(targets), models.text_features)
+    belief = logits.softmax(1)[torch.arange(len(x)), targets].mean().item()
+
+    noticed = judge.features(court.judge, x)
+    mixed = torch.randperm(len(x), generator=data.generator(0))   # both go caption by caption
+    kid, error = judge.kid(court.real[mixed], noticed[mixed], block=min(200, len(x) // 4))
+    spread = court.real.std(dim=0) + 1e-6
+    variety = [judge.diversity(f / spread, targets) for f in (noticed, court.real)]
+    return {"samples": len(right), "joint": right.all(1).float().mean().item(), "low": low,
+            "high": high, **dict(zip(court.attributes, right.float().mean(0).tolist())),
+            "clip_belief": belief, "kid": kid, "kid_error": error,
+            "diversity": None if math.isnan(variety[0]) else variety[0] / variety[1]}
