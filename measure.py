@@ -20,6 +20,11 @@ import tinyclip
 import tinyddpm
 
 
+HELD_OUT = 2000   # pictures of the validation split: those that training looks at
+REAL = 4000       # of that split to choose from, for each sample of a caption; a folder gives all
+POOL = 2048       # unguided pictures, from which best_of chooses for all captions
+
+
 class Models(NamedTuple):
     """CLIP, a diffusion model, and what depends on nothing else."""
     clip: torch.nn.Module
@@ -44,14 +49,14 @@ def load_models(args, device):
                   pair.clip.encode_captions(pair.captions), pair.captions, log_prior, pair.data)
 
 
-def held_out(models, count, seed):
-    """`count` pictures of the validation split, or all if there are fewer, and noise for them.
+def held_out(models, seed, most=math.inf):
+    """Pictures of the validation split, and noise for them.
 
     -> their captions' indices (N,), the data set, x_0 (N, 3, H, W), eps like x_0
     """
-    dataset = data.load(models.data, models.unet.config.image_size, 2000, "validation")
+    dataset = data.load(models.data, models.unet.config.image_size, HELD_OUT, "validation")
     N, device = len(dataset.pictures), models.alpha_bar.device
-    rows = np.linspace(0, N - 1, min(count, N)).astype(int)   # evenly: a folder goes class by class
+    rows = np.linspace(0, N - 1, min(N, most)).astype(int)   # evenly: a folder goes class by class
     caption_of = torch.tensor(dataset.caption_of[rows]).to(device)
     x_0 = data.to_float(torch.tensor(dataset.pictures[rows])).to(device)
     generator = data.generator(seed, device=device)
@@ -140,9 +145,6 @@ def draw(how, indices, models, args):
                    time.perf_counter() - start)
 
 
-POOL = 2048   # unguided pictures, from which best_of chooses for all captions
-
-
 def best_of(n, targets, models, args):
     """For each caption the best of n unguided pictures in CLIP's opinion -> Drawing, with what it
     would have cost to draw n for each.
@@ -191,7 +193,7 @@ def real_pictures(models, targets, args, skip=0):
     No picture twice, as long as there are enough of its caption; the first `skip` of each caption
     are left out. Of cars there are enough for 2 x args.each of each caption.
     """
-    dataset = data.load(models.data, models.unet.config.image_size, 4000 * args.each, "validation")
+    dataset = data.load(models.data, models.unet.config.image_size, REAL * args.each, "validation")
     rows_of = {k: np.flatnonzero(dataset.caption_of == k) for k in set(targets.tolist())}
     taken, rows = {k: skip for k in rows_of}, []
     for k in targets.tolist():

@@ -16,6 +16,11 @@ import plot
 import tinyddpm
 
 
+BEST_OF = {f"best-of-{n}": n for n in (4, 16, 64)}   # methods that are none of guide.py's
+HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}   # of captions
+EXAM = 5000   # pictures by which a judge is judged
+
+
 # ---- CLIP, the diffusion model and the judge, each by itself -------------------------------------
 
 def calibration_error(probabilities, truth, bins=15):
@@ -38,7 +43,7 @@ def calibration_error(probabilities, truth, bins=15):
 def clip_table(models, args):
     """Top-1 among all captions, per attribute, and calibration, at rising noise."""
     rows = []
-    truth, dataset, x_0, eps = measure.held_out(models, 2000, args.seed)
+    truth, dataset, x_0, eps = measure.held_out(models, args.seed)
     labels = torch.from_numpy(dataset.caption_labels).to(x_0.device)   # (K, A)
     for t in (0, 50, *range(100, 1000, 100), 950):
         times = torch.full((len(x_0),), t, device=x_0.device)
@@ -59,7 +64,7 @@ def clip_table(models, args):
 def ddpm_table(models, args):
     """The mean squared error of v_hat on held-out pictures, at rising noise."""
     rows = []
-    _, _, x_0, eps = measure.held_out(models, 2000, args.seed)
+    _, _, x_0, eps = measure.held_out(models, args.seed)
     for t in (50, 150, 300, 500, 700, 900):
         times = torch.full((len(x_0),), t, device=x_0.device)
         error = tinyddpm.ddpm_loss(models.unet, x_0, times, eps, models.alpha_bar)
@@ -70,7 +75,7 @@ def ddpm_table(models, args):
 def inversion_table(models, args):
     """What becomes of held-out pictures on the way to noise and back, by the number of steps."""
     rows = []
-    _, _, x_0, _ = measure.held_out(models, 64, args.seed)
+    _, _, x_0, _ = measure.held_out(models, args.seed, 64)
     alpha_bar, denoise = models.alpha_bar, tinyddpm.denoiser(models.unet, models.alpha_bar)
     for steps in (10, 25, 50, 100, 250):
         x_T = tinyddpm.invert(denoise, x_0, alpha_bar, steps)
@@ -86,7 +91,7 @@ def judge_table(models, args):
     """The judge's own accuracy on held-out pictures; for cars, also by how high the camera is."""
     device = models.alpha_bar.device
     grader, content = data.load_judge(None, args.judge, judge.from_checkpoint, device)
-    dataset = data.load(content["data"], grader.config.size, 5000, "judge-test")
+    dataset = data.load(content["data"], grader.config.size, EXAM, "judge-test")
     x = data.to_float(torch.tensor(dataset.pictures)).to(device)
     right = judge.verdict(grader, x).cpu() == torch.from_numpy(dataset.labels)        # (N, A)
     groups = {"all": torch.ones(len(right), dtype=torch.bool)}
@@ -103,10 +108,6 @@ def judge_table(models, args):
 
 
 # ---- guidance: is it obeyed? ---------------------------------------------------------------------
-
-BEST_OF = {f"best-of-{n}": n for n in (4, 16, 64)}   # methods that are none of guide.py's
-HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
-
 
 def guidance_table(models, args):
     """--each samples of each caption, judged and measured; and what they cost.

@@ -12,9 +12,12 @@ from PIL import Image
 
 import cars
 import data
+import evaluate
 import guide
 import judge
+import measure
 import sample
+import tables
 import tinyclip
 import tinyddpm
 import train
@@ -272,14 +275,34 @@ def test_a_mistake_is_answered_in_one_line_and_with_code_2(folder, command, mess
     assert message in error and len(error.strip().splitlines()) == 1
 
 
-def test_evaluate(folder):
-    for table in ("clip", "ddpm", "judge --judge runs/judge/weights.pt", "figure",
-                  "guidance --methods none contrastive --judge runs/judge/weights.pt"):
-        run(folder, f"evaluate.py {table} --steps 10 --batch 147 --device cpu")
-    rows = json.loads((folder / "out/guidance.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["real", "none", "contrastive"]
-    assert rows[0]["samples"] == 294 and (rows[1]["unet"], rows[1]["unet_backward"]) == (10, 0)
-    assert Image.open(folder / "out/figure.png").width > 300
+def rows_of(table):
+    return json.loads(Path(f"out/{table}.json").read_text())["rows"]
+
+
+def test_tables(here, monkeypatch):
+    for module, name, small in ((measure, "HELD_OUT", 100), (measure, "POOL", 64),
+                                (tables, "EXAM", 300)):
+        monkeypatch.setattr(module, name, small)
+    for table in ("clip", "ddpm", "judge --judge runs/judge/weights.pt", "figure"):
+        evaluate.main(f"{table} --steps 10 --device cpu".split())
+    assert [row["t"] for row in rows_of("clip")][:2] == [0, 50] and len(rows_of("ddpm")) == 6
+    assert rows_of("judge")[0]["number"] == 300
+    assert Image.open("out/figure.png").width > 300
+
+    guidance = ("guidance --methods none x0 best-of-4 --judge runs/judge/weights.pt --steps 3 "
+                "--prompts odd --batch 147 --device cpu")
+    evaluate.main(guidance.split())
+    rows = rows_of("guidance")
+    assert [row["method"] for row in rows] == ["real", "none", "x0", "best-of-4"]
+    assert all(row["samples"] == 147 for row in rows)
+    assert [(row["unet"], row["unet_backward"]) for row in rows] == [(0, 0), (3, 0), (3, 2), (12, 0)]
+    monkeypatch.setattr(measure, "draw", None)   # a second time, nothing is drawn
+    evaluate.main(guidance.split())
+    assert rows_of("guidance") == rows
+
+
+def test_evaluate_is_a_command(folder):
+    assert "| 900 |" in run(folder, "evaluate.py ddpm --device cpu")
 
 
 @pytest.mark.skipif(not (SHIPPED / "ddpm.pt").exists(), reason="no shipped weights")
