@@ -7,6 +7,8 @@
     python evaluate.py guidance        all captions, one sample each, judged; a row per method
     python evaluate.py guidance --methods contrastive --scales 3 6 12 --prompts even --seed 1
                                        a sweep: the same, a row per scale, on half of the captions
+    python evaluate.py suspects        what makes pictures disobey: a row for each thing changed
+    python evaluate.py composition     captions with pairs of colours that were never seen
     python evaluate.py figure          what guidance sees: the figure of the README
 
 They are about the models that sample.py would use, and about the pictures these were trained on.
@@ -24,12 +26,14 @@ import data
 import figure
 import guide
 import measure
+import suspects
 import tables
 
 
 TABLES = {"clip": tables.clip_table, "ddpm": tables.ddpm_table,
           "inversion": tables.inversion_table, "judge": tables.judge_table,
-          "guidance": tables.guidance_table, "figure": figure.figure}
+          "guidance": tables.guidance_table, "suspects": suspects.suspects_table,
+          "composition": suspects.composition_table, "figure": figure.figure}
 
 
 def show(row, header):

@@ -77,7 +77,10 @@ def guided(denoise, log_p, alpha_bar, scale, interval=(1, math.inf), through_une
 
 # ---- log p(text | x_t), in five ways -------------------------------------------------------------
 
-def contrastive(clip, text_features, target, log_prior=0., temperature=5.):
+TEMPERATURE = 5.   # found by a sweep, and with it scale 16: RESULTS.md
+
+
+def contrastive(clip, text_features, target, log_prior=0., temperature=TEMPERATURE):
     """-> log_p: CLIP's softmax over all captions, CLIP being told how noisy x_t is. The default.
 
     log_p = temperature * log softmax(logits / temperature)[target], whose gradient is that of the

@@ -86,7 +86,8 @@ class Recipe(NamedTuple):
 
 
 def recipe(method, scale, models, args):
-    """One of guide.METHODS -> Recipe."""
+    """One of guide.METHODS, with its own scale if that is None -> Recipe."""
+    scale = guide.METHODS[method].scale if scale is None else scale
     interval = tuple(args.interval or guide.METHODS[method].interval)
 
     def denoiser(targets):

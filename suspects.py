@@ -1,0 +1,198 @@
+"""What makes pictures disobey, and can what was never seen be drawn? Two tables of evaluate.py that
+need trainings of their own.
+
+They look for these in runs/suspects/, by the flags they were trained with, and where one is missing
+they print the command that trains it and go on with the next row.
+
+models: measure.Models, what works, args: what the command line says.
+"""
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cars
+import data
+import guide
+import judge
+import measure
+import tinyclip
+import tinyddpm
+
+
+def trained(kind, flags):
+    """Where the weights of `python train.py KIND FLAGS` are -> path, None if they are not there."""
+    name = "-".join([kind, *flags.replace("--", "").replace("+", "-").replace(",", "-").split()])
+    folder = Path("runs/suspects") / name
+    if (folder / "weights.pt").exists():
+        return folder / "weights.pt"
+    print(f"first: python train.py {kind} {flags} --out {folder}")
+    return None
+
+
+def others(models, args, clip="", ddpm="", prior=True):
+    """Models in which the CLIP or the diffusion model is another one, trained with these flags.
+
+    -> measure.Models, None if they are not trained.
+    """
+    needed = {"clip": clip, "ddpm": ddpm}
+    paths = {kind: trained(kind, flags) for kind, flags in needed.items() if flags}
+    if None in paths.values():
+        return None
+    if "image-size" not in clip:
+        changed = argparse.Namespace(**{**vars(args), **paths, "no_prior": not prior})
+        return measure.load_models(changed, models.alpha_bar.device)
+    clip, content = data.load_model(paths["clip"], "clip", tinyclip.from_checkpoint)
+    enlarging = Enlarging(clip.to(models.alpha_bar.device))
+    return models._replace(clip=enlarging, text_features=clip.encode_captions(content["captions"]))
+
+
+class Enlarging(nn.Module):
+    """A CLIP for larger pictures than those that it is given: it enlarges them, as photographs are.
+
+    Noise that is enlarged is no longer the noise that it was trained on.
+    """
+
+    def __init__(self, clip):
+        super().__init__()
+        self.clip, self.config = clip, clip.config
+        self.logits, self.logit_scale = clip.logits, clip.logit_scale
+
+    def encode_image(self, x, t=None):
+        size = self.config.image_size
+        return self.clip.encode_image(F.interpolate(x, (size, size), mode="bicubic"), t)
+
+
+# ---- the three suspects --------------------------------------------------------------------------
+
+class Suspect(NamedTuple):
+    """One thing that differs from what works."""
+    what: str
+    clip: str = ""               # flags of `python train.py clip`; none: the CLIP that works
+    ddpm: str = ""               # likewise
+    method: str = "contrastive"
+    prior: bool = True           # whether guidance knows what CLIP and the DDPM have met how often
+
+
+SUSPECTS = [
+    Suspect("nothing"),
+    Suspect("CLIP trained a tenth as long", clip="--steps 150"),
+    Suspect("diffusion model trained a tenth as long", ddpm="--steps 450"),
+    Suspect("captions dealt out at random", clip="--shuffle"),
+    Suspect("CLIP met each car as often as in ShapeNet", clip="--labels shapenet"),
+    Suspect("the same, without the prior", clip="--labels shapenet", prior=False),
+    Suspect("the diffusion model did", ddpm="--labels shapenet"),
+    Suspect("the same, without the prior", ddpm="--labels shapenet", prior=False),
+    Suspect("both did", clip="--labels shapenet", ddpm="--labels shapenet"),
+    Suspect("CLIP is for 64 pixels", clip="--image-size 64 --patch 8"),
+    Suspect("CLIP has met clean pictures alone", clip="--clean 1", method="clean"),
+    Suspect("the original recipe", clip="--clean 1", method="original")]
+
+
+def dot_product(clip, text_features, target):
+    """-> log_p as in many a first attempt: a CLIP of clean pictures looks at x_t, and what counts
+    is the dot product of features as they are, not normalised."""
+    def log_p(x_t, t, x_0_hat):
+        seen = clip.encode_image(x_t, torch.zeros_like(t))                    # (B, E)
+        return (seen * text_features[target]).sum(dim=1).float()
+    return log_p
+
+
+def suspects_table(models, args):
+    """Joint accuracy on all captions of two colours, one sample each, with one thing changed."""
+    two = [i for i, caption in enumerate(models.captions) if " and " in caption]
+    targets = torch.tensor(two, device=models.alpha_bar.device)
+    court = measure.convene(models, targets, args)
+    for suspect in SUSPECTS:
+        these = others(models, args, suspect.clip, suspect.ddpm, suspect.prior)
+        if these is None:
+            continue
+        if suspect.method == "original":
+            denoise = tinyddpm.denoiser(these.unet, these.alpha_bar)
+            how = measure.Recipe(("original",), lambda targets: guide.guided(
+                denoise, dot_product(these.clip, these.text_features, targets), these.alpha_bar,
+                scale=0.1))
+        else:
+            how = measure.recipe(suspect.method, None, these, args)
+        drawing = measure.drawn(how, targets, these, args)
+        yield {"changed": suspect.what,
+               **measure.score(drawing.pictures, targets, these, court)}
+
+
+# ---- composition: pairs of colours that were never seen ------------------------------------------
+
+HELD_OUT = "white+red,blue+yellow,green+black"
+
+
+def composition_table(models, args):
+    """How captions of pairs of colours that CLIP, the diffusion model, both or neither have never
+    seen are obeyed, and captions of other pairs; by the caption as a whole, and by its attributes.
+    """
+    pairs = [set(pair.split("+")) for pair in HELD_OUT.split(",")]
+    words = [set(caption.replace(" and ", " ").split()) for caption in models.captions]
+    two = [i for i, caption in enumerate(models.captions) if " and " in caption]
+    unseen = [i for i in two if any(pair <= words[i] for pair in pairs)]
+    seen = [i for i in two if i not in unseen][::len(two) // len(unseen) - 1][:len(unseen)]
+    for clip in ("", f"--hold-out {HELD_OUT}"):
+        for ddpm in ("", f"--hold-out {HELD_OUT}"):
+            these = others(models, args, clip, ddpm)
+            if these is None:
+                continue
+            these = with_captions(these, models.captions)
+            for name, some in (("unseen", unseen), ("seen", seen)):
+                targets = torch.tensor(some * args.each, device=models.alpha_bar.device)
+                court = measure.convene(these, targets, args)
+                for how in (measure.recipe("contrastive", None, these, args), factored(these)):
+                    yield composed(how, name, bool(clip), bool(ddpm), targets, these, court, args)
+
+
+def with_captions(models, captions):
+    """The same models, with these captions in this order; of those that are new to CLIP, no prior
+    is known."""
+    known = dict(zip(models.captions, models.log_prior.tolist()))
+    log_prior = torch.tensor([known.get(caption, 0.) for caption in captions])
+    return models._replace(captions=captions, log_prior=log_prior.to(models.alpha_bar.device),
+                           text_features=models.clip.encode_captions(captions))
+
+
+def factored(models):
+    """Guidance attribute by attribute -> Recipe.
+
+    log_p is the sum of those of the body, the main and the second colour, each the probability of
+    any caption that has it, softened as in guide.contrastive.
+    """
+    labels = torch.tensor(cars.caption_labels(np.array(
+        [cars.CAPTIONS.index(caption) for caption in models.captions])))      # (K, A)
+    labels = labels.to(models.alpha_bar.device)
+
+    def denoiser(targets):
+        right = labels == labels[targets, None]                               # (B, K, A)
+
+        def log_p(x_t, t, x_0_hat):
+            logits = models.clip.logits(models.clip.encode_image(x_t, t), models.text_features, t)
+            p = ((logits + models.log_prior) / guide.TEMPERATURE).log_softmax(dim=1)
+            any_of = p[:, :, None].masked_fill(~right, -torch.inf).logsumexp(dim=1)   # (B, A)
+            return guide.TEMPERATURE * any_of.sum(dim=1)
+        method = guide.METHODS["contrastive"]
+        return guide.guided(tinyddpm.denoiser(models.unet, models.alpha_bar), log_p,
+                            models.alpha_bar, method.scale, method.interval)
+    return measure.Recipe(("factored",), denoiser)
+
+
+def composed(how, name, clip, ddpm, targets, models, court, args):
+    """One row: a Recipe for captions of seen or unseen pairs."""
+    K, each = len(models.captions), args.each
+    numbers = torch.arange(len(targets), device=targets.device) // (len(targets) // each)
+    drawing = measure.drawn(how, targets + K * numbers, models, args)
+    x = data.to_float(drawing.pictures).to(targets.device)
+    saw = judge.verdict(court.judge, x).cpu()
+    wanted = torch.tensor([court.promise[models.captions[k]] for k in targets.tolist()])
+    swapped = (saw == wanted[:, [0, 2, 1]]).all(dim=1).float().mean().item()
+    return {"held out of": {(0, 0): "neither", (1, 0): "CLIP", (0, 1): "the diffusion model",
+                            (1, 1): "both"}[clip, ddpm],
+            "pairs": name, "guidance": how.name[0],
+            **measure.score(drawing.pictures, targets, models, court), "swapped": swapped}
