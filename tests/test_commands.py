@@ -1,6 +1,7 @@
 """Every command as a user runs it, at toy size, in a folder of its own."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import guide
 import judge
 import measure
 import sample
+import suspects
 import tables
 import tinyclip
 import tinyddpm
@@ -299,6 +301,30 @@ def test_tables(here, monkeypatch):
     monkeypatch.setattr(measure, "draw", None)   # a second time, nothing is drawn
     evaluate.main(guidance.split())
     assert rows_of("guidance") == rows
+
+
+def test_tables_of_other_trainings(here, monkeypatch, capsys):
+    """Each looks for its own weights, and says how to train what is not there."""
+    common = "--judge runs/judge/weights.pt --steps 2 --batch 252 --device cpu".split()
+    one = suspects.Suspect("a tenth", clip="--steps 150")
+    monkeypatch.setattr(suspects, "SUSPECTS", [suspects.Suspect("nothing"), one])
+    evaluate.main(["suspects", *common])
+    assert [row["changed"] for row in rows_of("suspects")] == ["nothing"]
+    assert "first: python train.py clip --steps 150 --out runs/suspects/clip-steps-150" in (
+        capsys.readouterr().out)
+
+    for name in ("clip-clean-1", "clip-image-size-64", "clip-hold-out-white-red"):
+        shutil.copytree("runs/clip", f"runs/suspects/{name}")
+    monkeypatch.setattr(suspects, "SUSPECTS", [
+        suspects.Suspect("the recipe", clip="--clean 1", method="original"),
+        suspects.Suspect("the size", clip="--image-size 64")])
+    evaluate.main(["suspects", *common])
+    assert [row["samples"] for row in rows_of("suspects")] == [252, 252]
+    monkeypatch.setattr(suspects, "HELD_OUT", "white+red")
+    evaluate.main(["composition", *common])
+    rows = rows_of("composition")
+    assert len(rows) == 8 and {row["held out of"] for row in rows} == {"neither", "CLIP"}
+    assert all(row["samples"] == 12 for row in rows)   # six bodies, two orders
 
 
 def test_evaluate_is_a_command(folder):
