@@ -24,7 +24,6 @@ import cars
 import folders
 
 CACHE = Path("cache")   # rendered data sets, in the folder where the command runs
-SHIPPED = Path(__file__).resolve().parent / "weights"   # trained models, they come with the source
 
 
 class UserError(Exception):
@@ -311,120 +310,10 @@ def fp16(model):
     return {name: p.detach().half().cpu().contiguous() for name, p in weights.items()}
 
 
-# What weights.pt of each kind holds, beside "kind", "config", "weights" and "data".
-HOLDS = {"clip": ("schedule", "captions", "spellings", "counts", "merges"),
-         "ddpm": ("schedule", "captions", "counts"),
-         "judge": ("attributes", "captions", "caption_labels")}
-
-
-def load_model(path, kind, build):
-    """-> (model, content). The model is in eval mode and needs no gradients for its parameters.
-
-    build(content), such as tinyclip.from_checkpoint, makes it; every name and shape must match.
-    """
-    content = load_checkpoint(path, kind)
-    missing = [key for key in ("config", "weights", "data", *HOLDS[kind]) if key not in content]
-    if missing:
-        raise UserError(f"{path} holds no {missing[0]!r}, it is of another version; train one "
-                        f"with: python train.py {kind} --fresh")
-    try:
-        return build(content).eval().requires_grad_(False), content
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]   # torch: headline, then details
-        raise UserError(f"{path} does not fit its own config: {lines[-1].strip()}") from None
-
-
-def find_weights(clip=None, ddpm=None):
-    """-> the two models' paths: as given, else those trained in runs/, else the shipped ones.
-
-    Of runs/ it is both or none: a CLIP and a DDPM are only of use to each other if trained alike.
-    """
-    trained = [Path("runs") / kind / "weights.pt" for kind in ("clip", "ddpm")]
-    shipped = [SHIPPED / f"{kind}.pt" for kind in ("clip", "ddpm")]
-    usual = trained if all(path.exists() for path in trained) else shipped
-    return Path(clip or usual[0]), Path(ddpm or usual[1])
-
-
-def load_judge(name, path, build, device="cpu"):
-    """A judge for a data set, or for any if name is None: that of the path, if one is given, else
-    one trained in runs/, else one that is shipped.
-
-    -> (model, content) as load_model does; (None, None) if there is none.
-    """
-    usual = [Path("runs/judge/weights.pt"), SHIPPED / "judge.pt"]
-    for candidate in [path] if path else usual:
-        if not path and not candidate.exists():
-            continue
-        found = load_checkpoint(candidate, "judge").get("data")
-        if name in (None, found):
-            grader, content = load_model(candidate, "judge", build)
-            return grader.to(device), content
-        if path:
-            raise UserError(f"--judge {path} knows {found}, but these models {name}")
-    return None, None
-
-
-def check_fit(clip, ddpm):
-    """The contents of two checkpoints; UserError where they differ in what they must share.
-
-    Guidance is meaningless if CLIP knows other pictures or other noise than the DDPM.
-    """
-    shared = [(key, clip[key], ddpm[key]) for key in ("data", "schedule")]
-    shared += [(key, clip["config"][key], ddpm["config"][key]) for key in ("image_size", "T")]
-    for key, a, b in shared:
-        if a != b:
-            raise UserError(f"these CLIP and DDPM do not fit together: {key} is {a} for CLIP "
-                            f"and {b} for the DDPM; train both alike")
-    a, b = set(clip["captions"]), set(ddpm["captions"])
-    told = ddpm["config"].get("text")   # which is by number
-    if clip["captions"] != ddpm["captions"] if told else not (a <= b or b <= a):
-        raise UserError("these CLIP and DDPM do not fit together: they know other captions; train "
-                        "both alike")
-
-
-def check_told(unet):
-    """UserError if a U-Net cannot be told captions, as classifier-free guidance has to."""
-    if not unet.config.text:
-        raise UserError("this DDPM is told no captions; train one with: python train.py ddpm "
-                        "--text --fresh")
-
-
-class Pair(NamedTuple):
-    """Two models that fit together."""
-    clip: torch.nn.Module
-    unet: torch.nn.Module
-    captions: list         # K, that CLIP was trained on
-    spellings: list        # S lists of K texts, the ways in which it read them
-    clip_counts: list      # K, how often each of them occurred in CLIP's training
-    ddpm_counts: list      # K, likewise in the diffusion model's
-    data: str              # the name of the data set
-    where: str             # the models' files and the device, to be printed
-
-
-def load_pair(build_clip, build_unet, clip=None, ddpm=None, device="cpu"):
-    """The two models that find_weights finds, on the device -> Pair.
-
-    build_clip, build_unet: see load_model. UserError if the two do not fit together.
-    """
-    clip_path, ddpm_path = find_weights(clip, ddpm)
-    clip, clip_content = load_model(clip_path, "clip", build_clip)
-    unet, ddpm_content = load_model(ddpm_path, "ddpm", build_unet)
-    check_fit(clip_content, ddpm_content)
-    # Of a caption that the DDPM never met, no ratio is known: say, as often as in CLIP's training.
-    met = dict(zip(ddpm_content["captions"], ddpm_content["counts"]))
-    share = sum(met.values()) / sum(clip_content["counts"])
-    ddpm_counts = [met.get(caption, count * share)
-                   for caption, count in zip(clip_content["captions"], clip_content["counts"])]
-    clip, unet = (m.to(device, memory_format=torch.channels_last) for m in (clip, unet))
-    return Pair(clip, unet, clip_content["captions"], clip_content["spellings"],
-                clip_content["counts"], ddpm_counts, clip_content["data"],
-                f"CLIP from {clip_path}, DDPM from {ddpm_path}, on {device}")
-
-
 if __name__ == "__main__":   # what a batch is
     dataset = load("cars", size=32, count=256, split="validation")
     x_0, rows = batch(dataset, seed=0, step=0, size=16)
     first = dataset.captions[dataset.caption_of[rows[0]]]
     print(f"{len(dataset.pictures)} pictures, {len(dataset.captions)} captions; a batch is "
           f"{tuple(x_0.shape)} in [{x_0.min():.2f}, {x_0.max():.2f}], its first picture {first!r}")
-    save_grid("batch.png", to_uint8(x_0), zoom=2)
+    save_grid("out/batch.png", to_uint8(x_0), zoom=2)

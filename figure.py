@@ -1,6 +1,6 @@
 """What guidance sees: the figure of the README. `python evaluate.py figure` draws it.
 
-`models` is measure.Models, `args` what the command line says: prompt, steps, eta, seed, out.
+`models` is checkpoints.Models, `args` what the command line says: prompt, steps, eta, seed, out.
 """
 import torch
 from PIL import Image, ImageDraw, ImageFont

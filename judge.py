@@ -220,9 +220,10 @@ def copies(x, training, batch=64):
 
 if __name__ == "__main__":   # the shipped judge looks at 200 cars that nobody learned from
     import cars
+    import checkpoints
     import data
 
-    judge, content = data.load_model(data.SHIPPED / "judge.pt", "judge", from_checkpoint)
+    judge, content = checkpoints.load_model(checkpoints.SHIPPED / "judge.pt", "judge")
     first = cars.JUDGE_TEST + 5000   # behind those that evaluate.py takes
     pictures, labels = cars.render(seed=0, indices=range(first, first + 200), size=32)
     seen = verdict(judge, data.to_float(pictures)).numpy()

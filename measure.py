@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import data
 import guide
 import judge
-import tinyclip
 import tinyddpm
 
 
@@ -25,28 +25,16 @@ REAL = 4000       # of that split to choose from, for each sample of a caption; 
 POOL = 2048       # unguided pictures, from which best_of chooses for all captions
 
 
-class Models(NamedTuple):
-    """CLIP, a diffusion model, and what depends on nothing else."""
-    clip: torch.nn.Module
-    unet: torch.nn.Module
-    alpha_bar: torch.Tensor       # (T + 1,)
-    text_features: torch.Tensor   # (K, E)
-    captions: list                # K, that CLIP knows
-    log_prior: torch.Tensor       # (K,), see guide.contrastive
-    data: str                     # the name of the data set
-
-
 def load_models(args, device):
-    pair = data.load_pair(tinyclip.from_checkpoint, tinyddpm.from_checkpoint, args.clip, args.ddpm,
-                          device)
-    print(pair.where)
-    if pair.unet.config.T != 1000:
-        raise data.UserError(f"these models have T = {pair.unet.config.T}; the tables are about "
+    """-> checkpoints.Models, all that the tables are about."""
+    models = checkpoints.load_pair(args.clip, args.ddpm, device)
+    print(models.where)
+    if models.unet.config.T != 1000:
+        raise data.UserError(f"these models have T = {models.unet.config.T}; the tables are about "
                              "T = 1000")
-    clip_counts = pair.ddpm_counts if args.no_prior else pair.clip_counts   # equal: a ratio of 1
-    log_prior = guide.prior_ratio(pair.ddpm_counts, clip_counts).to(device)
-    return Models(pair.clip, pair.unet, tinyddpm.cosine_alpha_bar().to(device),
-                  pair.clip.encode_captions(pair.captions), pair.captions, log_prior, pair.data)
+    if args.no_prior:
+        models = models._replace(log_prior=torch.zeros_like(models.log_prior))
+    return models
 
 
 def held_out(models, seed, most=math.inf):
@@ -179,7 +167,7 @@ class Court(NamedTuple):
 def convene(models, targets, args):
     """-> the Court for pictures of these captions, N indices. UserError if there is no judge."""
     device = models.alpha_bar.device
-    grader, content = data.load_judge(models.data, args.judge, judge.from_checkpoint, device)
+    grader, content = checkpoints.load_judge(models.data, args.judge, device)
     if not grader or not set(models.captions) <= set(content["captions"]):
         raise data.UserError(f"there is no judge for {models.data}; train one with: python "
                              f"train.py judge --data {models.data}")

@@ -13,15 +13,14 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 import bpe
+import checkpoints
 import data
 import guide
 import judge
-import tinyclip
 import tinyddpm
 
 
@@ -78,17 +77,16 @@ def check(args):
 
 # ---- what is wanted ------------------------------------------------------------------------------
 
-def find_target(prompt, pair):
-    """-> the captions, with the prompt added if it is a new one, and the index of the prompt.
+def find_target(prompt, models):
+    """-> the models, with the prompt among their captions if it is a new one, and its index.
 
     Warns of words that CLIP has never read, and of those that it will not read.
     """
-    clip, captions = pair.clip, pair.captions
-    known = {bpe.canonical(text): i for texts in pair.spellings
-             for i, text in enumerate(texts)}
+    clip, captions = models.clip, models.captions
+    known = {bpe.canonical(text): i for texts in models.spellings for i, text in enumerate(texts)}
     wanted = bpe.canonical(prompt)
     if wanted in known:
-        return captions, known[wanted]
+        return models, known[wanted]
     read = sorted({word for caption in known for word in caption.split()})
     strange = [word[:30] for word in dict.fromkeys(wanted.split()) if word not in read]
     if strange:
@@ -97,7 +95,7 @@ def find_target(prompt, pair):
     longest = clip.config.context_length - 2   # start and end
     if len(clip.tokenizer.encode(prompt)) > longest:
         print(f"the prompt is too long: CLIP reads its first {longest} tokens", file=sys.stderr)
-    return [*captions, prompt], len(captions)
+    return checkpoints.with_prompt(models, prompt), len(captions)
 
 
 def first_of(words, most=5):
@@ -107,34 +105,25 @@ def first_of(words, most=5):
     return ", ".join(words[:most]) + more
 
 
-class Wish(NamedTuple):
-    """What a prompt comes to, for a CLIP that knows K captions, the prompt among them."""
-    captions: list                # K
-    target: int                   # the prompt's place among them
-    text_features: torch.Tensor   # (K, E)
-    log_prior: torch.Tensor       # (K,), see guide.contrastive
-
-
-def understand(prompt, args, pair, device):
-    """-> Wish, or None if there is no prompt. UserError if the method cannot do it."""
+def understand(prompt, args, models):
+    """As find_target; without a prompt the index is None. UserError if the method cannot do it."""
     if prompt is None:
-        return None
-    captions, target = find_target(prompt, pair)
+        return models, None
+    known = len(models.captions)
+    models, target = find_target(prompt, models)
     if args.method == "classifier-free":
-        data.check_told(pair.unet)
-        if target == len(pair.captions):
-            raise data.UserError(f"{prompt!r} is none of the {target} captions that this DDPM is "
+        checkpoints.check_told(models.unet)
+        if target == known:
+            raise data.UserError(f"{prompt!r} is none of the {known} captions that this DDPM is "
                                  "told, and only CLIP understands others; use another --method")
-    log_prior = torch.zeros(len(captions), device=device)   # of a new caption nothing is known
-    log_prior[:len(pair.captions)] = guide.prior_ratio(pair.ddpm_counts, pair.clip_counts)
-    return Wish(captions, target, pair.clip.encode_captions(captions), log_prior)
+    return models, target
 
 
 # ---- drawing -------------------------------------------------------------------------------------
 
-def draw(args, pair, alpha_bar, wish):
+def draw(args, models, target):
     """-> x_0 (n, 3, H, W) in [-1, 1], and the GIF's frames, none if no GIF is wanted."""
-    clip, unet, device = pair.clip, pair.unet, alpha_bar.device
+    unet, alpha_bar, device = models.unet, models.alpha_bar, models.alpha_bar.device
     size, pictures, frames = unet.config.image_size, [], []
     shown = min(8, args.n, args.batch)   # of the first batch: more would make a GIF of megabytes
 
@@ -144,10 +133,11 @@ def draw(args, pair, alpha_bar, wish):
     for first in range(0, args.n, args.batch):
         indices = range(first, min(first + args.batch, args.n))
         denoise = tinyddpm.denoiser(unet, alpha_bar)
-        if wish is not None:
-            targets = torch.full((len(indices),), wish.target, device=device)
-            denoise = guide.guided_by(args.method, clip, unet, alpha_bar, wish.text_features,
-                                      targets, args.scale, args.interval, wish.log_prior)
+        if target is not None:
+            targets = torch.full((len(indices),), target, device=device)
+            denoise = guide.guided_by(
+                args.method, models.clip, unet, alpha_bar, models.text_features, targets,
+                args.scale, args.interval, models.log_prior)
         generators = [data.generator(args.seed, i) for i in indices]
         x_T = tinyddpm.noise(generators, (3, size, size), device)
         pictures.append(tinyddpm.sample(
@@ -196,22 +186,21 @@ def file_name(prompt):
 
 # ---- reporting -----------------------------------------------------------------------------------
 
-def report_belief(clip, x_0, wish):
+def report_belief(models, target, x_0):
     """What the CLIP that guided thinks, which is not what to grade it by."""
-    image_features = torch.cat([clip.encode_image(part) for part in x_0.split(250)])
-    probabilities = clip.logits(image_features, wish.text_features).softmax(1)    # (N, K)
-    caption = wish.captions[wish.target]
+    image_features = torch.cat([models.clip.encode_image(part) for part in x_0.split(250)])
+    probabilities = models.clip.logits(image_features, models.text_features).softmax(1)   # (N, K)
+    caption = models.captions[target]
     caption = caption if len(caption) < 80 else caption[:80] + "..."
-    print(f"CLIP gives {caption!r} a probability of {probabilities[:, wish.target].mean():.0%} on "
-          f"average, among {len(wish.captions)} captions")
+    print(f"CLIP gives {caption!r} a probability of {probabilities[:, target].mean():.0%} on "
+          f"average, among {len(models.captions)} captions")
 
 
-def report_verdict(grader, content, x_0, wish):
+def report_verdict(grader, content, x_0, caption):
     """What the judge sees, if its attributes can say the caption.
 
     content: of the judge's checkpoint, which says what each caption promises.
     """
-    caption = wish.captions[wish.target]
     if caption not in content["captions"]:
         return
     promise = torch.tensor(content["caption_labels"][content["captions"].index(caption)])   # (A,)
@@ -226,27 +215,25 @@ def report_verdict(grader, content, x_0, wish):
 def main(arguments=None):
     args = parse(arguments)
     device, out = data.pick_device(args.device), paths(args)
-    pair = data.load_pair(tinyclip.from_checkpoint, tinyddpm.from_checkpoint, args.clip, args.ddpm,
-                          device)
-    print(pair.where)
-    T = pair.unet.config.T
-    if args.steps > T:
-        raise data.UserError(f"--steps {args.steps}: this DDPM has {T} times")
-    grader, content = data.load_judge(pair.data, args.judge, judge.from_checkpoint, device)
-    alpha_bar = tinyddpm.cosine_alpha_bar(T).to(device)
-
     with data.autocast(device):
-        wishes = [understand(prompt, args, pair, device) for prompt in args.prompts]
-        for prompt, wish, path in zip(args.prompts, wishes, out):
+        models = checkpoints.load_pair(args.clip, args.ddpm, device)
+        print(models.where)
+        T = models.unet.config.T
+        if args.steps > T:
+            raise data.UserError(f"--steps {args.steps}: this DDPM has {T} times")
+        grader, content = checkpoints.load_judge(models.data, args.judge, device)
+
+        wishes = [understand(prompt, args, models) for prompt in args.prompts]
+        for prompt, (models, target), path in zip(args.prompts, wishes, out):
             start = time.perf_counter()
-            x_0, frames = draw(args, pair, alpha_bar, wish)
+            x_0, frames = draw(args, models, target)
             pictures = data.to_uint8(x_0)   # (n, H, W, 3); waits for the device: the time is true
             seconds = time.perf_counter() - start
-            save(args, pair.where, prompt, path, pictures, frames)
-            if wish:
-                report_belief(pair.clip, x_0, wish)
-            if wish and grader:
-                report_verdict(grader, content, x_0, wish)
+            save(args, models.where, prompt, path, pictures, frames)
+            if prompt is not None:
+                report_belief(models, target, x_0)
+            if prompt is not None and grader:
+                report_verdict(grader, content, x_0, models.captions[target])
             print(f"{args.n} pictures in {seconds:.1f} s "
                   f"({args.steps} steps, {args.method}, scale {args.scale:g}) -> {path}")
 

@@ -4,7 +4,7 @@ need trainings of their own.
 They look for these in runs/suspects/, by the flags they were trained with, and where one is missing
 they print the command that trains it and go on with the next row.
 
-models: measure.Models, what works, args: what the command line says.
+models: checkpoints.Models, what works, args: what the command line says.
 """
 import argparse
 from pathlib import Path
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import cars
+import checkpoints
 import data
 import guide
 import judge
 import measure
-import tinyclip
 import tinyddpm
 
 
@@ -37,7 +37,7 @@ def trained(kind, flags):
 def others(models, args, clip="", ddpm="", prior=True):
     """Models in which the CLIP or the diffusion model is another one, trained with these flags.
 
-    -> measure.Models, None if they are not trained.
+    -> checkpoints.Models, None if they are not trained.
     """
     needed = {"clip": clip, "ddpm": ddpm}
     paths = {kind: trained(kind, flags) for kind, flags in needed.items() if flags}
@@ -46,7 +46,7 @@ def others(models, args, clip="", ddpm="", prior=True):
     if "image-size" not in clip:
         changed = argparse.Namespace(**{**vars(args), **paths, "no_prior": not prior})
         return measure.load_models(changed, models.alpha_bar.device)
-    clip, content = data.load_model(paths["clip"], "clip", tinyclip.from_checkpoint)
+    clip, content = checkpoints.load_model(paths["clip"], "clip")
     enlarging = Enlarging(clip.to(models.alpha_bar.device))
     return models._replace(clip=enlarging, text_features=clip.encode_captions(content["captions"]))
 

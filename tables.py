@@ -1,13 +1,14 @@
 """The tables of evaluate.py. Each is a function (models, args) -> rows, dictionaries with the same
 keys; plots and pictures go into args.out.
 
-models: measure.Models, args: what the command line says.
+models: checkpoints.Models, args: what the command line says.
 """
 import math
 
 import torch
 
 import cars
+import checkpoints
 import data
 import guide
 import judge
@@ -90,7 +91,7 @@ def inversion_table(models, args):
 def judge_table(models, args):
     """The judge's own accuracy on held-out pictures; for cars, also by how high the camera is."""
     device = models.alpha_bar.device
-    grader, content = data.load_judge(None, args.judge, judge.from_checkpoint, device)
+    grader, content = checkpoints.load_judge(None, args.judge, device)
     dataset = data.load(content["data"], grader.config.size, EXAM, "judge-test")
     x = data.to_float(torch.tensor(dataset.pictures)).to(device)
     right = judge.verdict(grader, x).cpu() == torch.from_numpy(dataset.labels)        # (N, A)
@@ -121,7 +122,7 @@ def guidance_table(models, args):
     indices = torch.cat([of_one + K * i for i in range(args.each)])   # of a caption: i, i + K, ...
     targets = indices % K
     if "classifier-free" in args.methods:
-        data.check_told(models.unet)
+        checkpoints.check_told(models.unet)
     court = measure.convene(models, targets, args)
     for method, scale in [("real", 0.), *ways(args)]:
         if method == "real":   # others than those that all are compared with

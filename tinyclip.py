@@ -332,10 +332,11 @@ def clip_loss(logits, caption_of, is_clean):
 
 if __name__ == "__main__":   # what the shipped CLIP sees in one car, through more and more noise
     import cars
+    import checkpoints
     import data
     from tinyddpm import cosine_alpha_bar, q_sample
 
-    clip, content = data.load_model(data.SHIPPED / "clip.pt", "clip", from_checkpoint)
+    clip, content = checkpoints.load_model(checkpoints.SHIPPED / "clip.pt", "clip")
     pictures, labels = cars.render(seed=0, indices=[cars.VALIDATION], size=32)
     print("the truth:", cars.caption(*labels[0]))
     x_0, text_features = data.to_float(pictures), clip.encode_captions(content["captions"])

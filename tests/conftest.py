@@ -8,7 +8,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import cars, data, tinyclip, tinyddpm   # noqa: E402,E401
+import cars, tinyclip, tinyddpm   # noqa: E402,E401
 
 torch.set_num_threads(2)
 

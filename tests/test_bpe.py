@@ -2,7 +2,7 @@ import pytest
 
 import bpe
 import cars
-import data
+import checkpoints
 from bpe import Tokenizer
 
 
@@ -13,7 +13,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def published():
-    path = data.SHIPPED.parent.parent / "shared/openai_clip/bpe_simple_vocab_16e6.txt.gz"
+    path = checkpoints.SHIPPED.parent.parent / "shared/openai_clip/bpe_simple_vocab_16e6.txt.gz"
     if not path.exists():
         pytest.skip(f"the published vocabulary is not here: {path}")
     return Tokenizer.from_openai(path)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import cars
+import checkpoints
 import data
 import evaluate
 import guide
@@ -20,7 +21,6 @@ import measure
 import sample
 import suspects
 import tables
-import tinyclip
 import tinyddpm
 import train
 
@@ -297,7 +297,8 @@ def test_tables(here, monkeypatch):
     rows = rows_of("guidance")
     assert [row["method"] for row in rows] == ["real", "none", "x0", "best-of-4"]
     assert all(row["samples"] == 147 for row in rows)
-    assert [(row["unet"], row["unet_backward"]) for row in rows] == [(0, 0), (3, 0), (3, 2), (12, 0)]
+    assert [(row["unet"], row["unet_backward"]) for row in rows] == [
+        (0, 0), (3, 0), (3, 2), (12, 0)]
     monkeypatch.setattr(measure, "draw", None)   # a second time, nothing is drawn
     evaluate.main(guidance.split())
     assert rows_of("guidance") == rows
@@ -334,9 +335,9 @@ def test_evaluate_is_a_command(folder):
 @pytest.mark.skipif(not (SHIPPED / "ddpm.pt").exists(), reason="no shipped weights")
 def test_the_shipped_models_obey():
     """Of 16 guided samples at least 10 are right by the judge, of 16 unguided ones at most 3."""
-    clip, content = data.load_model(SHIPPED / "clip.pt", "clip", tinyclip.from_checkpoint)
-    unet, _ = data.load_model(SHIPPED / "ddpm.pt", "ddpm", tinyddpm.from_checkpoint)
-    grader, _ = data.load_model(SHIPPED / "judge.pt", "judge", judge.from_checkpoint)
+    clip, content = checkpoints.load_model(SHIPPED / "clip.pt", "clip")
+    unet, _ = checkpoints.load_model(SHIPPED / "ddpm.pt", "ddpm")
+    grader, _ = checkpoints.load_model(SHIPPED / "judge.pt", "judge")
     alpha_bar, captions = tinyddpm.cosine_alpha_bar(unet.config.T), content["captions"]
     text_features = clip.encode_text(clip.tokenizer.batch(captions, clip.config.context_length))
     target = captions.index("a white and red car")

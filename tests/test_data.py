@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 import cars
+import checkpoints
 import data
 import judge
 
@@ -87,12 +88,12 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
 def test_models_that_do_not_fit_are_refused_by_name():
     clip = {"data": "cars", "schedule": "cosine", "config": {"image_size": 32, "T": 1000},
             "captions": ["a", "b"]}
-    data.check_fit(clip, dict(clip))
-    data.check_fit(clip, {**clip, "captions": ["b"]})   # what was held out of one of them is no harm
+    checkpoints.check_fit(clip, dict(clip))
+    checkpoints.check_fit(clip, {**clip, "captions": ["b"]})   # one was held out: no harm
     for key, value in (("data", "photos"), ("schedule", "linear"),
                        ("config", {"image_size": 64, "T": 1000}), ("captions", ["a", "c"])):
         with pytest.raises(data.UserError, match="image_size|data|schedule|captions"):
-            data.check_fit(clip, {**clip, key: value})
+            checkpoints.check_fit(clip, {**clip, key: value})
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def small_judge():
 def test_fp16_weights_come_back(tmp_path, small_judge):
     model, content = small_judge
     data.save_checkpoint(tmp_path / "judge.pt", content)
-    back, _ = data.load_model(tmp_path / "judge.pt", "judge", judge.from_checkpoint)
+    back, _ = checkpoints.load_model(tmp_path / "judge.pt", "judge")
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(back(x)["main"], model(x)["main"], atol=1e-2)
@@ -128,7 +129,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, small_judge, spoil, message
     spoil(content)
     data.save_checkpoint(tmp_path / "judge.pt", content)
     with pytest.raises(data.UserError, match=message) as error:
-        data.load_model(tmp_path / "judge.pt", "judge", judge.from_checkpoint)
+        checkpoints.load_model(tmp_path / "judge.pt", "judge")
     assert "\n" not in str(error.value)
 
 
