@@ -308,10 +308,11 @@ def main(arguments=None):
     folder.mkdir(parents=True, exist_ok=True)   # or refuse now, not after the first save
     if args.kind == "judge":   # which must see other pictures than those it is going to judge by
         other = config.net == "plain" and args.data == "cars"   # where there is no end of pictures
-        size, held_out = config.size, 5000
+        size, held_out = config.size, min(5000, options.pictures)
         splits = ("judge-2" if other else "judge"), "judge-test"
     else:
-        size, splits, held_out = config.image_size, ("train", "validation"), 2000
+        size, held_out = config.image_size, min(2000, options.pictures)
+        splits = "train", "validation"
     dataset, validation = (data.load(args.data, size, count, split, options.labels)
                            for split, count in zip(splits, (options.pictures, held_out)))
     if options.hold_out:

@@ -329,7 +329,8 @@ def test_tables_of_other_trainings(here, monkeypatch, capsys):
 
 
 def test_evaluate_is_a_command(folder):
-    assert "| 900 |" in run(folder, "evaluate.py ddpm --device cpu")
+    run(folder, "evaluate.py figure --steps 5 --device cpu --out drawn")
+    assert "commit" in json.loads((folder / "drawn/figure.json").read_text())
 
 
 @pytest.mark.skipif(not (SHIPPED / "ddpm.pt").exists(), reason="no shipped weights")

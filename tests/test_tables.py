@@ -20,8 +20,8 @@ def test_calibration_error_by_hand():
 
 def test_real_pictures_are_of_their_captions_and_never_the_same(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "CACHE", tmp_path)
-    monkeypatch.setattr(measure, "REAL", 1000)
-    dataset = data.load("cars", 8, 2000, "validation")
+    monkeypatch.setattr(measure, "REAL", 400)
+    dataset = data.load("cars", 8, 800, "validation")
     common = [k for k in range(294) if (dataset.caption_of == k).sum() >= 4][:20]
     models = argparse.Namespace(
         data="cars", captions=dataset.captions,
