@@ -29,7 +29,6 @@ import measure
 import suspects
 import tables
 
-
 TABLES = {"clip": tables.clip_table, "ddpm": tables.ddpm_table,
           "inversion": tables.inversion_table, "judge": tables.judge_table,
           "guidance": tables.guidance_table, "suspects": suspects.suspects_table,

@@ -58,8 +58,7 @@ def trajectory(models, target, args):
     unet, alpha_bar, visited = models.unet, models.alpha_bar, {}
     generators, size = [data.generator(args.seed, 0)], unet.config.image_size
     wanted = torch.tensor([target], device=alpha_bar.device)
-    denoise = guide.guided_by("contrastive", models.clip, unet, alpha_bar, models.text_features,
-                              wanted, log_prior=models.log_prior)
+    denoise = guide.guided_by("contrastive", models, wanted)
     x_T = tinyddpm.noise(generators, (3, size, size), alpha_bar.device)
     tinyddpm.sample(denoise, x_T, generators, alpha_bar, args.steps, args.eta,
                     watch=lambda t, x_t, x_0_hat: visited.update({t: x_t}))

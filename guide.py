@@ -202,17 +202,19 @@ METHODS = {
 }
 
 
-def guided_by(name, clip, unet, alpha_bar, text_features, target, scale=None, interval=None,
-              log_prior=0.):
-    """-> the denoiser of one of METHODS, with the method's own scale and interval unless given."""
-    method = METHODS[name]
+def guided_by(name, models, target, scale=None, interval=None):
+    """-> the denoiser of one of METHODS, with the method's own scale and interval unless given.
+
+    models: clip, unet, alpha_bar, text_features and log_prior, see checkpoints.Models.
+    """
+    method, unet, alpha_bar = METHODS[name], models.unet, models.alpha_bar
     scale = method.scale if scale is None else scale
     interval = interval or method.interval
     if name == "none":
         return denoiser(unet, alpha_bar)
     if name == "classifier-free":
         return classifier_free(unet, alpha_bar, target, scale, interval)
-    log_p = method.log_p(clip, text_features, target, log_prior)
+    log_p = method.log_p(models.clip, models.text_features, target, models.log_prior)
     return guided(denoiser(unet, alpha_bar), log_p, alpha_bar, scale, interval, method.through_unet)
 
 

@@ -2,6 +2,7 @@
 
 `args` is what evaluate.py's command line says. N pictures, K captions, A attributes, F features.
 """
+import functools
 import math
 import os
 import time
@@ -17,8 +18,9 @@ import checkpoints
 import data
 import guide
 import judge
+import tinyclip
 import tinyddpm
-
+import unet
 
 HELD_OUT = 2000   # pictures of the validation split: those that training looks at
 REAL = 4000       # of that split to choose from, for each sample of a caption; a folder gives all
@@ -78,10 +80,8 @@ def recipe(method, scale, models, args):
     scale = guide.METHODS[method].scale if scale is None else scale
     interval = tuple(args.interval or guide.METHODS[method].interval)
 
-    def denoiser(targets):
-        return guide.guided_by(method, models.clip, models.unet, models.alpha_bar,
-                               models.text_features, targets, scale, interval, models.log_prior)
-    return Recipe((method, scale, interval, args.no_prior), denoiser)
+    return Recipe((method, scale, interval),
+                  lambda targets: guide.guided_by(method, models, targets, scale, interval))
 
 
 def drawn(how, indices, models, args):
@@ -105,21 +105,20 @@ def drawn(how, indices, models, args):
 
 
 def fingerprint(models):
-    """A number that changes with the weights of CLIP or of the U-Net, and with the code that guides
-    and samples."""
-    code = zlib.crc32(b"".join(Path(module.__file__).read_bytes() for module in (guide, tinyddpm)))
-    for model in (models.clip, models.unet):
-        for p in model.parameters():
-            code = zlib.crc32(p.cpu().numpy().tobytes(), code)
-    return code
+    """A number that changes with the weights, the captions and the prior, and with the chapters
+    that draw."""
+    tensors = (*models.clip.parameters(), *models.unet.parameters(), models.log_prior)
+    parts = [Path(chapter.__file__).read_bytes() for chapter in (guide, tinyclip, tinyddpm, unet)]
+    parts += [repr(models.captions).encode(), *(p.detach().cpu().numpy().tobytes() for p in tensors)]
+    return functools.reduce(lambda code, part: zlib.crc32(part, code), parts, 0)
 
 
 def draw(how, indices, models, args):
     """What drawn() remembers."""
-    unet, alpha_bar, K = models.unet, models.alpha_bar, len(models.captions)
-    size, calls, pictures = unet.config.image_size, {"unet": 0, "unet_backward": 0}, []
-    hooks = [unet.register_forward_hook(lambda *_: calls.update(unet=calls["unet"] + 1)),
-             unet.last.register_full_backward_hook(
+    net, alpha_bar, K = models.unet, models.alpha_bar, len(models.captions)
+    size, calls, pictures = net.config.image_size, {"unet": 0, "unet_backward": 0}, []
+    hooks = [net.register_forward_hook(lambda *_: calls.update(unet=calls["unet"] + 1)),
+             net.last.register_full_backward_hook(
                  lambda *_: calls.update(unet_backward=calls["unet_backward"] + 1))]
     parts, start = indices.split(args.batch), time.perf_counter()
     for part in tqdm(parts, desc=" ".join(map(str, how.name[:2])), leave=False):
@@ -145,7 +144,7 @@ def best_of(n, targets, models, args):
     pool = drawn(recipe("none", 0., models, args), torch.arange(first, first + POOL), models, args)
     x = data.to_float(pool.pictures).to(models.alpha_bar.device)
     clean = torch.zeros(POOL, dtype=torch.long, device=x.device)
-    fits = clip_logits(models.clip, x, clean, models.text_features).softmax(1)   # (POOL, K)
+    fits = clip_logits(models.clip, x, clean, models.text_features).softmax(1).cpu()   # (POOL, K)
     chosen = []
     for i, k in enumerate(targets.tolist()):
         some = torch.randperm(POOL, generator=data.generator(args.seed, n, i))[:n]

@@ -135,9 +135,7 @@ def draw(args, models, target):
         denoise = tinyddpm.denoiser(unet, alpha_bar)
         if target is not None:
             targets = torch.full((len(indices),), target, device=device)
-            denoise = guide.guided_by(
-                args.method, models.clip, unet, alpha_bar, models.text_features, targets,
-                args.scale, args.interval, models.log_prior)
+            denoise = guide.guided_by(args.method, models, targets, args.scale, args.interval)
         generators = [data.generator(args.seed, i) for i in indices]
         x_T = tinyddpm.noise(generators, (3, size, size), device)
         pictures.append(tinyddpm.sample(

@@ -4,7 +4,8 @@ need trainings of their own.
 They look for these in runs/suspects/, by the flags they were trained with, and where one is missing
 they print the command that trains it and go on with the next row.
 
-models: checkpoints.Models, what works, args: what the command line says.
+models: checkpoints.Models, what works, args: what the command line says. What works should be
+trained as these are, by the presets (--clip, --ddpm), or a row would change two things.
 """
 import argparse
 from pathlib import Path
@@ -37,7 +38,8 @@ def trained(kind, flags):
 def others(models, args, clip="", ddpm="", prior=True):
     """Models in which the CLIP or the diffusion model is another one, trained with these flags.
 
-    -> checkpoints.Models, None if they are not trained.
+    -> checkpoints.Models, None if they are not trained. A CLIP of another size goes with the
+    diffusion model that works, whatever ddpm says.
     """
     needed = {"clip": clip, "ddpm": ddpm}
     paths = {kind: trained(kind, flags) for kind, flags in needed.items() if flags}

@@ -16,7 +16,6 @@ import measure
 import plot
 import tinyddpm
 
-
 BEST_OF = {f"best-of-{n}": n for n in (4, 16, 64)}   # methods that are none of guide.py's
 HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}   # of captions
 EXAM = 5000   # pictures by which a judge is judged

@@ -336,20 +336,16 @@ def test_evaluate_is_a_command(folder):
 @pytest.mark.skipif(not (SHIPPED / "ddpm.pt").exists(), reason="no shipped weights")
 def test_the_shipped_models_obey():
     """Of 16 guided samples at least 10 are right by the judge, of 16 unguided ones at most 3."""
-    clip, content = checkpoints.load_model(SHIPPED / "clip.pt", "clip")
-    unet, _ = checkpoints.load_model(SHIPPED / "ddpm.pt", "ddpm")
+    models = checkpoints.load_pair(SHIPPED / "clip.pt", SHIPPED / "ddpm.pt")
     grader, _ = checkpoints.load_model(SHIPPED / "judge.pt", "judge")
-    alpha_bar, captions = tinyddpm.cosine_alpha_bar(unet.config.T), content["captions"]
-    text_features = clip.encode_text(clip.tokenizer.batch(captions, clip.config.context_length))
-    target = captions.index("a white and red car")
+    target = models.captions.index("a white and red car")
 
     def right(name):
         generators = [data.generator(0, i) for i in range(16)]
-        denoise = guide.guided_by(name, clip, unet, alpha_bar, text_features,
-                                  torch.full((16,), target))
-        with data.autocast(alpha_bar.device), torch.no_grad():
-            x_0 = tinyddpm.sample(denoise, tinyddpm.noise(generators, (3, 32, 32)), generators,
-                                  alpha_bar)
+        denoise = guide.guided_by(name, models, torch.full((16,), target))
+        x_T = tinyddpm.noise(generators, (3, 32, 32))
+        with data.autocast(x_T.device), torch.no_grad():
+            x_0 = tinyddpm.sample(denoise, x_T, generators, models.alpha_bar)
         return int((judge.verdict(grader, x_0).numpy() == cars.caption_labels(target)).all(1).sum())
 
     assert right("contrastive") >= 10

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,10 +36,12 @@ def told_unet(unet):
     return told
 
 
-def draw(name, clip, unet, text_features, alpha_bar, target, scale, eta=1., steps=5):
+def draw(name, clip, unet, text_features, alpha_bar, target, scale, eta=1., steps=5,
+         interval=None):
     """Pictures guided by a method, a picture for each target."""
-    denoise = guide.guided_by(name, clip, unet, alpha_bar, text_features, torch.tensor(target),
-                              scale)
+    models = SimpleNamespace(clip=clip, unet=unet, alpha_bar=alpha_bar, log_prior=0.,
+                             text_features=text_features)
+    denoise = guide.guided_by(name, models, torch.tensor(target), scale, interval)
     g = generators(len(target))
     return sample(denoise, tinyddpm.noise(g, (3, 16, 16)), g, alpha_bar, steps, eta)
 
@@ -171,10 +174,7 @@ def test_what_a_method_costs(name, unet_calls, unet_backward, encoder, clip, tol
     told_unet.last.register_full_backward_hook(count("unet backward"))
     clip.image.register_forward_hook(count("encoder"))
     clip.image.projection.register_full_backward_hook(count("encoder backward"))
-    denoise = guide.guided_by(name, clip, told_unet, alpha_bar, text_features,
-                              torch.tensor([5, 77]), 2., (1, 1000))
-    g = generators(2)
-    sample(denoise, tinyddpm.noise(g, (3, 16, 16)), g, alpha_bar, steps=7)
+    draw(name, clip, told_unet, text_features, alpha_bar, [5, 77], 2., steps=7, interval=(1, 1000))
     assert counts == {"unet": unet_calls, "encoder": encoder, "encoder backward": encoder,
                       "unet backward": unet_backward}
 

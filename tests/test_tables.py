@@ -31,3 +31,17 @@ def test_real_pictures_are_of_their_captions_and_never_the_same(monkeypatch, tmp
     place = {picture.tobytes(): k for picture, k in zip(dataset.pictures, dataset.caption_of)}
     assert [place[picture.tobytes()] for picture in first] == targets.tolist()
     assert len({picture.tobytes() for picture in [*first, *others]}) == 80
+
+
+def test_what_was_drawn_is_kept_by_all_that_decides_it(clip, unet):
+    """Weights, captions and prior. Two rows that differ in the prior alone once shared a key."""
+    models = argparse.Namespace(clip=clip, unet=unet, captions=["a", "b"],
+                                log_prior=torch.zeros(2))
+    known = measure.fingerprint(models)
+    assert measure.fingerprint(models) == known
+    models.log_prior = torch.tensor([0., 1.])
+    other = measure.fingerprint(models)
+    models.captions = ["b", "a"]
+    swapped = measure.fingerprint(models)
+    clip.log_scale.data += 1
+    assert len({known, other, swapped, measure.fingerprint(models)}) == 4
