@@ -86,7 +86,7 @@ def cpu_is_fast_in_bf16():
     """Measured, because names mislead: among CPUs that say "AVX512-BF16" one multiplies matrices
     five times faster in it than in float32, and another one slower (RESULTS.md)."""
     matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    # In turns and often, and the least counts: the answer must not change with what else is running.
+    # In turns and often, and the least counts: what else is running must not change the answer.
     rounds = [[timeit.timeit(lambda: m @ m, number=1) for m in matrices] for _ in range(40)]
     single, half = map(min, zip(*rounds))
     # Convolutions gain less than matrix products, and casting costs: a clear gain or none.
