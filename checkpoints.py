@@ -49,13 +49,13 @@ def find_weights(clip=None, ddpm=None):
     return Path(clip or usual[0]), Path(ddpm or usual[1])
 
 
-def load_judge(name, path, device="cpu"):
+def load_judge(name, path, device="cpu", which="judge"):
     """A judge for a data set, or for any if name is None: that of the path, if one is given, else
-    one trained in runs/, else one that is shipped.
+    one trained in runs/, else one that is shipped. which: "judge", or "judge-2" for the second.
 
     -> (model, content) as load_model does; (None, None) if there is none.
     """
-    usual = [Path("runs/judge/weights.pt"), SHIPPED / "judge.pt"]
+    usual = [Path("runs") / which / "weights.pt", SHIPPED / f"{which}.pt"]
     for candidate in [path] if path else usual:
         if not path and not candidate.exists():
             continue

@@ -1,12 +1,14 @@
 """python evaluate.py TABLE: what README.md and RESULTS.md claim.
 
-    python evaluate.py clip            accuracy and calibration against t
-    python evaluate.py ddpm            held-out loss against t
+    python evaluate.py clip            accuracy and calibration against t; retrieval, word order, ...
+    python evaluate.py ddpm            held-out loss against t; distance from real pictures, by steps
     python evaluate.py inversion       from pictures to noise and back
-    python evaluate.py judge           the judge's own accuracy
+    python evaluate.py judge           the judges' own accuracy
     python evaluate.py guidance        all captions, one sample each, judged; a row per method
     python evaluate.py guidance --methods contrastive --scales 3 6 12 --prompts even --seed 1
                                        a sweep: the same, a row per scale, on half of the captions
+    python evaluate.py sweep           one setting of the default method after another
+    python evaluate.py failures        what is obeyed least: bodies, colours, camera heights
     python evaluate.py suspects        what makes pictures disobey: a row for each thing changed
     python evaluate.py composition     captions with pairs of colours that were never seen
     python evaluate.py figure          what guidance sees: the figure of the README
@@ -27,18 +29,20 @@ import figure
 import guide
 import measure
 import suspects
+import sweeps
 import tables
 
-TABLES = {"clip": tables.clip_table, "ddpm": tables.ddpm_table,
-          "inversion": tables.inversion_table, "judge": tables.judge_table,
-          "guidance": tables.guidance_table, "suspects": suspects.suspects_table,
-          "composition": suspects.composition_table, "figure": figure.figure}
+TABLES = {
+    "clip": tables.clip_table, "ddpm": tables.ddpm_table, "inversion": tables.inversion_table,
+    "judge": tables.judge_table, "guidance": sweeps.guidance_table, "sweep": sweeps.sweep_table,
+    "failures": sweeps.failures_table, "suspects": suspects.suspects_table,
+    "composition": suspects.composition_table, "figure": figure.figure}
 
 
 def show(row, header):
     """Print a row, a dictionary, as a line of a Markdown table."""
     if header:
-        print("| " + " | ".join(row) + " |\n|" + "---|" * len(row))
+        print("\n| " + " | ".join(row) + " |\n|" + "---|" * len(row))
     cells = [f"{cell:.3f}" if isinstance(cell, float) else "" if cell is None else str(cell)
              for cell in row.values()]
     print("| " + " | ".join(cells) + " |", flush=True)
@@ -49,21 +53,21 @@ def parse(arguments):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("table", choices=TABLES)
-    add("--methods", nargs="+", default=["none", "clean", "contrastive"],
-        choices=[*guide.METHODS, *tables.BEST_OF], help="guidance: a row for each")
+    add("--methods", nargs="+", default=["none", "clean", "contrastive", guide.DEFAULT],
+        choices=[*guide.METHODS, *sweeps.BEST_OF], help="guidance: a row for each")
     add("--scales", type=float, nargs="+",
         help="guidance: a row for each; default: the method's own")
     add("--interval", type=int, nargs=2, metavar=("LO", "HI"),
         help="guidance: only at these times; default: the method's own")
-    add("--prompts", default="all", choices=list(tables.HALVES),
+    add("--prompts", default="all", choices=list(sweeps.HALVES),
         help="guidance: tune on one half of the captions, report on all")
     add("--each", type=int, default=1, help="guidance: samples of each caption")
     add("--judge", help="judge, guidance: a judge's weights.pt; default: as sample.py")
     add("--batch", type=int, default=49, help="guidance: pictures at a time")
     add("--prompt", default="a white and red car", help="figure: the caption to draw")
-    add("--steps", type=int, default=50, help="guidance, figure: denoising steps")
+    add("--steps", type=int, default=25, help="guidance, figure: denoising steps")
     add("--eta", type=float, default=1., help="guidance, figure: 0 is DDIM, 1 as noisy as DDPM")
-    add("--recurrence", type=int, default=1, help="guidance: how often each step is taken")
+    add("--recurrence", type=int, default=2, help="guidance, figure: how often each step is taken")
     add("--no-prior", action="store_true",
         help="guidance: as if CLIP had met each caption as often as the DDPM")
     add("--seed", type=int, default=0)
@@ -99,8 +103,9 @@ def main(arguments=None):
     device, rows = data.pick_device(args.device), []
     with torch.no_grad(), data.autocast(device):
         for row in TABLES[args.table](measure.load_models(args, device), args):
+            new_table = not rows or row.keys() != rows[-1].keys()
+            show(row, header=new_table)   # as it comes: some take minutes
             rows.append(row)
-            show(row, header=len(rows) == 1)   # as it comes: some take minutes
     content = {**origin(args, device), "rows": rows}
     (args.out / f"{args.table}.json").write_text(json.dumps(content, indent=1))
 

@@ -58,9 +58,10 @@ def trajectory(models, target, args):
     unet, alpha_bar, visited = models.unet, models.alpha_bar, {}
     generators, size = [data.generator(args.seed, 0)], unet.config.image_size
     wanted = torch.tensor([target], device=alpha_bar.device)
-    denoise = guide.guided_by("contrastive", models, wanted)
+    denoise = guide.guided_by(guide.DEFAULT, models, wanted)
     x_T = tinyddpm.noise(generators, (3, size, size), alpha_bar.device)
     tinyddpm.sample(denoise, x_T, generators, alpha_bar, args.steps, args.eta,
+                    recurrence=args.recurrence,
                     watch=lambda t, x_t, x_0_hat: visited.update({t: x_t}))
     nearest = [min(visited, key=lambda t: abs(t - near)) for near in (900, 700, 500, 300, 100)]
     return {t: visited[t] for t in nearest}

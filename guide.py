@@ -24,7 +24,7 @@ So all that guidance does is move x_0_hat by (1 - alpha_bar) / sqrt(alpha_bar) t
 gradient. `guided` does that and returns a denoiser again: the sampler never knows, and guidance
 composes with any sampler, any eta and any number of steps.
 
-contrastive, clean, spherical, x0 and x0_fast return log_p(x_t, t, x_0_hat) -> (B,):
+contrastive, clean, spherical, x0, ahead and x0_fast return log_p(x_t, t, x_0_hat) -> (B,):
 log p(text | x_t) up to a constant, or something that rises with it. Its gradient always points
 uphill: moving x_t along it raises log_p.
 
@@ -39,7 +39,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from tinyddpm import at, cosine_alpha_bar, denoiser
+from tinyddpm import at, cosine_alpha_bar, denoiser, noise_in, q_sample
 
 
 def guided(denoise, log_p, alpha_bar, scale, interval=(1, math.inf), through_unet=False):
@@ -75,13 +75,13 @@ def guided(denoise, log_p, alpha_bar, scale, interval=(1, math.inf), through_une
     return guided_denoise
 
 
-# ---- log p(text | x_t), in five ways -------------------------------------------------------------
+# ---- log p(text | x_t), in six ways --------------------------------------------------------------
 
 TEMPERATURE = 5.   # found by a sweep, and with it scale 16: RESULTS.md
 
 
 def contrastive(clip, text_features, target, log_prior=0., temperature=TEMPERATURE):
-    """-> log_p: CLIP's softmax over all captions, CLIP being told how noisy x_t is. The default.
+    """-> log_p: CLIP's softmax over all captions, CLIP being told how noisy x_t is.
 
     log_p = temperature * log softmax(logits / temperature)[target], whose gradient is that of the
     target's logit less the mean of all captions' logits, weighted by how probable each is.
@@ -141,24 +141,49 @@ def x0(clip, text_features, target, log_prior=0.):
     return lambda x_t, t, x_0_hat: of_picture(x_0_hat, torch.zeros_like(t), x_0_hat)
 
 
-def x0_fast(clip, text_features, target, log_prior=0., sigma_data=0.5):
-    """-> log_p: as x0, with that covariance taken to be a number and the U-Net left alone: the push
-    in x_0_hat is scale r_t^2 d log_p / d x_0_hat.
+def looking_ahead(log_p, alpha_bar, share, sigma_data=0.5):
+    """-> log_p that looks not at x_t but ahead, at where DDIM would be at the time share * t.
 
-    The number is r_t^2 = s^2 (1 - alpha_bar) / (1 - alpha_bar + s^2 alpha_bar), what it would be if
-    pixels were independent and normal with standard deviation s = sigma_data. (Song et al. 2023,
-    "Pseudoinverse-Guided Diffusion Models", choose their r_t so, with s = 1.)
+    That is x_0_hat with the noise eps_hat put back, only less of it. At share = 0 it is x_0_hat
+    itself, as in x0; at share = 1 it is x_t. Between the two CLIP sees more than in x_t, and there
+    still is noise, in which it cannot be pleased by patterns that nobody else sees: RESULTS.md.
+
+    The gradient does not go through the U-Net. The covariance in x0 is taken to be a number, so
+    that the push in x_0_hat is scale r_t^2 times its own derivative of log_p, with
+
+        r_t^2 = s^2 (1 - alpha_bar) / (1 - alpha_bar + s^2 alpha_bar),
+
+    what that covariance would be if pixels were independent and normal with standard deviation
+    s = sigma_data. (Song et al. 2023, "Pseudoinverse-Guided Diffusion Models", choose their r_t so,
+    with s = 1.)
     """
-    of_x_0_hat = x0(clip, text_features, target, log_prior)
-    alpha_bar = cosine_alpha_bar(clip.config.T)
-
-    def log_p(x_t, t, x_0_hat):
-        a = at(alpha_bar.to(x_t.device), t)
+    def look(x_t, t, x_0_hat):
+        a, sooner = at(alpha_bar, t), (share * t).long()
         r2 = sigma_data ** 2 * (1 - a) / (1 - a + sigma_data ** 2 * a)
         jacobian = r2 * a.sqrt() / (1 - a)
         # subtle: the value is x_0_hat; the derivative with respect to x_t is the jacobian.
-        return of_x_0_hat(x_t, t, x_0_hat.detach() + jacobian * (x_t - x_t.detach()))
-    return log_p
+        moving = x_0_hat.detach() + jacobian * (x_t - x_t.detach())
+        eps_hat = noise_in(x_t, x_0_hat, a).detach()
+        return log_p(q_sample(moving, sooner, eps_hat, alpha_bar), sooner, x_0_hat)
+    return look
+
+
+AHEAD = 0.75   # found by a sweep: RESULTS.md
+
+
+def ahead(clip, text_features, target, log_prior=0.):
+    """-> log_p: CLIP looks a quarter of the time ahead, and knows how noisy it is there. The
+    default."""
+    told_time = contrastive(clip, text_features, target, log_prior)
+    alpha_bar = cosine_alpha_bar(clip.config.T).to(text_features.device)
+    return looking_ahead(told_time, alpha_bar, AHEAD)
+
+
+def x0_fast(clip, text_features, target, log_prior=0.):
+    """-> log_p: CLIP looks all the way ahead, at x_0_hat: x0 without the U-Net's derivative."""
+    told_time = contrastive(clip, text_features, target, log_prior)
+    alpha_bar = cosine_alpha_bar(clip.config.T).to(text_features.device)
+    return looking_ahead(told_time, alpha_bar, share=0.)
 
 
 # ---- guidance without a CLIP ---------------------------------------------------------------------
@@ -196,10 +221,12 @@ METHODS = {
     "spherical": Method(spherical, 8., (1, 950)),
     "clean": Method(clean, 16., (1, 950)),
     "x0": Method(x0, 32., (1, 950), through_unet=True),
+    "ahead": Method(ahead, 128., (1, 950)),
     "x0-fast": Method(x0_fast, 128., (1, 950)),
     "classifier-free": Method(None, 2., (1, 1000)),
     "none": Method(None, 0., (1, 1000)),
 }
+DEFAULT = "ahead"   # see RESULTS.md
 
 
 def guided_by(name, models, target, scale=None, interval=None):

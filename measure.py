@@ -2,6 +2,7 @@
 
 `args` is what evaluate.py's command line says. N pictures, K captions, A attributes, F features.
 """
+import argparse
 import functools
 import math
 import os
@@ -24,7 +25,7 @@ import unet
 
 HELD_OUT = 2000   # pictures of the validation split: those that training looks at
 REAL = 4000       # of that split to choose from, for each sample of a caption; a folder gives all
-POOL = 2048       # unguided pictures, from which best_of chooses for all captions
+POOL = 2000   # unguided pictures, from which best_of chooses for all captions
 
 
 def load_models(args, device):
@@ -53,10 +54,31 @@ def held_out(models, seed, most=math.inf):
     return caption_of, dataset, x_0, torch.randn(x_0.shape, generator=generator, device=device)
 
 
+def image_features(clip, x, times):
+    """x: (N, 3, H, W), times: (N,) -> (N, E), a part at a time to save memory."""
+    parts = zip(x.split(250), times.split(250))
+    return torch.cat([clip.encode_image(x_part, t_part) for x_part, t_part in parts])
+
+
+def with_captions(models, captions):
+    """The same models, with these captions in this order; of those that are new to CLIP, no prior
+    is known."""
+    if models.captions == captions:
+        return models
+    known = dict(zip(models.captions, models.log_prior.tolist()))
+    log_prior = torch.tensor([known.get(caption, 0.) for caption in captions])
+    return models._replace(captions=captions, log_prior=log_prior.to(models.alpha_bar.device),
+                           text_features=models.clip.encode_captions(captions))
+
+
 def clip_logits(clip, x, times, text_features):
-    """x: (N, 3, H, W), times: (N,) -> (N, K), a part at a time to save memory."""
-    return torch.cat([clip.logits(clip.encode_image(x_part, t_part), text_features, t_part)
-                      for x_part, t_part in zip(x.split(250), times.split(250))])
+    """x: (N, 3, H, W), times: (N,) -> (N, K)"""
+    return clip.logits(image_features(clip, x, times), text_features, times)
+
+
+def altered(args, **changes):
+    """The command line, as if it said something else."""
+    return argparse.Namespace(**{**vars(args), **changes})
 
 
 # ---- drawing, and remembering what was drawn -----------------------------------------------------
@@ -133,15 +155,20 @@ def draw(how, indices, models, args):
                    time.perf_counter() - start)
 
 
+def unguided(models, args, number):
+    """-> Drawing of so many unguided pictures; no other row draws pictures of these indices."""
+    first = len(models.captions) * (10_000 // len(models.captions))
+    indices = torch.arange(first, first + number, device=models.alpha_bar.device)
+    return drawn(recipe("none", 0., models, args), indices, models, args)
+
+
 def best_of(n, targets, models, args):
     """For each caption the best of n unguided pictures in CLIP's opinion -> Drawing, with what it
     would have cost to draw n for each.
 
     All choose from the same pool, each from n random ones of its own.
     """
-    K = len(models.captions)
-    first = K * (10_000 // K)   # a pool of its own: other rows draw pictures 0, 1, ...
-    pool = drawn(recipe("none", 0., models, args), torch.arange(first, first + POOL), models, args)
+    pool = unguided(models, args, POOL)
     x = data.to_float(pool.pictures).to(models.alpha_bar.device)
     clean = torch.zeros(POOL, dtype=torch.long, device=x.device)
     fits = clip_logits(models.clip, x, clean, models.text_features).softmax(1).cpu()   # (POOL, K)
@@ -158,8 +185,9 @@ def best_of(n, targets, models, args):
 class Court(NamedTuple):
     """Who judges the pictures, and what they are compared with."""
     judge: torch.nn.Module
+    second: torch.nn.Module    # the second judge, or None
     promise: dict              # caption -> the labels that a picture of it must have, (A,)
-    attributes: list           # A names
+    attributes: dict           # A names -> what values each can have
     real: torch.Tensor         # (N, F), what the judge notices in real pictures of these captions
 
 
@@ -170,9 +198,10 @@ def convene(models, targets, args):
     if not grader or not set(models.captions) <= set(content["captions"]):
         raise data.UserError(f"there is no judge for {models.data}; train one with: python "
                              f"train.py judge --data {models.data}")
+    second, _ = checkpoints.load_judge(models.data, None, device, "judge-2")
     real = data.to_float(real_pictures(models, targets, args)).to(device)
     promise = dict(zip(content["captions"], content["caption_labels"]))
-    return Court(grader, promise, list(content["attributes"]), judge.features(grader, real))
+    return Court(grader, second, promise, content["attributes"], judge.features(grader, real))
 
 
 def real_pictures(models, targets, args, skip=0):
@@ -194,24 +223,30 @@ def real_pictures(models, targets, args, skip=0):
 
 def score(pictures, targets, models, court):
     """-> shares of the pictures in which the judge finds all (joint; low to high: 95 %) or one of
-    the attributes right, the probability that CLIP gives the captions, KID and its error, and the
-    diversity within a caption in terms of that of real pictures.
+    the attributes right; in which the second judge finds all right, and in which one of the two
+    does and the other does not; the probability that CLIP gives the captions, KID and its error,
+    and the diversity within a caption in terms of that of real pictures.
 
     pictures: (N, H, W, 3) uint8, targets: (N,) the captions that they were drawn for.
     """
     x = data.to_float(pictures).to(models.alpha_bar.device)
     truth = torch.tensor([court.promise[models.captions[k]] for k in targets.tolist()])   # (N, A)
     right = judge.verdict(court.judge, x).cpu() == truth                                  # (N, A)
+    second = {"second_judge": None, "disagree": None}
+    if court.second:
+        agrees = (judge.verdict(court.second, x).cpu() == truth).all(1)                   # (N,)
+        second = {"second_judge": agrees.float().mean().item(),
+                  "disagree": (agrees != right.all(1)).float().mean().item()}
     low, high = judge.wilson(int(right.all(1).sum()), len(right))
     logits = clip_logits(models.clip, x, torch.zeros_like(targets), models.text_features)
     belief = logits.softmax(1)[torch.arange(len(x)), targets].mean().item()
 
     noticed = judge.features(court.judge, x)
     mixed = torch.randperm(len(x), generator=data.generator(0))   # both go caption by caption
-    kid, error = judge.kid(court.real[mixed], noticed[mixed], block=min(200, len(x) // 4))
+    kid, error = judge.kid(court.real[mixed], noticed[mixed])
     spread = court.real.std(dim=0) + 1e-6
     variety = [judge.diversity(f / spread, targets) for f in (noticed, court.real)]
     return {"samples": len(right), "joint": right.all(1).float().mean().item(), "low": low,
-            "high": high, **dict(zip(court.attributes, right.float().mean(0).tolist())),
+            "high": high, **dict(zip(court.attributes, right.float().mean(0).tolist())), **second,
             "clip_belief": belief, "kid": kid, "kid_error": error,
             "diversity": None if math.isnan(variety[0]) else variety[0] / variety[1]}

@@ -33,13 +33,14 @@ def parse(arguments):
     add("prompts", nargs="*", metavar="prompt",
         help="what to draw, each in a file of its own; without one, sampling is unguided")
     add("-n", type=int, default=16, help="how many pictures")
-    add("--method", default="contrastive", choices=guide.METHODS)
+    add("--method", default=guide.DEFAULT, choices=guide.METHODS)
     add("--scale", type=float, help="guidance scale; default: the method's own")
     add("--interval", type=int, nargs=2, metavar=("LO", "HI"),
         help="guide only at these times, 1 to 1000; default: the method's own")
-    add("--steps", type=int, default=50, help="denoising steps, 1 to 1000")
-    add("--eta", type=float, default=1., help="0 is deterministic DDIM, 1 as noisy as DDPM")
-    add("--recurrence", type=int, default=1, help="take every step so many times, with fresh noise")
+    add("--steps", type=int, default=25, help="denoising steps, 1 to 1000")
+    add("--eta", type=float, default=1., help="0 is DDIM, deterministic with --recurrence 1; 1 is "
+        "as noisy as DDPM")
+    add("--recurrence", type=int, default=2, help="take every step so many times, with fresh noise")
     add("--seed", type=int, default=0)
     add("--out", help="the PNG to write, or the folder if there are several prompts; default out")
     add("--gif", action="store_true", help="also the way there, as a GIF: x_t above, x_0_hat below")
@@ -233,7 +234,7 @@ def main(arguments=None):
             if prompt is not None and grader:
                 report_verdict(grader, content, x_0, models.captions[target])
             print(f"{args.n} pictures in {seconds:.1f} s "
-                  f"({args.steps} steps, {args.method}, scale {args.scale:g}) -> {path}")
+                  f"({args.steps} x {args.recurrence} steps, {args.method}, scale {args.scale:g}) -> {path}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ they print the command that trains it and go on with the next row.
 models: checkpoints.Models, what works, args: what the command line says. What works should be
 trained as these are, by the presets (--clip, --ddpm), or a row would change two things.
 """
-import argparse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +45,7 @@ def others(models, args, clip="", ddpm="", prior=True):
     if None in paths.values():
         return None
     if "image-size" not in clip:
-        changed = argparse.Namespace(**{**vars(args), **paths, "no_prior": not prior})
+        changed = measure.altered(args, **paths, no_prior=not prior)
         return measure.load_models(changed, models.alpha_bar.device)
     clip, content = checkpoints.load_model(paths["clip"], "clip")
     enlarging = Enlarging(clip.to(models.alpha_bar.device))
@@ -76,7 +75,7 @@ class Suspect(NamedTuple):
     what: str
     clip: str = ""               # flags of `python train.py clip`; none: the CLIP that works
     ddpm: str = ""               # likewise
-    method: str = "contrastive"
+    method: str = guide.DEFAULT
     prior: bool = True           # whether guidance knows what CLIP and the DDPM have met how often
 
 
@@ -91,7 +90,9 @@ SUSPECTS = [
     Suspect("the same, without the prior", ddpm="--labels shapenet", prior=False),
     Suspect("both did", clip="--labels shapenet", ddpm="--labels shapenet"),
     Suspect("CLIP is for 64 pixels", clip="--image-size 64 --patch 8"),
-    Suspect("CLIP has met clean pictures alone", clip="--clean 1", method="clean"),
+    Suspect("CLIP has met clean pictures alone", clip="--clean 1"),
+    Suspect("the same, told that x_t is clean", clip="--clean 1", method="clean"),
+    Suspect("the same, looking at x_0_hat", clip="--clean 1", method="x0-fast"),
     Suspect("the original recipe", clip="--clean 1", method="original")]
 
 
@@ -144,28 +145,19 @@ def composition_table(models, args):
             these = others(models, args, clip, ddpm)
             if these is None:
                 continue
-            these = with_captions(these, models.captions)
+            these = measure.with_captions(these, models.captions)
             for name, some in (("unseen", unseen), ("seen", seen)):
                 targets = torch.tensor(some * args.each, device=models.alpha_bar.device)
                 court = measure.convene(these, targets, args)
-                for how in (measure.recipe("contrastive", None, these, args), factored(these)):
+                for how in (measure.recipe(guide.DEFAULT, None, these, args), factored(these)):
                     yield composed(how, name, bool(clip), bool(ddpm), targets, these, court, args)
-
-
-def with_captions(models, captions):
-    """The same models, with these captions in this order; of those that are new to CLIP, no prior
-    is known."""
-    known = dict(zip(models.captions, models.log_prior.tolist()))
-    log_prior = torch.tensor([known.get(caption, 0.) for caption in captions])
-    return models._replace(captions=captions, log_prior=log_prior.to(models.alpha_bar.device),
-                           text_features=models.clip.encode_captions(captions))
 
 
 def factored(models):
     """Guidance attribute by attribute -> Recipe.
 
     log_p is the sum of those of the body, the main and the second colour, each the probability of
-    any caption that has it, softened as in guide.contrastive.
+    any caption that has it, softened as in guide.contrastive, and CLIP looks ahead.
     """
     labels = torch.tensor(cars.caption_labels(np.array(
         [cars.CAPTIONS.index(caption) for caption in models.captions])))      # (K, A)
@@ -179,8 +171,9 @@ def factored(models):
             p = ((logits + models.log_prior) / guide.TEMPERATURE).log_softmax(dim=1)
             any_of = p[:, :, None].masked_fill(~right, -torch.inf).logsumexp(dim=1)   # (B, A)
             return guide.TEMPERATURE * any_of.sum(dim=1)
-        method = guide.METHODS["contrastive"]
-        return guide.guided(tinyddpm.denoiser(models.unet, models.alpha_bar), log_p,
+        method = guide.METHODS["ahead"]
+        return guide.guided(tinyddpm.denoiser(models.unet, models.alpha_bar),
+                            guide.looking_ahead(log_p, models.alpha_bar, guide.AHEAD),
                             models.alpha_bar, method.scale, method.interval)
     return measure.Recipe(("factored",), denoiser)
 

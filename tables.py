@@ -1,75 +1,252 @@
-"""The tables of evaluate.py. Each is a function (models, args) -> rows, dictionaries with the same
-keys; plots and pictures go into args.out.
+"""The tables of evaluate.py about CLIP, the diffusion model and the judge, each by itself.
 
-models: checkpoints.Models, args: what the command line says.
+Each is a function (models, args) that yields rows, dictionaries; where their keys change a new
+table begins. Plots and pictures go into args.out.
+
+models: checkpoints.Models, args: what the command line says. N pictures, K captions, A attributes,
+E the width of CLIP's features.
 """
 import math
 
 import torch
+import torch.nn.functional as F
 
 import cars
 import checkpoints
 import data
-import guide
 import judge
 import measure
 import plot
 import tinyddpm
 
-BEST_OF = {f"best-of-{n}": n for n in (4, 16, 64)}   # methods that are none of guide.py's
-HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}   # of captions
-EXAM = 5000   # pictures by which a judge is judged
+PROBED = 4000      # training pictures that a linear probe learns from
+TRAINED = 50_000   # training pictures, among which copies are looked for
+STEPPED = 400      # pictures for each number of steps
+STEPS = (5, 10, 20, 50, 100, 1000)
+EXAM = 5000        # pictures by which a judge is judged
 
 
-# ---- CLIP, the diffusion model and the judge, each by itself -------------------------------------
+# ---- CLIP ----------------------------------------------------------------------------------------
 
-def calibration_error(probabilities, truth, bins=15):
-    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3): the mean gap between
-    confidence and accuracy over `bins` equal ranges of confidence, each weighted by its share.
+def reliability(probabilities, truth, bins=15):
+    """What is claimed against what is true, over equal ranges of confidence (Guo et al. 2017, arXiv
+    1706.04599, eq. 2).
 
-    probabilities: (N, K), truth: (N,) int -> float
+    probabilities: (N, K), truth: (N,) int -> mean confidence, accuracy and share of the answers in
+    each range that has any, ascending: three (<= bins,)
     """
     confidence, answer = probabilities.max(dim=1)
     right = (answer == truth).float()
     bin_of = (confidence * bins).long().clamp(max=bins - 1)
-    error = 0.
-    for b in bin_of.unique():
-        inside = bin_of == b
-        gap = (right[inside].mean() - confidence[inside].mean()).abs()
-        error += gap.item() * inside.float().mean().item()
-    return error
+    inside = torch.stack([(bin_of == b).float() for b in bin_of.unique()])    # (used bins, N)
+    count = inside.sum(dim=1)
+    return inside @ confidence / count, inside @ right / count, count / len(truth)
+
+
+def calibration_error(probabilities, truth, bins=15):
+    """Expected calibration error (Guo et al. 2017 eq. 3): the mean gap between confidence and
+    accuracy, each range weighted by its share -> float"""
+    confidence, accuracy, share = reliability(probabilities, truth, bins)
+    return (share * (confidence - accuracy).abs()).sum().item()
 
 
 def clip_table(models, args):
-    """Top-1 among all captions, per attribute, and calibration, at rising noise."""
-    rows = []
+    """What CLIP sees through rising noise, then what else it can do, both on held-out pictures.
+
+    First: how often the right caption is the most probable of all, or among five; how often each
+    attribute of the most probable one is right; calibration.
+    """
     truth, dataset, x_0, eps = measure.held_out(models, args.seed)
-    labels = torch.from_numpy(dataset.caption_labels).to(x_0.device)   # (K, A)
+    models = measure.with_captions(models, dataset.captions)
+    labels = torch.from_numpy(dataset.caption_labels).to(x_0.device)          # (K, A)
+    rows, curves = [], {}
     for t in (0, 50, *range(100, 1000, 100), 950):
-        times = torch.full((len(x_0),), t, device=x_0.device)
-        x_t = tinyddpm.q_sample(x_0, times, eps, models.alpha_bar)
+        times, x_t = noised(x_0, eps, t, models)
         logits = measure.clip_logits(models.clip, x_t, times, models.text_features)
-        answer = logits.argmax(1)
-        right = (labels[answer] == labels[truth]).float()         # (N, A)
-        rows.append({"t": t, "joint": (answer == truth).float().mean().item(),
-                     **dict(zip(dataset.attributes, right.mean(0).tolist())),
+        best = logits.topk(min(5, logits.shape[1])).indices                   # (N, 5)
+        hit = best == truth[:, None]
+        right = (labels[best[:, 0]] == labels[truth]).float().mean(0)         # (A,)
+        if t in (0, 500, 700, 800):
+            curves[f"t = {t}"] = [x.tolist() for x in reliability(logits.softmax(1), truth)[:2]]
+        rows.append({"t": t, "top-1": hit[:, 0].float().mean().item(),
+                     "top-5": hit.any(1).float().mean().item(),
+                     **dict(zip(dataset.attributes, right.tolist())),
                      "ece": calibration_error(logits.softmax(1), truth),
                      "logit_scale": models.clip.logit_scale(times[:1]).item()})
-    curves = {name: ([row["t"] for row in rows], [row[name] for row in rows])
-              for name in ("joint", *dataset.attributes)}
-    plot.lines(args.out / "clip.png", curves, "t", "accuracy on held-out pictures")
-    return rows
+        yield rows[-1]
+    by_t = {name: ([row["t"] for row in rows], [row[name] for row in rows])
+            for name in ("top-1", *dataset.attributes)}
+    plot.lines(args.out / "clip.png", by_t, "t", "accuracy on held-out pictures")
+    honest = {"as claimed": ([0, 1], [0, 1])}
+    plot.lines(args.out / "reliability.png", {**curves, **honest}, "confidence", "accuracy")
+    yield from other_skills(models, args)
 
+
+def noised(x_0, eps, t, models):
+    """Pictures at time t, an int -> times (N,), x_t (N, 3, H, W)"""
+    times = torch.full((len(x_0),), t, device=x_0.device)
+    return times, tinyddpm.q_sample(x_0, times, eps, models.alpha_bar)
+
+
+def other_skills(models, args):
+    """At a few times: retrieval, word order, words never read, and what is in the features.
+
+    captions@k: how often a picture's caption is among the k most probable ones. pictures@k: how
+    often one of the k pictures that suit a caption best is of that caption. order: how often "a
+    white and red car" is preferred to "a red and white car" where it is right (chance 50 %).
+    phrased: as captions@1, but all captions read like "a car that is white with a red roof".
+
+    Beside captions@1, which is CLIP's zero-shot answer, stands how often all attributes are told
+    right by linear probes on its features, and by the judge, who never met noise.
+    """
+    truth, dataset, x_0, eps = measure.held_out(models, args.seed)
+    models = measure.with_captions(models, dataset.captions)
+    labels = torch.from_numpy(dataset.caption_labels).to(x_0.device)          # (K, A)
+    grader, _ = checkpoints.load_judge(models.data, args.judge, x_0.device)
+    for t in (0, 300, 500, 700):
+        times, x_t = noised(x_0, eps, t, models)
+        features = measure.image_features(models.clip, x_t, times)            # (N, E)
+        logits = models.clip.logits(features, models.text_features, times)    # (N, K)
+        row = {"t": t, **found(logits, truth)}
+        if models.data == "cars":
+            row["order"] = right_order(logits, truth, labels)
+            phrased = models.clip.encode_captions(list(map(paraphrase, labels.tolist())))
+            answer = models.clip.logits(features, phrased, times).argmax(1)
+            row["phrased"] = (answer == truth).float().mean().item()
+        if dataset.attributes:
+            row["probe"] = linear_probe(models, args, t, features, labels[truth])
+        if grader:
+            seen = judge.verdict(grader, x_t)
+            row["judge"] = (seen == labels[truth]).all(1).float().mean().item()
+        yield row
+
+
+def found(logits, truth):
+    """Recall both ways. logits: (N, K), truth: (N,) int -> {name: share}"""
+    N, K = logits.shape
+    shares = {}
+    for k in (1, 5, 10):
+        best = logits.topk(min(k, K)).indices                                 # (N, k)
+        shares[f"captions@{k}"] = (best == truth[:, None]).any(1).float().mean().item()
+    shown = truth.unique()   # captions of which there is a picture to be found
+    for k in (1, 5, 10):
+        best = logits[:, shown].topk(min(k, N), dim=0).indices                # (k, shown)
+        shares[f"pictures@{k}"] = (truth[best] == shown).any(0).float().mean().item()
+    return shares
+
+
+def right_order(logits, truth, labels):
+    """How often the right caption of two colours is preferred to the one with them exchanged."""
+    two = (labels[truth, 1] != labels[truth, 2]).nonzero()[:, 0]              # rows of logits
+    exchanged = torch.from_numpy(cars.caption_index(labels.cpu().numpy()[:, [0, 2, 1]])).to(truth)
+    own = truth[two]
+    return (logits[two, own] > logits[two, exchanged[own]]).float().mean().item()
+
+
+def paraphrase(labels):
+    """(3,) indices of body, main and second -> a caption in words that CLIP never read so."""
+    body, main, second = cars.BODIES[labels[0]], *(cars.COLOURS[i] for i in labels[1:])
+    return f"a {body} that is {main}" + (f" with a {second} roof" if main != second else "")
+
+
+def linear_probe(models, args, t, features, labels):
+    """How often softmax regressions on CLIP's normalised features, one for each attribute, name all
+    attributes; they learn from PROBED training pictures at the same time t.
+
+    features: (N, E), labels: (N, A) int, those to be named -> float
+    """
+    config, device = models.unet.config, features.device
+    training = data.load(models.data, config.image_size, PROBED, "train")
+    x_0 = data.to_float(torch.tensor(training.pictures[:PROBED])).to(device)
+    generator = data.generator(args.seed, 1, device=device)
+    times, x_t = noised(x_0, torch.randn(x_0.shape, generator=generator, device=device), t, models)
+    scaled = lambda f: F.normalize(f.float(), dim=1) * f.shape[1] ** .5
+    x, queries = scaled(measure.image_features(models.clip, x_t, times)), scaled(features)
+    right = torch.ones(len(queries), dtype=torch.bool, device=device)
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for i, truth in enumerate(torch.tensor(training.labels[:PROBED]).to(device).T):
+            linear = torch.nn.Linear(x.shape[1], int(truth.max()) + 1).to(device)
+            optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100,
+                                          line_search_fn="strong_wolfe")
+
+            def loss():
+                optimizer.zero_grad()
+                decay = 1e-4 * linear.weight.square().sum()
+                value = F.cross_entropy(linear(x), truth) + decay
+                value.backward()
+                return value
+
+            optimizer.step(loss)
+            right &= linear(queries).argmax(1) == labels[:, i]
+    return right.float().mean().item()
+
+
+# ---- the diffusion model -------------------------------------------------------------------------
 
 def ddpm_table(models, args):
-    """The mean squared error of v_hat on held-out pictures, at rising noise."""
-    rows = []
+    """The loss on held-out pictures by time; how far unguided pictures are from real ones, and what
+    that distance is worth; and by the number of steps."""
     _, _, x_0, eps = measure.held_out(models, args.seed)
     for t in (50, 150, 300, 500, 700, 900):
         times = torch.full((len(x_0),), t, device=x_0.device)
         error = tinyddpm.ddpm_loss(models.unet, x_0, times, eps, models.alpha_bar)
-        rows.append({"t": t, "v_error": error.mean().item()})
-    return rows
+        yield {"t": t, "v_error": error.mean().item()}
+    grader, _ = checkpoints.load_judge(models.data, args.judge, x_0.device)
+    if grader:
+        yield from distance_table(models, grader, args)
+        yield from steps_table(models, grader, args)
+
+
+def distance_table(models, grader, args):
+    """KID (judge.kid) from held-out pictures: of others, which is the floor; of others that were
+    spoilt, which has to be more; of unguided ones. Once more by a judge of random weights, to see
+    what its training matters. And the share of copies of training pictures (judge.copies, pixels).
+    """
+    real, others = real_halves(models)
+    untrained = judge.Judge(grader.config, {name: head.out_features
+                                            for name, head in grader.heads.items()})
+    judges = {"kid": grader, "random_net": untrained.to(real.device).eval()}
+    training = data.load(models.data, models.unet.config.image_size, TRAINED, "train")
+    known = data.to_float(torch.tensor(training.pictures)).flatten(1).to(real.device)
+    unguided = data.to_float(measure.unguided(models, args, len(others)).pictures)
+    for name, x in (("other real ones", others),
+                    ("other real ones, each pixel the mean of 3 x 3",
+                     F.avg_pool2d(others, 3, 1, 1, count_include_pad=False)),
+                    ("other real ones, red and blue exchanged", others.flip(1)),
+                    ("unguided", unguided.to(real.device))):
+        row = {"pictures": name, "number": len(x)}
+        for column, judge_ in judges.items():
+            row[column], row[f"{column}_error"] = judge.kid(
+                *(judge.features(judge_, y) for y in (real, x)))
+        yield {**row, "copies": judge.copies(x.flatten(1), known).float().mean().item()}
+
+
+def real_halves(models):
+    """Held-out pictures in two parts of equal size, in random order -> x_0 (<= POOL, 3, H, W) each.
+    """
+    most = measure.POOL
+    dataset = data.load(models.data, models.unet.config.image_size, 2 * most, "validation")
+    mixed = torch.randperm(len(dataset.pictures), generator=data.generator(0))[:2 * most]
+    x = data.to_float(dataset.pictures[mixed.numpy()]).to(models.alpha_bar.device)
+    return x[:len(x) // 2], x[len(x) // 2:len(x) // 2 * 2]
+
+
+def steps_table(models, grader, args):
+    """KID of unguided pictures by the number of steps, deterministic (eta 0) and noisy (eta 1)."""
+    real, _ = real_halves(models)
+    real = judge.features(grader, real[:STEPPED])
+    curves = {}
+    for eta in (0., 1.):
+        for steps in STEPS:
+            plain = measure.altered(args, steps=steps, eta=eta, recurrence=1)
+            drawing = measure.unguided(models, plain, STEPPED)
+            x = data.to_float(drawing.pictures).to(real.device)
+            kid, error = judge.kid(real, judge.features(grader, x))
+            curves.setdefault(f"eta {eta:g}", []).append((math.log10(steps), kid))
+            data.save_grid(args.out / f"steps-{steps}-eta-{eta:g}.png", drawing.pictures[:32], 8, 2)
+            yield {"steps": steps, "eta": eta, "number": len(x), "kid": kid, "kid_error": error}
+    curves = {name: tuple(zip(*points)) for name, points in curves.items()}
+    plot.lines(args.out / "steps.png", curves, "log10 of the steps", "KID from real pictures")
 
 
 def inversion_table(models, args):
@@ -87,64 +264,37 @@ def inversion_table(models, args):
     return rows
 
 
+# ---- the judges ----------------------------------------------------------------------------------
+
 def judge_table(models, args):
-    """The judge's own accuracy on held-out pictures; for cars, also by how high the camera is."""
-    device = models.alpha_bar.device
-    grader, content = checkpoints.load_judge(None, args.judge, device)
-    dataset = data.load(content["data"], grader.config.size, EXAM, "judge-test")
-    x = data.to_float(torch.tensor(dataset.pictures)).to(device)
-    right = judge.verdict(grader, x).cpu() == torch.from_numpy(dataset.labels)        # (N, A)
-    groups = {"all": torch.ones(len(right), dtype=torch.bool)}
-    if content["data"] == "cars":
+    """The judges' own accuracy on held-out pictures; for cars, also by how high the camera is. The
+    second judge's rows also say how often the two say different things."""
+    device, first_saw = models.alpha_bar.device, None
+    for name in ("judge", "judge-2"):
+        path = args.judge if name == "judge" else None
+        grader, content = checkpoints.load_judge(None, path, device, name)
+        if grader is None:
+            continue
+        dataset = data.load(content["data"], grader.config.size, EXAM, "judge-test")
+        x = data.to_float(torch.tensor(dataset.pictures)).to(device)
+        saw = judge.verdict(grader, x).cpu()                                  # (N, A)
+        right = saw == torch.from_numpy(dataset.labels)
+        first_saw = saw if first_saw is None else first_saw
+        other = (saw != first_saw).any(1).float()
+        for group, some in camera_groups(content["data"], len(right)).items():
+            yield {"judge": name, "pictures": group, "number": int(some.sum()),
+                   "joint": right[some].all(1).float().mean().item(),
+                   **dict(zip(content["attributes"], right[some].float().mean(0).tolist())),
+                   "unlike the first": other[some].mean().item()}
+
+
+def camera_groups(name, N):
+    """The first N pictures of the split "judge-test" -> {group: (N,) bool}"""
+    groups = {"all": torch.ones(N, dtype=torch.bool)}
+    if name == "cars":
         first = data.SPLITS["judge-test"]
-        sines = [-cars.scene(0, first + i)[0].forward[2] for i in range(len(right))]  # 0 to 1
+        sines = [-cars.scene(0, first + i)[0].forward[2] for i in range(N)]   # 0 to 1
         degrees = torch.tensor(sines).asin().rad2deg()
         groups |= {f"camera at {low} to {high} degrees": (degrees >= low) & (degrees < high)
                    for low, high in ((0, 15), (15, 30), (30, 45), (45, 60), (60, 90))}
-    return [{"pictures": name, "number": int(some.sum()),
-             "joint": right[some].all(1).float().mean().item(),
-             **dict(zip(content["attributes"], right[some].float().mean(0).tolist()))}
-            for name, some in groups.items()]
-
-
-# ---- guidance: is it obeyed? ---------------------------------------------------------------------
-
-def guidance_table(models, args):
-    """--each samples of each caption, judged and measured; and what they cost.
-
-    Yields a row for each method and scale as it comes, because the whole takes long. The first is
-    of real pictures; the times are compared with those of the first method, unguided unless
-    --methods says otherwise.
-    """
-    K, first_seconds = len(models.captions), None
-    of_one = torch.arange(K, device=models.alpha_bar.device)[HALVES[args.prompts]]
-    indices = torch.cat([of_one + K * i for i in range(args.each)])   # of a caption: i, i + K, ...
-    targets = indices % K
-    if "classifier-free" in args.methods:
-        checkpoints.check_told(models.unet)
-    court = measure.convene(models, targets, args)
-    for method, scale in [("real", 0.), *ways(args)]:
-        if method == "real":   # others than those that all are compared with
-            real = measure.real_pictures(models, targets, args, skip=args.each)
-            drawing = measure.Drawing(real, 0, 0, 0.)
-        elif method in BEST_OF:
-            drawing = measure.best_of(BEST_OF[method], targets, models, args)
-        else:
-            how = measure.recipe(method, scale, models, args)
-            drawing = measure.drawn(how, indices, models, args)
-            first_seconds = first_seconds or drawing.seconds
-        some = drawing.pictures[::max(1, len(targets) // 48)][:48]   # evenly from all captions
-        data.save_grid(args.out / f"guidance-{method}-{scale:g}.png", some, zoom=2)
-        yield {"method": method, "scale": scale,
-               **measure.score(drawing.pictures, targets, models, court),
-               "unet": drawing.unet, "unet_backward": drawing.unet_backward,
-               "seconds": drawing.seconds,
-               "times_first": drawing.seconds / (first_seconds or math.inf)}
-
-
-def ways(args):
-    """The methods, each at all the scales that are asked for, or at its own."""
-    for method in args.methods:
-        own = [guide.METHODS[method].scale] if method in guide.METHODS else [0.]
-        for scale in args.scales if args.scales and own != [0.] else own:
-            yield method, scale
+    return groups

@@ -83,13 +83,9 @@ def test_it_is_what_papers_write_as_a_step_of_the_reverse_process(alpha_bar, t):
     assert torch.allclose(ours, mean + sigma * z, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if guide.METHODS[n].log_p])
+@pytest.mark.parametrize("name", ["contrastive", "clean", "spherical", "x0"])
 def test_gradient_against_finite_differences(name, clip, text_features):
-    """In float64, and for the methods that look at it through an x_0_hat that depends on x_t.
-
-    x0-fast replaces part of the derivative on purpose: there the derivative with respect to
-    x_0_hat is checked, times the number that stands for the rest.
-    """
+    """In float64, and through an x_0_hat that depends on x_t."""
     clip, text_features = clip.double(), text_features.double()
     clip.time_features = lambda t, f=clip.time: f(t[:, None].double() * (4 / clip.config.T))
     clip.logits = lambda image, text, t=None: (
@@ -102,19 +98,39 @@ def test_gradient_against_finite_differences(name, clip, text_features):
         torch.manual_seed(0)
         x, t = torch.randn(2, 3, 16, 16).double().requires_grad_(), torch.tensor([300, 700])
         direction = torch.randn(2, 3, 16, 16).double()
-        half = lambda x: x / 2 if guide.METHODS[name].through_unet or name == "x0-fast" else None
+        half = lambda x: x / 2 if guide.METHODS[name].through_unet else None
         grad, = torch.autograd.grad(log_p(x, t, half(x)).sum(), x)
         h = 1e-5
         slope = (log_p(x + h * direction, t, half(x + h * direction))
                  - log_p(x - h * direction, t, half(x - h * direction))) / (2 * h)
     finally:
         torch.Tensor.float = kept
-    if name == "x0-fast":
-        a = at(tinyddpm.cosine_alpha_bar(), t).flatten().double()
-        r2 = 0.25 * (1 - a) / (1 - a + 0.25 * a)
-        slope = slope / 0.5 * r2 * a.sqrt() / (1 - a)   # 0.5: what half() contributes
     slope, along = slope.detach(), (grad * direction).sum(dim=(1, 2, 3))
     assert (along.abs() > 1e-4).all() and torch.allclose(along, slope, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("share, there", [(0., [0, 0]), (0.75, [225, 525]), (1., [300, 700])])
+def test_looking_ahead(share, there, alpha_bar):
+    """What is looked at is where DDIM would go, and the time is right; the gradient is that of the
+    looked-at function with the noise held fixed, times the number that stands for the U-Net."""
+    torch.manual_seed(0)
+    x, h, slope = torch.randn(3, 2, 3, 4, 6)
+    t, seen = torch.tensor([300, 700]), []
+
+    def log_p(x_s, s, x_0_hat):
+        seen.append((x_s.detach(), s.tolist()))
+        return (slope * x_s).sum(dim=(1, 2, 3))
+
+    x_t = x.clone().requires_grad_()
+    value = guide.looking_ahead(log_p, alpha_bar, share)(x_t, t, h)
+    grad, = torch.autograd.grad(value.sum(), x_t)
+    for i, (now, then) in enumerate(zip(t.tolist(), there)):
+        at_s = tinyddpm.ddim_step(x[i], h[i], now, then, alpha_bar, 0., 0.) if share < 1 else x[i]
+        a = alpha_bar[now]
+        r2 = 0.25 * (1 - a) / (1 - a + 0.25 * a)
+        expected = slope[i] * alpha_bar[then].sqrt() * r2 * a.sqrt() / (1 - a)
+        assert torch.allclose(seen[0][0][i], at_s, atol=1e-4) and seen[0][1] == there
+        assert torch.allclose(grad[i], expected, rtol=1e-4)
 
 
 def test_the_push_is_dhariwal_and_nichols(alpha_bar):
@@ -163,7 +179,7 @@ def test_interval_says_when_to_guide(alpha_bar):
 
 @pytest.mark.parametrize("name, unet_calls, unet_backward, encoder", [
     ("contrastive", 7, 0, 7), ("clean", 7, 0, 7), ("spherical", 7, 0, 7), ("x0-fast", 7, 0, 7),
-    ("x0", 7, 7, 7), ("classifier-free", 14, 0, 0)])
+    ("ahead", 7, 0, 7), ("x0", 7, 7, 7), ("classifier-free", 14, 0, 0)])
 def test_what_a_method_costs(name, unet_calls, unet_backward, encoder, clip, told_unet,
                              text_features, alpha_bar):
     """Counted over 7 steps. The default: one U-Net forward a step, one encoder forward, one
@@ -221,7 +237,7 @@ def test_recurrence_goes_back_to_the_same_noise_level(alpha_bar):
     assert torch.allclose(out, torch.full_like(out, x_0), atol=1e-5)
 
 
-def test_what_each_log_p_is(clip, text_features):
+def test_what_each_log_p_is(clip, text_features, alpha_bar):
     """Values, written a second time: signs, times, temperatures and priors."""
     torch.manual_seed(0)
     x, h, t = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16), torch.tensor([300, 700])
@@ -238,6 +254,9 @@ def test_what_each_log_p_is(clip, text_features):
         assert torch.allclose(of("clean", x, None), softmax(x, zero), atol=1e-4)
         assert torch.allclose(of("x0", x, h), softmax(h, zero), atol=1e-4)
         assert torch.allclose(of("x0-fast", x, h), softmax(h, zero), atol=1e-4)
+        x_s = torch.stack([tinyddpm.ddim_step(x[i], h[i], now, now * 3 // 4, alpha_bar, 0., 0.)
+                           for i, now in enumerate((300, 700))])
+        assert torch.allclose(of("ahead", x, h), softmax(x_s, t * 3 // 4), atol=1e-4)
         once = guide.contrastive(clip, text_features, target, prior, temperature=1.)(x, t, None)
         assert torch.allclose(once, softmax(x, t, 1.), atol=1e-4)
         cos = torch.cosine_similarity(clip.encode_image(x, t), text_features[target])

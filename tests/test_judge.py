@@ -1,3 +1,5 @@
+import statistics
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,19 +39,19 @@ def test_wilson_interval():
             and judge.wilson(0, 10)[1] == pytest.approx(0.2775, abs=1e-3))
 
 
-def test_kid_of_one_block_is_the_sum_over_pairs():
+def test_kid_of_a_block_is_the_sum_over_pairs():
     torch.manual_seed(0)
-    real, drawn = torch.randn(12, 3) * 2 + 1, torch.randn(12, 3)
+    real, drawn = torch.randn(24, 3) * 2 + 1, torch.randn(24, 3)
     centre, spread = real.mean(0), real.std(0)
     x, y = ((a - centre) / spread for a in (real, drawn))
     kernel = lambda a, b: (float(a @ b) / 3 + 1) ** 3
     pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
     expected = [
         sum(kernel(x[n + i], x[n + j]) + kernel(y[n + i], y[n + j]) - 2 * kernel(x[n + i], y[n + j])
-            for i, j in pairs) / 30 for n in (0, 6)]
-    mean, error = judge.kid(real, drawn, block=6)
-    assert mean == pytest.approx(sum(expected) / 2, rel=1e-4)
-    assert error == pytest.approx(abs(expected[0] - expected[1]) / 2, rel=1e-4)   # std / sqrt(2)
+            for i, j in pairs) / 30 for n in (0, 6, 12, 18)]
+    mean, error = judge.kid(real, drawn)
+    assert mean == pytest.approx(sum(expected) / 4, rel=1e-4)
+    assert error == pytest.approx(statistics.stdev(expected) / 2, rel=1e-4)
 
 
 def test_kid_of_matched_captions_is_unbiased():
