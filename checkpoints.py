@@ -119,7 +119,7 @@ def load_pair(clip=None, ddpm=None, device="cpu"):
     captions, counts = clip_content["captions"], clip_content["counts"]
     # Of a caption that the DDPM never met, no ratio is known: say, as often as in CLIP's training.
     met = dict(zip(ddpm_content["captions"], ddpm_content["counts"]))
-    share = sum(met.values()) / sum(counts)
+    share = sum(met.values()) / sum(n for text, n in zip(captions, counts) if text in met)
     ddpm_counts = [met.get(caption, count * share) for caption, count in zip(captions, counts)]
     return Models(clip, unet, tinyddpm.cosine_alpha_bar(unet.config.T).to(device), captions,
                   clip_content["spellings"], clip.encode_captions(captions),

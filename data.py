@@ -78,7 +78,9 @@ def autocast(device):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         fast = cpu_is_fast_in_bf16()
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    # cache_enabled would keep a copy of whatever is differentiated by, such as each x_t of a guided
+    # trajectory, until the command ends; weights are cast once a step either way.
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
 
 
 @functools.cache

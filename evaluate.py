@@ -1,7 +1,7 @@
 """python evaluate.py TABLE: what README.md and RESULTS.md claim.
 
-    python evaluate.py clip            accuracy and calibration against t; retrieval, word order, ...
-    python evaluate.py ddpm            held-out loss against t; distance from real pictures, by steps
+    python evaluate.py clip            accuracy, calibration against t; retrieval, word order, ...
+    python evaluate.py ddpm            held-out loss against t; distance from real pictures
     python evaluate.py inversion       from pictures to noise and back
     python evaluate.py judge           the judges' own accuracy
     python evaluate.py guidance        all captions, one sample each, judged; a row per method
@@ -28,6 +28,7 @@ import data
 import figure
 import guide
 import measure
+import plot
 import suspects
 import sweeps
 import tables
@@ -76,12 +77,26 @@ def parse(arguments):
     add("--out", type=Path, default="out", help="folder for what is written")
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
     args = parser.parse_args(arguments)
+    if args.interval and not 1 <= args.interval[0] <= args.interval[1] <= 1000:
+        raise data.UserError("--interval must be two times LO <= HI from 1 to 1000, not "
+                             f"{args.interval[0]} {args.interval[1]}")
     for name, low, high in (("steps", 1, 1000), ("eta", 0, 1), ("batch", 1, 10_000),
                             ("recurrence", 1, 100), ("each", 1, 1000), ("seed", 0, 2 ** 63 - 1)):
         if not low <= getattr(args, name) <= high:   # NaN is refused too
             raise data.UserError(
                 f"--{name} must be from {low} to {high}, not {getattr(args, name)}")
     return args
+
+
+def plot_shares(rows, path):
+    """The shares that obey, if the rows are about such, by what stands before them."""
+    shares = {}
+    for row in rows:
+        if "joint" in row and "low" in row:
+            name = ", ".join(str(row[key]) for key in list(row)[:list(row).index("samples")])
+            shares[name] = row["joint"], row["low"], row["high"]
+    if shares:
+        plot.bars(path, shares, "right by the judge")
 
 
 def origin(args, device):
@@ -108,6 +123,7 @@ def main(arguments=None):
             rows.append(row)
     content = {**origin(args, device), "rows": rows}
     (args.out / f"{args.table}.json").write_text(json.dumps(content, indent=1))
+    plot_shares(rows, args.out / f"{args.table}.png")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ OPINION = 358           # the width of a gradient, the bars beside it and the ga
 def figure(models, args):
     """x_t, x_0_hat, CLIP's gradient and its most probable captions, down one guided trajectory.
 
-    CLIP twice: told how noisy x_t is, and told that x_t is clean. Both look at the same x_t.
+    CLIP twice: told how noisy x_t is, and told that x_t is clean. Both look at the same x_t, on a
+    trajectory that the default method guides.
     """
     device = models.alpha_bar.device
     target = find_caption(args.prompt, models.captions)
@@ -68,7 +69,7 @@ def trajectory(models, target, args):
 
 
 def opinion(models, x_t, t, target):
-    """CLIP on one x_t, told that it is at time t -> the gradient that would guide, p (K,)."""
+    """CLIP on one x_t, told that it is at time t -> contrastive's gradient there, p (K,)."""
     clip, text_features = models.clip, models.text_features
     log_p = guide.contrastive(clip, text_features, torch.tensor([target]), models.log_prior)
     with torch.enable_grad():

@@ -173,19 +173,22 @@ def features(judge, x, batch=256):
 def kid(real, drawn, block=200):
     """Kernel distance between two sets of pictures -> (KID, its standard error).
 
-    real, drawn: (N, F), features, N >= 8; row i of the one may be of the same caption as row i of
-    the other, but the order of the rows must be random.
+    real, drawn: (N, F), features; row i of the one may be of the same caption as row i of the
+    other, but the order of the rows must be random. (None, None) if N < 8.
 
     Binkowski et al. 2018, sec. 4, with the judge's features instead of Inception's, standardised by
     the real ones: the mean of k(x_i, x_j) + k(y_i, y_j) - 2 k(x_i, y_j) over all pairs i != j, with
     k(x, y) = (x . y / F + 1)^3 (Gretton et al. 2012, lemma 6, for sets of equal size). Leaving out
     i = j everywhere, it is unbiased for matched captions too; it may fall below 0 where there is no
-    difference. The mean over disjoint blocks of pictures, at least four, whose spread gives the
-    error.
+    difference. The mean over disjoint blocks of pictures, whose spread gives the error; of few
+    blocks, at least four, that is itself a rough guess.
     """
+    if len(real) < 8:
+        return None, None
     block = min(block, len(real) // 4)
-    centre, spread = real.mean(dim=0), real.std(dim=0) + 1e-6
-    real, drawn = ((x - centre) / spread for x in (real, drawn))
+    # In float64, because small differences of large sums are left, and autocast lets it alone.
+    centre, spread = real.double().mean(dim=0), real.double().std(dim=0) + 1e-6
+    real, drawn = ((x.double() - centre) / spread for x in (real, drawn))
 
     def between(a, b):   # the mean of k(a_i, b_j) over i != j
         k = (a @ b.T / a.shape[1] + 1) ** 3

@@ -23,7 +23,7 @@ import tinyclip
 import tinyddpm
 import unet
 
-HELD_OUT = 2000   # pictures of the validation split: those that training looks at
+HELD_OUT = 2000   # pictures of the validation split, for tables without drawings
 REAL = 4000       # of that split to choose from, for each sample of a caption; a folder gives all
 POOL = 2000   # unguided pictures, from which best_of chooses for all captions
 
@@ -40,11 +40,12 @@ def load_models(args, device):
     return models
 
 
-def held_out(models, seed, most=math.inf):
-    """Pictures of the validation split, and noise for them.
+def held_out(models, seed, most=None):
+    """Pictures of the validation split, HELD_OUT of them unless most says otherwise, and noise.
 
     -> their captions' indices (N,), the data set, x_0 (N, 3, H, W), eps like x_0
     """
+    most = most or HELD_OUT
     dataset = data.load(models.data, models.unet.config.image_size, HELD_OUT, "validation")
     N, device = len(dataset.pictures), models.alpha_bar.device
     rows = np.linspace(0, N - 1, min(N, most)).astype(int)   # evenly: a folder goes class by class
@@ -71,9 +72,21 @@ def with_captions(models, captions):
                            text_features=models.clip.encode_captions(captions))
 
 
-def clip_logits(clip, x, times, text_features):
-    """x: (N, 3, H, W), times: (N,) -> (N, K)"""
-    return clip.logits(image_features(clip, x, times), text_features, times)
+def clip_logits(clip, features, times, text_features):
+    """features: (N, E) of pictures, times: (N,) -> (N, K), in full precision: near-ties count."""
+    with torch.autocast(features.device.type, enabled=False):
+        return clip.logits(features.float(), text_features.float(), times)
+
+
+def beliefs(models, x):
+    """How probable the captions are in the opinion of the CLIP that guides -> (N, K)
+
+    x: (N, 3, H, W), clean pictures
+    """
+    clean = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    features = image_features(models.clip, x, clean)
+    logits = clip_logits(models.clip, features, clean, models.text_features)
+    return (logits + models.log_prior).softmax(1)
 
 
 def altered(args, **changes):
@@ -113,25 +126,30 @@ def drawn(how, indices, models, args):
     They are kept in cache/, by all that decides what they look like, so that a table which was
     interrupted goes on where it was.
     """
-    decides = (fingerprint(models), how.name, args.steps, args.eta, args.recurrence, args.seed,
-               indices.tolist())
+    in_bf16 = torch.is_autocast_enabled(models.alpha_bar.device.type)   # not on every machine
+    decides = (fingerprint(models, how), in_bf16, how.name, args.steps, args.eta, args.recurrence,
+               args.seed, indices.tolist())
     path = data.CACHE / f"drawn-{zlib.crc32(repr(decides).encode()):08x}.npz"
     if not path.exists():
         drawing = draw(how, indices, models, args)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".tmp"), "wb") as file:
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
             np.savez(file, **drawing._asdict())
-        os.replace(path.with_suffix(".tmp"), path)
+        os.replace(temporary, path)
     kept = np.load(path)
     return Drawing(kept["pictures"], *(kept[key].item() for key in Drawing._fields[1:]))
 
 
-def fingerprint(models):
-    """A number that changes with the weights, the captions and the prior, and with the chapters
-    that draw."""
+def fingerprint(models, how):
+    """A number that changes with the weights, the captions and the prior, and with the files that
+    say how to draw: the chapters and the Recipe's own."""
     tensors = (*models.clip.parameters(), *models.unet.parameters(), models.log_prior)
     parts = [Path(chapter.__file__).read_bytes() for chapter in (guide, tinyclip, tinyddpm, unet)]
-    parts += [repr(models.captions).encode(), *(p.detach().cpu().numpy().tobytes() for p in tensors)]
+    parts += [Path(how.denoiser.__code__.co_filename).read_bytes()]
+    parts += [repr((models.clip.config, models.unet.config)).encode()]
+    parts += [repr(models.captions).encode()]
+    parts += [p.detach().cpu().numpy().tobytes() for p in tensors]
     return functools.reduce(lambda code, part: zlib.crc32(part, code), parts, 0)
 
 
@@ -170,8 +188,7 @@ def best_of(n, targets, models, args):
     """
     pool = unguided(models, args, POOL)
     x = data.to_float(pool.pictures).to(models.alpha_bar.device)
-    clean = torch.zeros(POOL, dtype=torch.long, device=x.device)
-    fits = clip_logits(models.clip, x, clean, models.text_features).softmax(1).cpu()   # (POOL, K)
+    fits = beliefs(models, x).cpu()                                           # (POOL, K)
     chosen = []
     for i, k in enumerate(targets.tolist()):
         some = torch.randperm(POOL, generator=data.generator(args.seed, n, i))[:n]
@@ -196,12 +213,17 @@ def convene(models, targets, args):
     device = models.alpha_bar.device
     grader, content = checkpoints.load_judge(models.data, args.judge, device)
     if not grader or not set(models.captions) <= set(content["captions"]):
-        raise data.UserError(f"there is no judge for {models.data}; train one with: python "
-                             f"train.py judge --data {models.data}")
+        raise data.UserError(f"there is no judge for {models.data}; of cars and of class folders "
+                             f"one can be trained: python train.py judge --data {models.data}")
     second, _ = checkpoints.load_judge(models.data, None, device, "judge-2")
     real = data.to_float(real_pictures(models, targets, args)).to(device)
     promise = dict(zip(content["captions"], content["caption_labels"]))
     return Court(grader, second, promise, content["attributes"], judge.features(grader, real))
+
+
+def promised(targets, models, court):
+    """targets: (N,) the captions wanted -> the labels that their pictures must have, (N, A)"""
+    return torch.tensor([court.promise[models.captions[k]] for k in targets.tolist()])
 
 
 def real_pictures(models, targets, args, skip=0):
@@ -211,7 +233,9 @@ def real_pictures(models, targets, args, skip=0):
     are left out. Of cars there are enough for 2 x args.each of each caption.
     """
     dataset = data.load(models.data, models.unet.config.image_size, REAL * args.each, "validation")
-    rows_of = {k: np.flatnonzero(dataset.caption_of == k) for k in set(targets.tolist())}
+    place = {caption: i for i, caption in enumerate(dataset.captions)}
+    rows_of = {k: np.flatnonzero(dataset.caption_of == place.get(models.captions[k], -1))
+               for k in set(targets.tolist())}
     taken, rows = {k: skip for k in rows_of}, []
     for k in targets.tolist():
         if not len(rows_of[k]):
@@ -230,16 +254,15 @@ def score(pictures, targets, models, court):
     pictures: (N, H, W, 3) uint8, targets: (N,) the captions that they were drawn for.
     """
     x = data.to_float(pictures).to(models.alpha_bar.device)
-    truth = torch.tensor([court.promise[models.captions[k]] for k in targets.tolist()])   # (N, A)
+    truth = promised(targets, models, court)                                              # (N, A)
     right = judge.verdict(court.judge, x).cpu() == truth                                  # (N, A)
-    second = {"second_judge": None, "disagree": None}
+    opinion = {"second_judge": None, "disagree": None}
     if court.second:
         agrees = (judge.verdict(court.second, x).cpu() == truth).all(1)                   # (N,)
-        second = {"second_judge": agrees.float().mean().item(),
-                  "disagree": (agrees != right.all(1)).float().mean().item()}
+        opinion = {"second_judge": agrees.float().mean().item(),
+                   "disagree": (agrees != right.all(1)).float().mean().item()}
     low, high = judge.wilson(int(right.all(1).sum()), len(right))
-    logits = clip_logits(models.clip, x, torch.zeros_like(targets), models.text_features)
-    belief = logits.softmax(1)[torch.arange(len(x)), targets].mean().item()
+    belief = beliefs(models, x)[torch.arange(len(x)), targets].mean().item()
 
     noticed = judge.features(court.judge, x)
     mixed = torch.randperm(len(x), generator=data.generator(0))   # both go caption by caption
@@ -247,6 +270,6 @@ def score(pictures, targets, models, court):
     spread = court.real.std(dim=0) + 1e-6
     variety = [judge.diversity(f / spread, targets) for f in (noticed, court.real)]
     return {"samples": len(right), "joint": right.all(1).float().mean().item(), "low": low,
-            "high": high, **dict(zip(court.attributes, right.float().mean(0).tolist())), **second,
+            "high": high, **dict(zip(court.attributes, right.float().mean(0).tolist())), **opinion,
             "clip_belief": belief, "kid": kid, "kid_error": error,
             "diversity": None if math.isnan(variety[0]) else variety[0] / variety[1]}

@@ -1,4 +1,4 @@
-"""An aside: a line plot as PNG, all that we need of a plotting library, in Pillow."""
+"""An aside: lines and bars as PNG, all that we need of a plotting library, in Pillow."""
 import math
 from pathlib import Path
 
@@ -52,6 +52,28 @@ def lines(path, curves, x_label, y_label, width=560, height=340):
     image.save(path)
 
 
-if __name__ == "__main__":   # out/plot.png: what the axes look like
+def bars(path, shares, label, width=640):
+    """shares: name -> (share, low, high), in [0, 1] -> a bar for each as PNG, with its interval."""
+    font = ImageFont.load_default(13)
+    longest = max(font.getlength(name) for name in (*shares, label))
+    left, top, row = 24 + int(longest), 26, 20   # pixels
+    image = Image.new("RGB", (max(width, left + 200), top + row * len(shares) + 8), "white")
+    draw = ImageDraw.Draw(image)
+    across = lambda share: left + share * (image.width - 16 - left)
+    draw.text((6, 4), label, "black", font)
+    for share in (0, .25, .5, .75, 1):
+        draw.line([(across(share), top), (across(share), image.height)], "#e6e6e6")
+        draw.text((across(share), 4), f"{share:.0%}", "black", font, "ma" if share < 1 else "ra")
+    for i, (name, (share, low, high)) in enumerate(shares.items()):
+        y = top + i * row
+        draw.text((left - 6, y + row // 2), name, "black", font, "rm")
+        draw.rectangle([left, y + 3, across(share), y + row - 3], PALETTE[1])
+        draw.line([(across(low), y + row // 2), (across(high), y + row // 2)], "black", 2)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+if __name__ == "__main__":   # out/plot.png, out/bars.png: what they look like
     xs = np.linspace(0, 10, 200)
     lines("out/plot.png", {"sine": (xs, np.sin(xs)), "x / 10": (xs, xs / 10)}, "x", "y")
+    bars("out/bars.png", {"half": (.5, .4, .6), "nearly all": (.95, .9, .98)}, "share")

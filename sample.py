@@ -234,7 +234,8 @@ def main(arguments=None):
             if prompt is not None and grader:
                 report_verdict(grader, content, x_0, models.captions[target])
             print(f"{args.n} pictures in {seconds:.1f} s "
-                  f"({args.steps} x {args.recurrence} steps, {args.method}, scale {args.scale:g}) -> {path}")
+                  f"({args.steps} x {args.recurrence} steps, {args.method}, scale "
+                  f"{args.scale:g}) -> {path}")
 
 
 if __name__ == "__main__":

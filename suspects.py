@@ -85,20 +85,27 @@ SUSPECTS = [
     Suspect("diffusion model trained a tenth as long", ddpm="--steps 450"),
     Suspect("captions dealt out at random", clip="--shuffle"),
     Suspect("CLIP met each car as often as in ShapeNet", clip="--labels shapenet"),
-    Suspect("the same, without the prior", clip="--labels shapenet", prior=False),
+    Suspect("CLIP did, without the prior", clip="--labels shapenet", prior=False),
     Suspect("the diffusion model did", ddpm="--labels shapenet"),
-    Suspect("the same, without the prior", ddpm="--labels shapenet", prior=False),
+    Suspect("the diffusion model did, without the prior", ddpm="--labels shapenet", prior=False),
     Suspect("both did", clip="--labels shapenet", ddpm="--labels shapenet"),
     Suspect("CLIP is for 64 pixels", clip="--image-size 64 --patch 8"),
     Suspect("CLIP has met clean pictures alone", clip="--clean 1"),
-    Suspect("the same, told that x_t is clean", clip="--clean 1", method="clean"),
-    Suspect("the same, looking at x_0_hat", clip="--clean 1", method="x0-fast"),
+    Suspect("that CLIP, told that x_t is clean", clip="--clean 1", method="clean"),
+    Suspect("that CLIP, looking at x_0_hat", clip="--clean 1", method="x0-fast"),
     Suspect("the original recipe", clip="--clean 1", method="original")]
+
+
+def check(models):
+    """UserError if the models that work do not know all of the car world."""
+    if models.captions != cars.CAPTIONS:
+        raise data.UserError("this table is about the car world and models of all its "
+                             "captions")
 
 
 def dot_product(clip, text_features, target):
     """-> log_p as in many a first attempt: a CLIP of clean pictures looks at x_t, and what counts
-    is the dot product of features as they are, not normalised."""
+    is the dot product of features as they are, not normalised. At a scale of 0.1, as there."""
     def log_p(x_t, t, x_0_hat):
         seen = clip.encode_image(x_t, torch.zeros_like(t))                    # (B, E)
         return (seen * text_features[target]).sum(dim=1).float()
@@ -107,6 +114,7 @@ def dot_product(clip, text_features, target):
 
 def suspects_table(models, args):
     """Joint accuracy on all captions of two colours, one sample each, with one thing changed."""
+    check(models)
     two = [i for i, caption in enumerate(models.captions) if " and " in caption]
     targets = torch.tensor(two, device=models.alpha_bar.device)
     court = measure.convene(models, targets, args)
@@ -118,7 +126,7 @@ def suspects_table(models, args):
             denoise = tinyddpm.denoiser(these.unet, these.alpha_bar)
             how = measure.Recipe(("original",), lambda targets: guide.guided(
                 denoise, dot_product(these.clip, these.text_features, targets), these.alpha_bar,
-                scale=0.1))
+                scale=0.1, interval=guide.METHODS["clean"].interval))
         else:
             how = measure.recipe(suspect.method, None, these, args)
         drawing = measure.drawn(how, targets, these, args)
@@ -128,36 +136,53 @@ def suspects_table(models, args):
 
 # ---- composition: pairs of colours that were never seen ------------------------------------------
 
-HELD_OUT = "white+red,blue+yellow,green+black"
+UNSEEN = "white+red,blue+yellow,green+black"
 
 
 def composition_table(models, args):
     """How captions of pairs of colours that CLIP, the diffusion model, both or neither have never
     seen are obeyed, and captions of other pairs; by the caption as a whole, and by its attributes.
     """
-    pairs = [set(pair.split("+")) for pair in HELD_OUT.split(",")]
-    words = [set(caption.replace(" and ", " ").split()) for caption in models.captions]
-    two = [i for i, caption in enumerate(models.captions) if " and " in caption]
-    unseen = [i for i in two if any(pair <= words[i] for pair in pairs)]
-    seen = [i for i in two if i not in unseen][::len(two) // len(unseen) - 1][:len(unseen)]
-    for clip in ("", f"--hold-out {HELD_OUT}"):
-        for ddpm in ("", f"--hold-out {HELD_OUT}"):
+    check(models)
+    groups = unseen_and_seen(args.each)
+    for clip in ("", f"--hold-out {UNSEEN}"):
+        for ddpm in ("", f"--hold-out {UNSEEN}"):
             these = others(models, args, clip, ddpm)
             if these is None:
                 continue
             these = measure.with_captions(these, models.captions)
-            for name, some in (("unseen", unseen), ("seen", seen)):
-                targets = torch.tensor(some * args.each, device=models.alpha_bar.device)
-                court = measure.convene(these, targets, args)
+            held_out = {(0, 0): "neither", (1, 0): "CLIP", (0, 1): "the diffusion model",
+                        (1, 1): "both"}[bool(clip), bool(ddpm)]
+            for name, indices in groups.items():
+                indices = indices.to(models.alpha_bar.device)
+                court = measure.convene(these, indices % len(models.captions), args)
                 for how in (measure.recipe(guide.DEFAULT, None, these, args), factored(these)):
-                    yield composed(how, name, bool(clip), bool(ddpm), targets, these, court, args)
+                    yield {"held out of": held_out, "pairs": name, "guidance": how.name[0],
+                           **obedience(how, indices, these, court, args)}
+
+
+def unseen_and_seen(each):
+    """-> {"unseen": each picture's index (N,), "seen": as many}; index i is of caption i % 294.
+
+    Unseen are `each` pictures of all captions of the pairs that are held out. The seen ones are
+    drawn from all other captions of two colours, in random order, none twice before all are there.
+    """
+    pairs = [set(pair.split("+")) for pair in UNSEEN.split(",")]
+    words = [set(caption.replace(" and ", " ").split()) for caption in cars.CAPTIONS]
+    two = [i for i, caption in enumerate(cars.CAPTIONS) if " and " in caption]
+    unseen = [i for i in two if any(pair <= words[i] for pair in pairs)]
+    seen = np.random.default_rng(0).permutation([i for i in two if i not in unseen])
+    N = each * len(unseen)
+    nth = lambda captions: np.resize(captions, N) + 294 * (np.arange(N) // len(captions))
+    return {"unseen": torch.tensor(nth(unseen)), "seen": torch.tensor(nth(seen))}
 
 
 def factored(models):
     """Guidance attribute by attribute -> Recipe.
 
     log_p is the sum of those of the body, the main and the second colour, each the probability of
-    any caption that has it, softened as in guide.contrastive, and CLIP looks ahead.
+    any caption that has it, softened as in guide.contrastive, and CLIP looks ahead. Scale and
+    interval are those of "ahead", though three gradients are added here.
     """
     labels = torch.tensor(cars.caption_labels(np.array(
         [cars.CAPTIONS.index(caption) for caption in models.captions])))      # (K, A)
@@ -178,16 +203,12 @@ def factored(models):
     return measure.Recipe(("factored",), denoiser)
 
 
-def composed(how, name, clip, ddpm, targets, models, court, args):
-    """One row: a Recipe for captions of seen or unseen pairs."""
-    K, each = len(models.captions), args.each
-    numbers = torch.arange(len(targets), device=targets.device) // (len(targets) // each)
-    drawing = measure.drawn(how, targets + K * numbers, models, args)
-    x = data.to_float(drawing.pictures).to(targets.device)
-    saw = judge.verdict(court.judge, x).cpu()
-    wanted = torch.tensor([court.promise[models.captions[k]] for k in targets.tolist()])
-    swapped = (saw == wanted[:, [0, 2, 1]]).all(dim=1).float().mean().item()
-    return {"held out of": {(0, 0): "neither", (1, 0): "CLIP", (0, 1): "the diffusion model",
-                            (1, 1): "both"}[clip, ddpm],
-            "pairs": name, "guidance": how.name[0],
-            **measure.score(drawing.pictures, targets, models, court), "swapped": swapped}
+def obedience(how, indices, models, court, args):
+    """What measure.score says of the pictures with these indices, drawn by a Recipe, and how many
+    have the right colours the wrong way round."""
+    targets = indices % len(models.captions)
+    drawing = measure.drawn(how, indices, models, args)
+    saw = judge.verdict(court.judge, data.to_float(drawing.pictures).to(indices.device)).cpu()
+    swapped = (saw == measure.promised(targets, models, court)[:, [0, 2, 1]]).all(1)
+    return {**measure.score(drawing.pictures, targets, models, court),
+            "swapped": swapped.float().mean().item()}

@@ -4,8 +4,8 @@ another.
 models: checkpoints.Models, args: what the command line says. B pictures, K captions.
 """
 import math
+from collections import Counter
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -53,7 +53,7 @@ def guidance_table(models, args):
                **measure.score(drawing.pictures, targets, models, court),
                "unet": drawing.unet, "unet_backward": drawing.unet_backward,
                "seconds": drawing.seconds,
-               "times_first": drawing.seconds / (first_seconds or math.inf)}
+               "times_first": drawing.seconds / first_seconds if first_seconds else None}
 
 
 def wanted(models, args):
@@ -82,31 +82,47 @@ def failures_table(models, args):
     indices = wanted(models, args)
     targets = indices % len(models.captions)
     court = measure.convene(models, targets, args)
-    pictures = measure.drawn(measure.recipe(guide.DEFAULT, None, models, args), indices, models,
-                             args).pictures
-    x = data.to_float(pictures).to(targets.device)
+    drawing = measure.drawn(measure.recipe(guide.DEFAULT, None, models, args), indices, models, args)
+    x = data.to_float(drawing.pictures).to(targets.device)
     saw = judge.verdict(court.judge, x).cpu()                                 # (N, A)
-    truth = torch.tensor([court.promise[models.captions[k]] for k in targets.tolist()])
+    truth = measure.promised(targets, models, court)                          # (N, A)
     right = (saw == truth).all(1)                                             # (N,)
-    row = lambda name, some, instead="": {
-        "wanted": name, "number": int(some.sum()), "right": right[some].float().mean().item(),
-        "mistaken for": instead}
-    yield row("all", right | True)
+    for name, some in {**by_attribute(truth, court), **by_look(models, truth, court, x)}.items():
+        if not some.any():
+            continue
+        low, high = judge.wilson(int(right[some].sum()), int(some.sum()))
+        mistaken = Counter(describe(saw[i], truth[i], court) for i in (some & ~right).nonzero()[:, 0])
+        often = mistaken.most_common(1)
+        yield {"wanted": name, "samples": int(some.sum()),
+               "joint": right[some].float().mean().item(), "low": low, "high": high,
+               "mistaken for": f"{often[0][0]} ({often[0][1]})" if often else ""}
+
+
+def describe(saw, truth, court):
+    """saw, truth: (A,) -> what is wrong, such as "body truck, not van"."""
+    return ", ".join(f"{name} {values[s]}, not {values[t]}" for (name, values), s, t in zip(
+        court.attributes.items(), saw.tolist(), truth.tolist()) if s != t)
+
+
+def by_attribute(truth, court):
+    """truth: (N, A) -> {what is wanted: (N,) bool}"""
+    groups = {"all": torch.ones(len(truth), dtype=torch.bool)}
     for i, (attribute, values) in enumerate(court.attributes.items()):
-        for v, value in enumerate(values):
-            some = truth[:, i] == v
-            wrong = saw[some, i][saw[some, i] != v].bincount(minlength=len(values))
-            instead = f"{values[wrong.argmax()]} ({wrong.max()})" if wrong.any() else ""
-            yield row(f"{attribute} {value}", some, instead)
-    if models.data == "cars":
-        exchanged = (saw == truth[:, [0, 2, 1]]).all(1) & ~right
-        two = truth[:, 1] != truth[:, 2]
-        yield row("one colour", ~two)
-        yield row("two colours", two, f"the same, exchanged ({int(exchanged.sum())})")
-        degrees = camera_heights(models, court, x)
-        for low, high in ((-90, 15), (15, 30), (30, 45), (45, 60), (60, 180)):
-            some = (degrees >= low) & (degrees < high)
-            yield row(f"camera at {max(low, 0)} to {min(high, 90)} degrees", some)
+        groups |= {f"{attribute} {value}": truth[:, i] == v for v, value in enumerate(values)}
+    return groups
+
+
+def by_look(models, truth, court, x):
+    """Cars of one and of two colours, and by how high the camera is -> {name: (N,) bool}"""
+    if models.data != "cars":
+        return {}
+    one, degrees = truth[:, 1] == truth[:, 2], camera_heights(models, court, x)
+    edges = [-math.inf, 15, 30, 45, 60, math.inf]
+    names = ["camera below 15 degrees", *(f"camera at {low} to {high} degrees" for low, high in zip(
+        edges[1:], edges[2:-1])), "camera above 60 degrees"]
+    return {"one colour": one, "two colours": ~one, **{
+        name: (degrees >= low) & (degrees < high)
+        for name, low, high in zip(names, edges, edges[1:])}}
 
 
 def camera_heights(models, court, x):
@@ -129,22 +145,21 @@ def camera_heights(models, court, x):
 # ---- one setting after another -------------------------------------------------------------------
 
 FACTORS = (.25, .5, 1., 2., 4.)
-SWEEPS = {   # what is changed -> the values that it gets; all else as the default method has it
-    "scale of contrastive": [16. * factor for factor in FACTORS],
-    "scale of x0-fast": [128. * factor for factor in FACTORS],
-    "scale of ahead": [128. * factor for factor in FACTORS],
-    "share": [0., .25, .5, .75, .9, 1.],
-    "temperature": [1., 2., 5., 10., 20.],
-    "rivals": [293, 9, 1, 0],
+SWEEPS = {   # what is changed -> the values that it gets; all else as "ahead" has it
+    **{f"scale of {method}": [guide.METHODS[method].scale * factor for factor in FACTORS]
+       for method in ("contrastive", "x0-fast", "ahead")},
+    "share": [0., .25, .5, .9, 1.],
+    "temperature": [1., 2., 10., 20.],
+    "rivals": [9, 1, 0],
     "tau2": [1., .5, .2],
-    "interval": [(1, 800), (1, 900), (1, 950), (1, 990), (200, 950), (400, 950)],
-    "eta": [0., .5, 1.],
-    "steps, recurrence": [(50, 1), (25, 2), (13, 4), (100, 1), (50, 2), (25, 4), (13, 8)]}
+    "interval": [(1, 800), (1, 900), (1, 990), (200, 950), (400, 950)],
+    "eta": [0., .5],
+    "steps, recurrence": [(50, 1), (13, 4), (100, 1), (50, 2), (25, 4), (13, 8)]}
 
 
 def sweep_table(models, args):
-    """One setting changed from the default, and all else left alone; a plot of what the scale
-    trades likeness to real pictures for."""
+    """One setting of "ahead" changed, and all else left alone (the row of its own scale is the
+    default); beside it two other methods by scale. A plot of what the scale trades likeness for."""
     indices, trade = wanted(models, args), {}
     targets = indices % len(models.captions)
     court = measure.convene(models, targets, args)
@@ -155,23 +170,26 @@ def sweep_table(models, args):
             row = {"changed": name, "to": str(value),
                    **measure.score(drawing.pictures, targets, models, court),
                    "unet": drawing.unet, "seconds": drawing.seconds}
-            if name.startswith("scale of "):
+            if name.startswith("scale of ") and row["kid"] is not None:
                 trade.setdefault(name[9:], []).append((row["joint"], row["kid"]))
             yield row
     curves = {method: tuple(zip(*points)) for method, points in trade.items()}
-    plot.lines(args.out / "sweep.png", curves, "right by the judge", "KID from real pictures")
+    if curves:
+        plot.lines(args.out / "trade-off.png", curves, "right by the judge",
+                   "KID from real pictures")
 
 
 def setting(name, value, models, args):
     """-> a Recipe, and the command line that goes with it."""
     if name.startswith("scale of "):
         return measure.recipe(name[9:], value, models, args), args
-    changes = {"interval": {"interval": value}, "eta": {"eta": value},
-               "steps, recurrence": dict(zip(("steps", "recurrence"), np.atleast_1d(value)))}
-    if name in changes:
-        args = measure.altered(args, **changes[name])
-        return measure.recipe(guide.DEFAULT, None, models, args), args
-    method, parts = guide.METHODS[guide.DEFAULT], {name: value}
+    if name in ("interval", "eta"):
+        args = measure.altered(args, **{name: value})
+        return measure.recipe("ahead", None, models, args), args
+    if name == "steps, recurrence":
+        args = measure.altered(args, steps=value[0], recurrence=value[1])
+        return measure.recipe("ahead", None, models, args), args
+    method, parts = guide.METHODS["ahead"], {name: value}
     share = parts.pop("share", guide.AHEAD)
 
     def denoiser(targets):
@@ -190,7 +208,8 @@ def other_contrastive(models, target, temperature=guide.TEMPERATURE, rivals=None
     tau2: logit - log sum exp(tau2 logits) (Ma et al. 2023, arXiv 2310.11311), which goes on pulling
     when CLIP is sure.
     """
-    rivals = len(models.captions) - 1 if rivals is None else rivals
+    most = len(models.captions) - 1
+    rivals = most if rivals is None else min(rivals, most)
     texts = F.normalize(models.text_features.float(), dim=1)                  # (K, E)
     compared = (texts[target] @ texts.T).topk(1 + rivals).indices             # (B, 1 + rivals)
 

@@ -8,6 +8,7 @@ E the width of CLIP's features.
 """
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -40,7 +41,8 @@ def reliability(probabilities, truth, bins=15):
     bin_of = (confidence * bins).long().clamp(max=bins - 1)
     inside = torch.stack([(bin_of == b).float() for b in bin_of.unique()])    # (used bins, N)
     count = inside.sum(dim=1)
-    return inside @ confidence / count, inside @ right / count, count / len(truth)
+    mean = lambda x: (inside * x).sum(dim=1) / count
+    return mean(confidence), mean(right), count / len(truth)
 
 
 def calibration_error(probabilities, truth, bins=15):
@@ -62,7 +64,8 @@ def clip_table(models, args):
     rows, curves = [], {}
     for t in (0, 50, *range(100, 1000, 100), 950):
         times, x_t = noised(x_0, eps, t, models)
-        logits = measure.clip_logits(models.clip, x_t, times, models.text_features)
+        features = measure.image_features(models.clip, x_t, times)
+        logits = measure.clip_logits(models.clip, features, times, models.text_features)
         best = logits.topk(min(5, logits.shape[1])).indices                   # (N, 5)
         hit = best == truth[:, None]
         right = (labels[best[:, 0]] == labels[truth]).float().mean(0)         # (A,)
@@ -106,12 +109,12 @@ def other_skills(models, args):
     for t in (0, 300, 500, 700):
         times, x_t = noised(x_0, eps, t, models)
         features = measure.image_features(models.clip, x_t, times)            # (N, E)
-        logits = models.clip.logits(features, models.text_features, times)    # (N, K)
+        logits = measure.clip_logits(models.clip, features, times, models.text_features)
         row = {"t": t, **found(logits, truth)}
         if models.data == "cars":
             row["order"] = right_order(logits, truth, labels)
             phrased = models.clip.encode_captions(list(map(paraphrase, labels.tolist())))
-            answer = models.clip.logits(features, phrased, times).argmax(1)
+            answer = measure.clip_logits(models.clip, features, times, phrased).argmax(1)
             row["phrased"] = (answer == truth).float().mean().item()
         if dataset.attributes:
             row["probe"] = linear_probe(models, args, t, features, labels[truth])
@@ -157,15 +160,18 @@ def linear_probe(models, args, t, features, labels):
     """
     config, device = models.unet.config, features.device
     training = data.load(models.data, config.image_size, PROBED, "train")
-    x_0 = data.to_float(torch.tensor(training.pictures[:PROBED])).to(device)
+    N = len(training.pictures)
+    rows = np.linspace(0, N - 1, min(N, PROBED)).astype(int)   # evenly, see measure.held_out
+    x_0 = data.to_float(training.pictures[rows]).to(device)
     generator = data.generator(args.seed, 1, device=device)
     times, x_t = noised(x_0, torch.randn(x_0.shape, generator=generator, device=device), t, models)
     scaled = lambda f: F.normalize(f.float(), dim=1) * f.shape[1] ** .5
     x, queries = scaled(measure.image_features(models.clip, x_t, times)), scaled(features)
     right = torch.ones(len(queries), dtype=torch.bool, device=device)
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        for i, truth in enumerate(torch.tensor(training.labels[:PROBED]).to(device).T):
-            linear = torch.nn.Linear(x.shape[1], int(truth.max()) + 1).to(device)
+        for i, values in enumerate(training.attributes.values()):
+            truth = torch.tensor(training.labels[rows, i]).to(device)
+            linear = torch.nn.Linear(x.shape[1], len(values)).to(device)
             optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100,
                                           line_search_fn="strong_wolfe")
 
@@ -187,10 +193,15 @@ def ddpm_table(models, args):
     """The loss on held-out pictures by time; how far unguided pictures are from real ones, and what
     that distance is worth; and by the number of steps."""
     _, _, x_0, eps = measure.held_out(models, args.seed)
+    errors = {}
     for t in (50, 150, 300, 500, 700, 900):
         times = torch.full((len(x_0),), t, device=x_0.device)
-        error = tinyddpm.ddpm_loss(models.unet, x_0, times, eps, models.alpha_bar)
-        yield {"t": t, "v_error": error.mean().item()}
+        parts = [tinyddpm.ddpm_loss(models.unet, *part, models.alpha_bar)
+                 for part in zip(x_0.split(250), times.split(250), eps.split(250))]
+        errors[t] = torch.cat(parts).mean().item()
+        yield {"t": t, "v_error": errors[t]}
+    plot.lines(args.out / "ddpm.png", {"v_error": (list(errors), list(errors.values()))}, "t",
+               "loss on held-out pictures")
     grader, _ = checkpoints.load_judge(models.data, args.judge, x_0.device)
     if grader:
         yield from distance_table(models, grader, args)
@@ -203,6 +214,7 @@ def distance_table(models, grader, args):
     what its training matters. And the share of copies of training pictures (judge.copies, pixels).
     """
     real, others = real_halves(models)
+    torch.manual_seed(args.seed)
     untrained = judge.Judge(grader.config, {name: head.out_features
                                             for name, head in grader.heads.items()})
     judges = {"kid": grader, "random_net": untrained.to(real.device).eval()}
@@ -235,16 +247,18 @@ def steps_table(models, grader, args):
     """KID of unguided pictures by the number of steps, deterministic (eta 0) and noisy (eta 1)."""
     real, _ = real_halves(models)
     real = judge.features(grader, real[:STEPPED])
+    number = len(real)   # a folder may hold fewer
     curves = {}
     for eta in (0., 1.):
         for steps in STEPS:
             plain = measure.altered(args, steps=steps, eta=eta, recurrence=1)
-            drawing = measure.unguided(models, plain, STEPPED)
+            drawing = measure.unguided(models, plain, number)
             x = data.to_float(drawing.pictures).to(real.device)
             kid, error = judge.kid(real, judge.features(grader, x))
-            curves.setdefault(f"eta {eta:g}", []).append((math.log10(steps), kid))
+            curves.setdefault(f"eta {eta:g}", []).append((math.log10(steps), kid or 0.))
             data.save_grid(args.out / f"steps-{steps}-eta-{eta:g}.png", drawing.pictures[:32], 8, 2)
-            yield {"steps": steps, "eta": eta, "number": len(x), "kid": kid, "kid_error": error}
+            yield {"steps": steps, "eta": eta, "number": number, "kid": kid,
+                   "kid_error": error}
     curves = {name: tuple(zip(*points)) for name, points in curves.items()}
     plot.lines(args.out / "steps.png", curves, "log10 of the steps", "KID from real pictures")
 
@@ -272,7 +286,7 @@ def judge_table(models, args):
     device, first_saw = models.alpha_bar.device, None
     for name in ("judge", "judge-2"):
         path = args.judge if name == "judge" else None
-        grader, content = checkpoints.load_judge(None, path, device, name)
+        grader, content = checkpoints.load_judge(models.data, path, device, name)
         if grader is None:
             continue
         dataset = data.load(content["data"], grader.config.size, EXAM, "judge-test")
@@ -282,8 +296,12 @@ def judge_table(models, args):
         first_saw = saw if first_saw is None else first_saw
         other = (saw != first_saw).any(1).float()
         for group, some in camera_groups(content["data"], len(right)).items():
-            yield {"judge": name, "pictures": group, "number": int(some.sum()),
-                   "joint": right[some].all(1).float().mean().item(),
+            hits = right[some].all(1)
+            if not len(hits):
+                continue
+            low, high = judge.wilson(int(hits.sum()), len(hits))
+            yield {"judge": name, "pictures": group, "samples": len(hits),
+                   "joint": hits.float().mean().item(), "low": low, "high": high,
                    **dict(zip(content["attributes"], right[some].float().mean(0).tolist())),
                    "unlike the first": other[some].mean().item()}
 

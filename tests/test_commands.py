@@ -1,4 +1,5 @@
 """Every command as a user runs it, at toy size, in a folder of its own."""
+import argparse
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import judge
 import measure
 import sample
 import suspects
+import sweeps
 import tables
 import tinyddpm
 import train
@@ -208,7 +210,7 @@ def test_photographs_from_folder_to_picture(here, tmp_path, monkeypatch, capsys)
     the same pictures is the one that is asked."""
     for name, colour in (("fire_truck", (200, 0, 0)), ("airplane", (0, 0, 200))):
         (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(60):
+        for i in range(150):
             picture = Image.new("RGB", (20, 16), tuple(min(255, c + i) for c in colour))
             picture.save(tmp_path / "photos" / name / f"{i}.png")
     monkeypatch.chdir(tmp_path)
@@ -221,6 +223,19 @@ def test_photographs_from_folder_to_picture(here, tmp_path, monkeypatch, capsys)
     out, error = capsys.readouterr()
     assert "'a photo of an airplane'" in out and "class" in out and not error
     assert "the judge finds all of it right in" in out
+
+    # Two captions, each with a handful of held-out pictures: small numbers everywhere.
+    monkeypatch.setattr(tables, "STEPS", (2,))
+    monkeypatch.setattr(measure, "POOL", 16)
+    monkeypatch.setattr(sweeps, "SWEEPS", {"rivals": [9], "temperature": [2.]})
+    for table in ("clip", "ddpm", "judge", "guidance --methods none best-of-4", "sweep",
+                  "failures --each 4"):
+        evaluate.main(f"{table} --steps 2 --device cpu".split())
+    assert "probe" in rows_of("clip")[-1] and "order" not in rows_of("clip")[-1]
+    assert [row["kid"] for row in rows_of("guidance")] == [None] * 3   # of two pictures
+    for table in ("suspects", "composition"):
+        with pytest.raises(data.UserError, match="about the car world"):
+            evaluate.main([table, "--device", "cpu"])
 
 
 def test_real_captions_have_no_judge(here, tmp_path, monkeypatch):
@@ -294,7 +309,7 @@ def test_tables(here, monkeypatch):
         0, 50, *range(100, 1000, 100), 950, 0, 300, 500, 700] and "order" in rows[-1]
     rows = rows_of("ddpm")   # by time, then four sets of pictures, then steps x eta
     assert len(rows) == 6 + 4 + 4 and rows[7]["kid"] > rows[6]["kid"] and "steps" in rows[-1]
-    assert rows_of("judge")[0]["number"] == 300
+    assert rows_of("judge")[0]["samples"] == 300
     assert Image.open("out/figure.png").width > 300
 
     guidance = ("guidance --methods none x0 best-of-4 --judge runs/judge/weights.pt --steps 3 "
@@ -327,11 +342,45 @@ def test_tables_of_other_trainings(here, monkeypatch, capsys):
         suspects.Suspect("the size", clip="--image-size 64")])
     evaluate.main(["suspects", *common])
     assert [row["samples"] for row in rows_of("suspects")] == [252, 252]
-    monkeypatch.setattr(suspects, "HELD_OUT", "white+red")
+    monkeypatch.setattr(suspects, "UNSEEN", "white+red")
     evaluate.main(["composition", *common])
     rows = rows_of("composition")
     assert len(rows) == 8 and {row["held out of"] for row in rows} == {"neither", "CLIP"}
     assert all(row["samples"] == 12 for row in rows)   # six bodies, two orders
+
+
+def test_sweeps_and_failures(here, monkeypatch):
+    monkeypatch.setattr(sweeps, "SWEEPS", {
+        "scale of ahead": [1., 2.], "share": [.5], "tau2": [.5], "eta": [0.],
+        "interval": [(1, 900)], "steps, recurrence": [(1, 1)]})
+    common = "--judge runs/judge/weights.pt --steps 2 --batch 147 --prompts even --device cpu"
+    for table in ("sweep", "failures", "inversion"):
+        evaluate.main([table, *common.split()])
+    rows = rows_of("sweep")
+    assert [row["unet"] for row in rows] == [3, 3, 3, 3, 3, 3, 1]
+    assert Image.open("out/trade-off.png").width > 300
+    rows = rows_of("failures")
+    assert rows[0]["samples"] == 147 == sum(
+        row["samples"] for row in rows if row["wanted"].startswith("camera"))
+    assert len(rows_of("inversion")) == 5
+
+
+def test_real_pictures_of_a_clip_that_knows_fewer_captions(here, monkeypatch):
+    """Captions are found by their text: the numbers of a CLIP's captions are its own."""
+    train.main(f"clip --steps 2 --hold-out white+red {TINY['clip']} --device cpu --out few".split())
+    models = checkpoints.load_pair("few/weights.pt", "runs/ddpm/weights.pt")
+    assert len(models.captions) == 282
+    dataset = data.load("cars", 16, measure.REAL, "validation")
+    place = {picture.tobytes(): k for picture, k in zip(dataset.pictures, dataset.caption_of)}
+    targets = torch.arange(282)
+    real = measure.real_pictures(models, targets, argparse.Namespace(each=1))
+    found = [dataset.captions[place[picture.tobytes()]] for picture in real]
+    assert found == models.captions
+
+    # The other way round: what the diffusion model never met is as probable as ever.
+    train.main(f"ddpm --steps 2 --hold-out white+red {TINY['ddpm']} --device cpu --out less".split())
+    models = checkpoints.load_pair("runs/clip/weights.pt", "less/weights.pt")
+    assert len(models.captions) == 294 and models.log_prior.abs().max() < 1e-6
 
 
 def test_evaluate_is_a_command(folder):

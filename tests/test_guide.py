@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -131,6 +132,23 @@ def test_looking_ahead(share, there, alpha_bar):
         expected = slope[i] * alpha_bar[then].sqrt() * r2 * a.sqrt() / (1 - a)
         assert torch.allclose(seen[0][0][i], at_s, atol=1e-4) and seen[0][1] == there
         assert torch.allclose(grad[i], expected, rtol=1e-4)
+
+
+def test_a_trajectory_leaves_nothing_behind(clip, unet, text_features, alpha_bar, monkeypatch):
+    """Autocast once kept a copy of every x_t that was differentiated by."""
+    kept, encode = [], clip.encode_image
+
+    def watched(x, t=None):
+        kept.append(weakref.ref(x))
+        return encode(x, t)
+    clip.encode_image = watched
+    log_p = guide.contrastive(clip, text_features, torch.tensor([5]))
+    guided = guide.guided(tinyddpm.denoiser(unet, alpha_bar), log_p, alpha_bar, 1.)
+    monkeypatch.setattr(data, "cpu_is_fast_in_bf16", lambda: True)
+    with data.autocast(torch.device("cpu")):
+        for t in (900, 500, 100):
+            guided(torch.randn(1, 3, 16, 16), torch.tensor([t]))
+        assert [reference() for reference in kept] == [None] * 3
 
 
 def test_the_push_is_dhariwal_and_nichols(alpha_bar):

@@ -62,6 +62,18 @@ def test_kid_of_matched_captions_is_unbiased():
     assert abs(value) < 4 * error
 
 
+def test_kid_is_as_precise_under_autocast():
+    torch.manual_seed(0)
+    real, drawn = torch.randn(400, 8), torch.randn(400, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = judge.kid(real, drawn)
+    assert rounded == judge.kid(real, drawn)
+
+
+def test_kid_of_a_handful_is_not_told():
+    assert judge.kid(torch.randn(7, 3), torch.randn(7, 3)) == (None, None)
+
+
 def test_kid_tells_others_from_its_own():
     torch.manual_seed(0)
     real, own, other = torch.randn(2000, 8), torch.randn(2000, 8), torch.randn(2000, 8) + 0.2

@@ -22,3 +22,11 @@ def test_a_curve_is_drawn_where_its_numbers_are(tmp_path):
 def test_a_constant_has_an_axis_too(tmp_path):
     plot.lines(tmp_path / "plot.png", {"loss": ([1, 2, 3], [3., 3., 3.])}, "step", "loss")
     assert (tmp_path / "plot.png").exists()
+
+
+def test_bars_are_as_long_as_their_shares(tmp_path):
+    plot.bars(tmp_path / "bars.png", {"half": (.5, .4, .6), "all": (1., .9, 1.)}, "share")
+    pixels = np.asarray(Image.open(tmp_path / "bars.png"))
+    blue = (pixels == (44, 111, 187)).all(axis=2)
+    lengths = blue[[26 + 5, 26 + 20 + 5]].sum(axis=1)   # near the top of each bar
+    assert lengths[1] > 300 and abs(lengths[0] / lengths[1] - 0.5) < 0.01

@@ -103,11 +103,12 @@ def test_what_was_drawn_is_kept_by_all_that_decides_it(clip, unet):
     """Weights, captions and prior. Two rows that differ in the prior alone once shared a key."""
     models = argparse.Namespace(clip=clip, unet=unet, captions=["a", "b"],
                                 log_prior=torch.zeros(2))
-    known = measure.fingerprint(models)
-    assert measure.fingerprint(models) == known
+    how = measure.Recipe(("",), lambda targets: None)
+    known = measure.fingerprint(models, how)
+    assert measure.fingerprint(models, how) == known
     models.log_prior = torch.tensor([0., 1.])
-    other = measure.fingerprint(models)
+    other = measure.fingerprint(models, how)
     models.captions = ["b", "a"]
-    swapped = measure.fingerprint(models)
+    swapped = measure.fingerprint(models, how)
     clip.log_scale.data += 1
-    assert len({known, other, swapped, measure.fingerprint(models)}) == 4
+    assert len({known, other, swapped, measure.fingerprint(models, how)}) == 4
