@@ -155,7 +155,8 @@ def looking_ahead(log_p, alpha_bar, share, sigma_data=0.5):
 
     what that covariance would be if pixels were independent and normal with standard deviation
     s = sigma_data. (Song et al. 2023, "Pseudoinverse-Guided Diffusion Models", choose their r_t so,
-    with s = 1.)
+    with s = 1.) It stays below s^2 where the factor in `guided` explodes, so that guidance may
+    begin at t = T, before any colour is settled.
     """
     def look(x_t, t, x_0_hat):
         a, sooner = at(alpha_bar, t), (share * t).long()
@@ -212,7 +213,7 @@ def classifier_free(unet, alpha_bar, target, scale, interval=(1, math.inf)):
 class Method(NamedTuple):
     log_p: Callable              # its maker; None if there is none
     scale: float                 # found by a sweep: RESULTS.md
-    interval: tuple              # swept for "contrastive", taken over by the others
+    interval: tuple              # likewise, for T = 1000
     through_unet: bool = False   # see guided
 
 
@@ -221,8 +222,8 @@ METHODS = {
     "spherical": Method(spherical, 8., (1, 950)),
     "clean": Method(clean, 16., (1, 950)),
     "x0": Method(x0, 32., (1, 950), through_unet=True),
-    "ahead": Method(ahead, 128., (1, 950)),
-    "x0-fast": Method(x0_fast, 128., (1, 950)),
+    "ahead": Method(ahead, 128., (1, 1000)),
+    "x0-fast": Method(x0_fast, 128., (1, 1000)),
     "classifier-free": Method(None, 2., (1, 1000)),
     "none": Method(None, 0., (1, 1000)),
 }
@@ -236,7 +237,8 @@ def guided_by(name, models, target, scale=None, interval=None):
     """
     method, unet, alpha_bar = METHODS[name], models.unet, models.alpha_bar
     scale = method.scale if scale is None else scale
-    interval = interval or method.interval
+    T = len(alpha_bar) - 1
+    interval = interval or tuple(round(t * T / 1000) for t in method.interval)
     if name == "none":
         return denoiser(unet, alpha_bar)
     if name == "classifier-free":

@@ -36,7 +36,7 @@ def parse(arguments):
     add("--method", default=guide.DEFAULT, choices=guide.METHODS)
     add("--scale", type=float, help="guidance scale; default: the method's own")
     add("--interval", type=int, nargs=2, metavar=("LO", "HI"),
-        help="guide only at these times, 1 to 1000; default: the method's own")
+        help="guide only at these times, 1 to T; default: the method's own")
     add("--steps", type=int, default=25, help="denoising steps, 1 to 1000")
     add("--eta", type=float, default=1., help="0 is DDIM, deterministic with --recurrence 1; 1 is "
         "as noisy as DDPM")
@@ -53,9 +53,8 @@ def parse(arguments):
     check(args)
     if not args.prompts:
         args.prompts, args.method = [None], "none"
-    method = guide.METHODS[args.method]
-    args.scale = method.scale if args.scale is None else args.scale
-    args.interval = tuple(args.interval or method.interval)
+    if args.scale is None:
+        args.scale = guide.METHODS[args.method].scale
     return args
 
 

@@ -152,7 +152,7 @@ SWEEPS = {   # what is changed -> the values that it gets; all else as "ahead" h
     "temperature": [1., 2., 10., 20.],
     "rivals": [9, 1, 0],
     "tau2": [1., .5, .2],
-    "interval": [(1, 800), (1, 900), (1, 990), (200, 950), (400, 950)],
+    "interval": [(1, 800), (1, 900), (1, 950), (200, 1000), (400, 1000)],
     "eta": [0., .5],
     "steps, recurrence": [(50, 1), (13, 4), (100, 1), (50, 2), (25, 4), (13, 8)]}
 

@@ -134,6 +134,18 @@ def test_looking_ahead(share, there, alpha_bar):
         assert torch.allclose(grad[i], expected, rtol=1e-4)
 
 
+def test_a_methods_interval_goes_with_T(clip, unet, text_features):
+    """At T = 100 guidance begins at t = 95, as it does at 950 of 1000."""
+    models = SimpleNamespace(clip=clip, unet=unet, alpha_bar=tinyddpm.cosine_alpha_bar(100),
+                             text_features=text_features, log_prior=0.)
+    plain, steered = (guide.guided_by(name, models, torch.tensor([5]))
+                      for name in ("none", "contrastive"))
+    x = torch.randn(1, 3, 16, 16)
+    same = [torch.equal(plain(x, torch.tensor([t])), steered(x, torch.tensor([t])))
+            for t in (96, 95, 1)]
+    assert same == [True, False, False]
+
+
 def test_a_trajectory_leaves_nothing_behind(clip, unet, text_features, alpha_bar, monkeypatch):
     """Autocast once kept a copy of every x_t that was differentiated by."""
     kept, encode = [], clip.encode_image
