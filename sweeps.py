@@ -82,8 +82,8 @@ def failures_table(models, args):
     indices = wanted(models, args)
     targets = indices % len(models.captions)
     court = measure.convene(models, targets, args)
-    drawing = measure.drawn(measure.recipe(guide.DEFAULT, None, models, args), indices, models, args)
-    x = data.to_float(drawing.pictures).to(targets.device)
+    how = measure.recipe(guide.DEFAULT, None, models, args)
+    x = data.to_float(measure.drawn(how, indices, models, args).pictures).to(targets.device)
     saw = judge.verdict(court.judge, x).cpu()                                 # (N, A)
     truth = measure.promised(targets, models, court)                          # (N, A)
     right = (saw == truth).all(1)                                             # (N,)
@@ -91,8 +91,8 @@ def failures_table(models, args):
         if not some.any():
             continue
         low, high = judge.wilson(int(right[some].sum()), int(some.sum()))
-        mistaken = Counter(describe(saw[i], truth[i], court) for i in (some & ~right).nonzero()[:, 0])
-        often = mistaken.most_common(1)
+        failed = (some & ~right).nonzero()[:, 0]
+        often = Counter(describe(saw[i], truth[i], court) for i in failed).most_common(1)
         yield {"wanted": name, "samples": int(some.sum()),
                "joint": right[some].float().mean().item(), "low": low, "high": high,
                "mistaken for": f"{often[0][0]} ({often[0][1]})" if often else ""}

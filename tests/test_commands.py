@@ -378,7 +378,8 @@ def test_real_pictures_of_a_clip_that_knows_fewer_captions(here, monkeypatch):
     assert found == models.captions
 
     # The other way round: what the diffusion model never met is as probable as ever.
-    train.main(f"ddpm --steps 2 --hold-out white+red {TINY['ddpm']} --device cpu --out less".split())
+    less = f"ddpm --steps 2 --hold-out white+red {TINY['ddpm']} --device cpu --out less"
+    train.main(less.split())
     models = checkpoints.load_pair("runs/clip/weights.pt", "less/weights.pt")
     assert len(models.captions) == 294 and models.log_prior.abs().max() < 1e-6
 
