@@ -149,7 +149,8 @@ def wilson(right, n, z=1.96):
     p = right / n
     centre = p + z * z / (2 * n)
     half = z * ((p * (1 - p) + z * z / (4 * n)) / n) ** 0.5
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max(0., low), min(1., high)   # rounding may leave them a hair outside
 
 
 @torch.no_grad()
