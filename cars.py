@@ -12,6 +12,7 @@ Shapes: N pictures, F faces, V vertices; pictures are uint8 (N, size, size, 3), 
 
 Left out: shadows, reflections, curved surfaces, backgrounds.
 """
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -345,6 +346,11 @@ def scene(seed, index, labels="balanced"):
     solids = build(BODIES[body], rng)
     paints = mix_paints(COLOURS[main], COLOURS[second], rng)
     return Scene(solids, paints, *camera(solids, rng)), (body, main, second)
+
+
+def camera_height(seed, index):
+    """How high above the ground the camera of picture `index` stands, in degrees."""
+    return math.degrees(math.asin(-scene(seed, index)[0].forward[2]))
 
 
 def mix_paints(main, second, rng):

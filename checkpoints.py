@@ -4,15 +4,21 @@ from typing import NamedTuple
 
 import torch
 
+import bpe
 import data
 import guide
 import judge
 import tinyclip
 import tinyddpm
+from unet import UNet, UNetConfig
 
 SHIPPED = Path(__file__).resolve().parent / "weights"   # trained models, they come with the source
-BUILD = {"clip": tinyclip.from_checkpoint, "ddpm": tinyddpm.from_checkpoint,
-         "judge": judge.from_checkpoint}   # content of a file -> model
+BUILD = {   # what a file holds -> the model, with random weights
+    "clip": lambda content: tinyclip.CLIP(tinyclip.CLIPConfig(**content["config"]),
+                                          bpe.Tokenizer(content["merges"])),
+    "ddpm": lambda content: UNet(UNetConfig(**content["config"]), len(content["captions"])),
+    "judge": lambda content: judge.Judge(judge.JudgeConfig(**content["config"]), {
+        name: len(values) for name, values in content["attributes"].items()})}
 
 # What weights.pt of each kind holds, beside "kind", "config", "weights" and "data".
 HOLDS = {"clip": ("schedule", "captions", "spellings", "counts", "merges"),
@@ -32,7 +38,9 @@ def load_model(path, kind):
         raise data.UserError(f"{path} holds no {missing[0]!r}, it is of another version; train one "
                              f"with: python train.py {kind} --fresh")
     try:
-        return BUILD[kind](content).eval().requires_grad_(False), content
+        model = BUILD[kind](content)
+        model.load_state_dict({name: p.float() for name, p in content["weights"].items()})
+        return model.eval().requires_grad_(False), content
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]   # torch: headline, then details
         raise data.UserError(f"{path} does not fit its own config: {lines[-1].strip()}") from None
@@ -50,8 +58,8 @@ def find_weights(clip=None, ddpm=None):
 
 
 def load_judge(name, path, device="cpu", which="judge"):
-    """A judge for a data set, or for any if name is None: that of the path, if one is given, else
-    one trained in runs/, else one that is shipped. which: "judge", or "judge-2" for the second.
+    """A judge for a data set: that of the path, if one is given, else one trained in runs/, else
+    one that is shipped. which: "judge", or "judge-2" for the second.
 
     -> (model, content) as load_model does; (None, None) if there is none.
     """
@@ -60,7 +68,7 @@ def load_judge(name, path, device="cpu", which="judge"):
         if not path and not candidate.exists():
             continue
         found = data.load_checkpoint(candidate, "judge").get("data")
-        if name in (None, found):
+        if name == found:
             grader, content = load_model(candidate, "judge")
             return grader.to(device), content
         if path:
@@ -80,8 +88,10 @@ def check_fit(clip, ddpm):
             raise data.UserError(f"these CLIP and DDPM do not fit together: {key} is {a} for CLIP "
                                  f"and {b} for the DDPM; train both alike")
     a, b = set(clip["captions"]), set(ddpm["captions"])
-    told = ddpm["config"].get("text")   # which is by number
-    if clip["captions"] != ddpm["captions"] if told else not (a <= b or b <= a):
+    fit = a <= b or b <= a
+    if ddpm["config"].get("text"):   # it is told captions by number
+        fit = clip["captions"] == ddpm["captions"]
+    if not fit:
         raise data.UserError("these CLIP and DDPM do not fit together: they know other captions; "
                              "train both alike")
 
@@ -117,19 +127,52 @@ def load_pair(clip=None, ddpm=None, device="cpu"):
     check_fit(clip_content, ddpm_content)
     clip, unet = (m.to(device, memory_format=torch.channels_last) for m in (clip, unet))
     captions, counts = clip_content["captions"], clip_content["counts"]
-    # Of a caption that the DDPM never met, no ratio is known: say, as often as in CLIP's training.
-    met = dict(zip(ddpm_content["captions"], ddpm_content["counts"]))
-    share = sum(met.values()) / sum(n for text, n in zip(captions, counts) if text in met)
-    ddpm_counts = [met.get(caption, count * share) for caption, count in zip(captions, counts)]
+    # Of a caption that the DDPM does not list, no ratio is known: say, as often as in CLIP's
+    # training. One that it lists with a count of 0 is improbable, see prior_ratio.
+    listed = dict(zip(ddpm_content["captions"], ddpm_content["counts"]))
+    share = sum(listed.values()) / sum(n for text, n in zip(captions, counts) if text in listed)
+    ddpm_counts = [listed.get(caption, count * share) for caption, count in zip(captions, counts)]
     return Models(clip, unet, tinyddpm.cosine_alpha_bar(unet.config.T).to(device), captions,
                   clip_content["spellings"], clip.encode_captions(captions),
                   guide.prior_ratio(ddpm_counts, counts).to(device), clip_content["data"],
                   f"CLIP from {clip_path}, DDPM from {ddpm_path}, on {device}")
 
 
-def with_prompt(models, prompt):
-    """The same models, with one caption more. Of a new caption no prior is known."""
-    features = models.clip.encode_captions([prompt])
-    return models._replace(captions=[*models.captions, prompt],
-                           text_features=torch.cat([models.text_features, features]),
-                           log_prior=torch.cat([models.log_prior, models.log_prior.new_zeros(1)]))
+def find_caption(prompt, models):
+    """-> the index of the caption that is meant, whatever its spelling; None if there is none."""
+    spelt = {bpe.canonical(text): i for texts in models.spellings for i, text in enumerate(texts)}
+    return spelt.get(bpe.canonical(prompt))
+
+
+def with_captions(models, captions):
+    """The same models, with these captions in this order; of those that are new to CLIP, no prior
+    is known."""
+    if models.captions == captions:
+        return models
+    known = dict(zip(models.captions, models.log_prior.tolist()))
+    log_prior = torch.tensor([known.get(caption, 0.) for caption in captions])
+    return models._replace(captions=captions, log_prior=log_prior.to(models.alpha_bar.device),
+                           text_features=models.clip.encode_captions(captions))
+
+
+# ---- what CLIP thinks ----------------------------------------------------------------------------
+
+def image_features(clip, x, t):
+    """x: (N, 3, H, W), t: (N,) -> (N, E), a part at a time to save memory."""
+    return torch.cat([clip.encode_image(*part) for part in zip(x.split(250), t.split(250))])
+
+
+def clip_logits(clip, image_features, text_features, t):
+    """CLIP.logits in full precision, because near-ties count -> (N, K)"""
+    with torch.autocast(text_features.device.type, enabled=False):
+        return clip.logits(image_features.float(), text_features.float(), t)
+
+
+def beliefs(models, x, t=None):
+    """How probable the captions are in the opinion of the CLIP that guides -> (N, K)
+
+    x: (N, 3, H, W), noised up to t, (N,) int; None: clean pictures.
+    """
+    t = torch.zeros(len(x), dtype=torch.long, device=x.device) if t is None else t
+    logits = clip_logits(models.clip, image_features(models.clip, x, t), models.text_features, t)
+    return (logits + models.log_prior).softmax(dim=1)

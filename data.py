@@ -37,6 +37,22 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; -h explains")
 
 
+def check_range(name, value, low, high):
+    """UserError unless low <= value <= high; NaN is refused too."""
+    if not low <= value <= high:
+        raise UserError(f"{name} must be from {low} to {high}, not {value}")
+
+
+def check_drawing(args):
+    """UserError unless pictures can be drawn with these --steps, --eta and so on."""
+    for name, low, high in (("steps", 1, 1000), ("eta", 0, 1), ("recurrence", 1, 100),
+                            ("batch", 1, 10_000), ("seed", 0, 2 ** 63 - 1)):
+        check_range(f"--{name}", getattr(args, name), low, high)
+    if args.interval and not 1 <= args.interval[0] <= args.interval[1] <= 1000:
+        raise UserError("--interval must be two times LO <= HI from 1 to 1000, not "
+                        f"{args.interval[0]} {args.interval[1]}")
+
+
 def command(main):
     """Run main() as the file at hand is run by a user, and leave Python as shells expect it."""
     name = Path(sys.argv[0]).name

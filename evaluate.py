@@ -18,6 +18,7 @@ Tables are printed, and written as JSON with commit, seed and machine; pictures 
 """
 import argparse
 import json
+import math
 import platform
 import subprocess
 from pathlib import Path
@@ -58,33 +59,30 @@ def parse(arguments):
         choices=[*guide.METHODS, *sweeps.BEST_OF], help="guidance: a row for each")
     add("--scales", type=float, nargs="+",
         help="guidance: a row for each; default: the method's own")
-    add("--interval", type=int, nargs=2, metavar=("LO", "HI"),
-        help="guidance: only at these times; default: the method's own")
     add("--prompts", default="all", choices=list(sweeps.HALVES),
-        help="guidance: tune on one half of the captions, report on all")
-    add("--each", type=int, default=1, help="guidance: samples of each caption")
-    add("--judge", help="judge, guidance: a judge's weights.pt; default: as sample.py")
-    add("--batch", type=int, default=49, help="guidance: pictures at a time")
+        help="guidance, sweep, failures: tune on one half of the captions, report on all")
+    add("--each", type=int, default=1,
+        help="guidance, sweep, failures, composition: samples of each caption")
     add("--prompt", default="a white and red car", help="figure: the caption to draw")
-    add("--steps", type=int, default=25, help="guidance, figure: denoising steps")
-    add("--eta", type=float, default=1., help="guidance, figure: 0 is DDIM, 1 as noisy as DDPM")
-    add("--recurrence", type=int, default=2, help="guidance, figure: how often each step is taken")
+    add("--interval", type=int, nargs=2, metavar=("LO", "HI"),
+        help="guide only at these times; default: the method's own")
+    add("--steps", type=int, default=25, help="denoising steps")
+    add("--eta", type=float, default=1., help="0 is DDIM, 1 as noisy as DDPM")
+    add("--recurrence", type=int, default=2, help="take every step so many times")
     add("--no-prior", action="store_true",
-        help="guidance: as if CLIP had met each caption as often as the DDPM")
+        help="guide as if CLIP had met each caption as often as the DDPM")
+    add("--batch", type=int, default=49, help="pictures at a time")
     add("--seed", type=int, default=0)
     add("--clip", help="a CLIP's weights.pt")
     add("--ddpm", help="a DDPM's weights.pt")
+    add("--judge", help="a judge's weights.pt; default: as sample.py")
     add("--out", type=Path, default="out", help="folder for what is written")
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
     args = parser.parse_args(arguments)
-    if args.interval and not 1 <= args.interval[0] <= args.interval[1] <= 1000:
-        raise data.UserError("--interval must be two times LO <= HI from 1 to 1000, not "
-                             f"{args.interval[0]} {args.interval[1]}")
-    for name, low, high in (("steps", 1, 1000), ("eta", 0, 1), ("batch", 1, 10_000),
-                            ("recurrence", 1, 100), ("each", 1, 1000), ("seed", 0, 2 ** 63 - 1)):
-        if not low <= getattr(args, name) <= high:   # NaN is refused too
-            raise data.UserError(
-                f"--{name} must be from {low} to {high}, not {getattr(args, name)}")
+    data.check_drawing(args)
+    data.check_range("--each", args.each, 1, 1000)
+    if not all(map(math.isfinite, args.scales or [])):
+        raise data.UserError(f"--scales must be finite numbers, not {args.scales}")
     return args
 
 

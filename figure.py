@@ -1,18 +1,19 @@
 """What guidance sees: the figure of the README. `python evaluate.py figure` draws it.
 
-`models` is checkpoints.Models, `args` what the command line says: prompt, steps, eta, seed, out.
+`models` is checkpoints.Models, `args` what the command line says.
 """
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import bpe
+import checkpoints
 import data
 import guide
 import tinyddpm
 
 CELL, STEP = 128, 136   # pixels: the side of a picture, and from one picture to the next
 LEFT, TOP = 60, 34      # margins, for the times and for the titles
-OPINION = 358           # the width of a gradient, the bars beside it and the gap after them
+BAR, GAP = 208, 16      # the length of a bar for 100 %; between a picture and the next column
+OPINION = CELL + 6 + BAR + GAP   # the width of a gradient, the bars beside it and the gap
 
 
 def figure(models, args):
@@ -22,12 +23,15 @@ def figure(models, args):
     trajectory that the default method guides.
     """
     device = models.alpha_bar.device
-    target = find_caption(args.prompt, models.captions)
+    target = checkpoints.find_caption(args.prompt, models)
+    if target is None:
+        raise data.UserError(f"--prompt {args.prompt!r} is none of CLIP's {len(models.captions)} "
+                             f"captions, such as {models.captions[0]!r}")
     moments = trajectory(models, target, args)
     denoise = tinyddpm.denoiser(models.unet, models.alpha_bar)
     font = ImageFont.load_default(13)
-    columns = [LEFT, LEFT + STEP, LEFT + 2 * STEP + 16, LEFT + 2 * STEP + 16 + OPINION]
-    sheet = Image.new("RGB", (columns[-1] + OPINION + 28, TOP + len(moments) * STEP), "white")
+    columns = [LEFT, LEFT + STEP, LEFT + 2 * STEP + GAP, LEFT + 2 * STEP + GAP + OPINION]
+    sheet = Image.new("RGB", (columns[-1] + OPINION + 2 * GAP, TOP + len(moments) * STEP), "white")
     draw = ImageDraw.Draw(sheet)
     for x, title in zip(columns, ("x_t", "x_0_hat", "noise-aware CLIP: gradient, posterior",
                                   "clean CLIP: gradient, posterior")):
@@ -42,16 +46,7 @@ def figure(models, args):
             sheet.paste(enlarged(grad / (3 * grad.std() + 1e-12)), (x, y))
             draw_bars(draw, x + CELL + 6, y + 6, probabilities, target, models.captions, font)
     sheet.save(args.out / "figure.png")
-    return []
-
-
-def find_caption(prompt, captions):
-    """-> the index of the prompt among CLIP's captions."""
-    known = [bpe.canonical(caption) for caption in captions]
-    if bpe.canonical(prompt) not in known:
-        raise data.UserError(f"--prompt {prompt!r} is none of CLIP's {len(captions)} captions, "
-                             f"such as {captions[0]!r}")
-    return known.index(bpe.canonical(prompt))
+    return []   # no table
 
 
 def trajectory(models, target, args):
@@ -69,14 +64,14 @@ def trajectory(models, target, args):
 
 
 def opinion(models, x_t, t, target):
-    """CLIP on one x_t, told that it is at time t -> contrastive's gradient there, p (K,)."""
-    clip, text_features = models.clip, models.text_features
-    log_p = guide.contrastive(clip, text_features, torch.tensor([target]), models.log_prior)
+    """CLIP on one x_t, told that it is at time t -> the gradient of guide.contrastive there, which
+    is of the softened p, (1, 3, H, W); p as CLIP means it, (K,)."""
+    log_p = guide.contrastive(models.clip, models.text_features, torch.tensor([target]),
+                              models.log_prior)
     with torch.enable_grad():
         x = x_t.detach().requires_grad_()
         grad, = torch.autograd.grad(log_p(x, t, None).sum(), x)
-    logits = clip.logits(clip.encode_image(x_t, t), text_features, t) + models.log_prior
-    return grad, logits.softmax(1)[0]
+    return grad, checkpoints.beliefs(models, x_t, t)[0]
 
 
 def enlarged(x):
@@ -89,6 +84,6 @@ def draw_bars(draw, x, y, probabilities, target, captions, font):
     others = [i for i in probabilities.argsort(descending=True).tolist() if i != target]
     for i in (target, *others[:4]):
         p, colour = float(probabilities[i]), "#f4b9b2" if i == target else "#d5dbe3"
-        draw.rectangle([x, y, x + int(p * 208), y + 16], colour)
+        draw.rectangle([x, y, x + int(p * BAR), y + 16], colour)
         draw.text((x + 3, y + 1), f"{p:.0%} {captions[i]}", "black", font)
         y += 24

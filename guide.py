@@ -131,7 +131,7 @@ def spherical(clip, text_features, target, log_prior=0.):
 
 
 def x0(clip, text_features, target, log_prior=0.):
-    """-> log_p: a CLIP of clean pictures looks at x_0_hat, with the gradient through the U-Net.
+    """-> log_p: CLIP, told that it is clean, looks at x_0_hat; the gradient is through the U-Net.
 
     Bansal et al. 2023 eq. 6. By Tweedie's formula the U-Net's Jacobian d x_0_hat / d x_t is
     sqrt(alpha_bar) / (1 - alpha_bar) times the covariance of x_0 given x_t, so the push in x_0_hat
@@ -172,19 +172,17 @@ def looking_ahead(log_p, alpha_bar, share, sigma_data=0.5):
 AHEAD = 0.75   # found by a sweep: RESULTS.md
 
 
-def ahead(clip, text_features, target, log_prior=0.):
+def ahead(clip, text_features, target, log_prior=0., share=AHEAD):
     """-> log_p: CLIP looks a quarter of the time ahead, and knows how noisy it is there. The
     default."""
     told_time = contrastive(clip, text_features, target, log_prior)
     alpha_bar = cosine_alpha_bar(clip.config.T).to(text_features.device)
-    return looking_ahead(told_time, alpha_bar, AHEAD)
+    return looking_ahead(told_time, alpha_bar, share)
 
 
 def x0_fast(clip, text_features, target, log_prior=0.):
     """-> log_p: CLIP looks all the way ahead, at x_0_hat: x0 without the U-Net's derivative."""
-    told_time = contrastive(clip, text_features, target, log_prior)
-    alpha_bar = cosine_alpha_bar(clip.config.T).to(text_features.device)
-    return looking_ahead(told_time, alpha_bar, share=0.)
+    return ahead(clip, text_features, target, log_prior, share=0.)
 
 
 # ---- guidance without a CLIP ---------------------------------------------------------------------
@@ -198,7 +196,7 @@ def classifier_free(unet, alpha_bar, target, scale, interval=(1, math.inf)):
     unet: one that is told captions (UNetConfig.text); it is evaluated twice a step.
     """
     anything = denoiser(unet, alpha_bar)
-    told = denoiser(functools.partial(unet, caption=target + 1), alpha_bar)
+    told = denoiser(functools.partial(unet, caption=target + 1), alpha_bar)   # 0: told nothing
 
     def denoise(x_t, t):
         x_0_hat = anything(x_t, t)

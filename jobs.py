@@ -3,6 +3,8 @@
 A job puts the chapters together, data, CLIP, diffusion model and judge, for the loop in train.py.
 Every one draws its times and noise from the generator that it is given and from nothing else, so
 that a step of training is a function of (seed, step).
+
+config: the model's dataclass, options: train.TrainConfig, dataset, validation: data.Dataset.
 """
 import functools
 import math
@@ -17,6 +19,7 @@ import judge
 import plot
 import tinyclip
 import tinyddpm
+from unet import UNet
 
 
 class Job(NamedTuple):
@@ -137,9 +140,12 @@ def ddpm_job(config, options, dataset, validation, device):
         data.save_grid(folder / "samples.png", data.to_uint8(samples), zoom=2)
         return f"loss on held-out pictures {held_out:.4f}, {len(samples)} samples in samples.png"
 
-    note = "a network that says v = 0 has a loss of about 0.9"
-    unet = tinyddpm.UNet(config, len(dataset.captions))
-    return Job("ddpm", unet, loss, preview, captions_of(dataset), note)
+    x_0, _ = data.batch(dataset, 0, 0, 500)
+    a = alpha_bar[1:].mean().item()   # E[v^2] = E[a] + E[1 - a] E[x_0^2]
+    silent = a + (1 - a) * x_0.square().mean().item()
+    note = f"a network that says v = 0 has a loss of {silent:.2f}"
+    net = UNet(config, len(dataset.captions))
+    return Job("ddpm", net, loss, preview, captions_of(dataset), note)
 
 
 def judge_job(config, options, dataset, validation, device):

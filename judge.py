@@ -111,14 +111,6 @@ class Judge(nn.Module):
         return {name: head(found) for name, head in self.heads.items()}
 
 
-def from_checkpoint(content):
-    """The content of a checkpoint of kind "judge" -> Judge in fp32."""
-    sizes = {name: len(values) for name, values in content["attributes"].items()}
-    judge = Judge(JudgeConfig(**content["config"]), sizes)
-    judge.load_state_dict({name: p.float() for name, p in content["weights"].items()})
-    return judge
-
-
 def judge_loss(judge, x, labels):
     """Cross-entropy, mean over the batch, summed over the attributes.
 
@@ -153,19 +145,25 @@ def wilson(right, n, z=1.96):
     return max(0., low), min(1., high)   # rounding may leave them a hair outside
 
 
+NOTICED = 2, 4, 7   # of resnet's layers: its second block, its fourth, and what the heads average
+
+
 @torch.no_grad()
 def features(judge, x, batch=256):
-    """What a judge of the kind "resnet" notices: the mean and the deviation of every channel, after
-    its second, fourth and last block; call judge.eval() first.
+    """What a judge of the kind "resnet" notices: the mean and the deviation of every channel of
+    NOTICED; call judge.eval() first. ValueError if it is of another kind.
 
     x: (N, 3, H, W) in [-1, 1] -> (N, F)
     """
+    if judge.config.net != "resnet":
+        raise ValueError("KID and diversity are measured by a judge of the kind resnet, not "
+                         f"{judge.config.net}")
     noticed = []
     for part in x.split(batch):
         h, statistics = judge.resized(part), []
         for i, stage in enumerate(judge.stages):
             h = stage(h)
-            if i in (2, 4, 7):
+            if i in NOTICED:
                 statistics += [h.float().mean(dim=(2, 3)), h.float().std(dim=(2, 3))]
         noticed.append(torch.cat(statistics, dim=1))
     return torch.cat(noticed)
@@ -214,14 +212,13 @@ def copies(x, training, batch=64):
     """Which pictures are copies of a training picture: much nearer to one than to all others.
 
     x: (N, P), training: (M, P), any description of pictures -> (N,) bool, d1 / d2 < 1/3 for the
-    distances to the nearest two.
+    distances to the nearest two, as in Gu et al. 2023, arXiv 2310.02664.
     """
     found = []
     for part in x.split(batch):
         d1, d2 = torch.cdist(part, training).topk(2, largest=False).values.unbind(dim=1)
         found.append(d1 < d2 / 3)
     return torch.cat(found)
-
 
 
 if __name__ == "__main__":   # the shipped judge looks at 200 cars that nobody learned from
@@ -238,3 +235,8 @@ if __name__ == "__main__":   # the shipped judge looks at 200 cars that nobody l
         print(f"{cars.caption(*labels[i])}: the judge sees {cars.caption(*seen[i])}")
     low, high = wilson(right.sum(), 200)
     print(f"all right in {right.sum()} of 200, 95 % interval {low:.1%} to {high:.1%}")
+
+# a yellow and gray car: the judge sees a yellow and gray car
+# a yellow and black van: the judge sees a yellow and black van
+# a black and red jeep: the judge sees a black and red jeep
+# all right in 200 of 200, 95 % interval 98.1% to 100.0%

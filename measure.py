@@ -8,6 +8,7 @@ import math
 import os
 import time
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -22,9 +23,10 @@ import judge
 import tinyclip
 import tinyddpm
 import unet
+import variants
 
 HELD_OUT = 2000   # pictures of the validation split, for tables without drawings
-REAL = 4000       # of that split to choose from, for each sample of a caption; a folder gives all
+REAL = 4000       # of cars: drawn for each sample of a caption, to find real ones of it among them
 POOL = 2000   # unguided pictures, from which best_of chooses for all captions
 
 
@@ -55,40 +57,6 @@ def held_out(models, seed, most=None):
     return caption_of, dataset, x_0, torch.randn(x_0.shape, generator=generator, device=device)
 
 
-def image_features(clip, x, times):
-    """x: (N, 3, H, W), times: (N,) -> (N, E), a part at a time to save memory."""
-    parts = zip(x.split(250), times.split(250))
-    return torch.cat([clip.encode_image(x_part, t_part) for x_part, t_part in parts])
-
-
-def with_captions(models, captions):
-    """The same models, with these captions in this order; of those that are new to CLIP, no prior
-    is known."""
-    if models.captions == captions:
-        return models
-    known = dict(zip(models.captions, models.log_prior.tolist()))
-    log_prior = torch.tensor([known.get(caption, 0.) for caption in captions])
-    return models._replace(captions=captions, log_prior=log_prior.to(models.alpha_bar.device),
-                           text_features=models.clip.encode_captions(captions))
-
-
-def clip_logits(clip, features, times, text_features):
-    """features: (N, E) of pictures, times: (N,) -> (N, K), in full precision: near-ties count."""
-    with torch.autocast(features.device.type, enabled=False):
-        return clip.logits(features.float(), text_features.float(), times)
-
-
-def beliefs(models, x):
-    """How probable the captions are in the opinion of the CLIP that guides -> (N, K)
-
-    x: (N, 3, H, W), clean pictures
-    """
-    clean = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    features = image_features(models.clip, x, clean)
-    logits = clip_logits(models.clip, features, clean, models.text_features)
-    return (logits + models.log_prior).softmax(1)
-
-
 def altered(args, **changes):
     """The command line, as if it said something else."""
     return argparse.Namespace(**{**vars(args), **changes})
@@ -99,14 +67,14 @@ def altered(args, **changes):
 class Drawing(NamedTuple):
     """N pictures for N captions, and what they cost."""
     pictures: np.ndarray   # (N, H, W, 3) uint8
-    unet: int              # evaluations of the U-Net for each of them,
-    unet_backward: int     # and back-propagations through it
+    unet_calls: int        # evaluations of the U-Net for each of them,
+    unet_backwards: int    # and back-propagations through it
     seconds: float         # for all of them, without the loading
 
 
 class Recipe(NamedTuple):
     """A way to draw."""
-    name: tuple          # all that distinguishes it from other ways
+    name: tuple          # all that distinguishes it from other ways, but for models and args
     denoiser: Callable   # targets (B,) int, the captions wanted -> denoise
 
 
@@ -119,15 +87,25 @@ def recipe(method, scale, models, args):
                   lambda targets: guide.guided_by(method, models, targets, scale, interval))
 
 
+def recipe_of(name, log_p_of, models, args, like=guide.DEFAULT, scale=None):
+    """Another log_p, with the interval, and unless it has its own the scale, of the method that it
+    is like -> Recipe. name: a tuple, log_p_of: targets (B,) int -> log_p."""
+    scale = guide.METHODS[like].scale if scale is None else scale
+    interval = tuple(args.interval or guide.METHODS[like].interval)
+    denoise = tinyddpm.denoiser(models.unet, models.alpha_bar)
+    return Recipe((*name, scale, interval), lambda targets: guide.guided(
+        denoise, log_p_of(targets), models.alpha_bar, scale, interval))
+
+
 def drawn(how, indices, models, args):
     """The pictures with these indices, N ints, by a Recipe -> Drawing. Picture i is of caption
     i % K, from noise of its own, whatever the recipe.
 
     They are kept in cache/, by all that decides what they look like, so that a table which was
-    interrupted goes on where it was.
+    interrupted goes on where it was; the seconds are those of the first time.
     """
     in_bf16 = torch.is_autocast_enabled(models.alpha_bar.device.type)   # not on every machine
-    decides = (fingerprint(models, how), in_bf16, how.name, args.steps, args.eta, args.recurrence,
+    decides = (fingerprint(models), in_bf16, how.name, args.steps, args.eta, args.recurrence,
                args.seed, indices.tolist())
     path = data.CACHE / f"drawn-{zlib.crc32(repr(decides).encode()):08x}.npz"
     if not path.exists():
@@ -141,13 +119,16 @@ def drawn(how, indices, models, args):
     return Drawing(kept["pictures"], *(kept[key].item() for key in Drawing._fields[1:]))
 
 
-def fingerprint(models, how):
+# Read now: a file that is edited while a table runs is not what the table runs.
+SOURCES = [Path(chapter.__file__).read_bytes()
+           for chapter in (guide, tinyclip, tinyddpm, unet, variants)]
+
+
+def fingerprint(models):
     """A number that changes with the weights, the captions and the prior, and with the files that
-    say how to draw: the chapters and the Recipe's own."""
+    say how to draw."""
     tensors = (*models.clip.parameters(), *models.unet.parameters(), models.log_prior)
-    parts = [Path(chapter.__file__).read_bytes() for chapter in (guide, tinyclip, tinyddpm, unet)]
-    parts += [Path(how.denoiser.__code__.co_filename).read_bytes()]
-    parts += [repr((models.clip.config, models.unet.config)).encode()]
+    parts = SOURCES + [repr((models.clip.config, models.unet.config)).encode()]
     parts += [repr(models.captions).encode()]
     parts += [p.detach().cpu().numpy().tobytes() for p in tensors]
     return functools.reduce(lambda code, part: zlib.crc32(part, code), parts, 0)
@@ -156,10 +137,9 @@ def fingerprint(models, how):
 def draw(how, indices, models, args):
     """What drawn() remembers."""
     net, alpha_bar, K = models.unet, models.alpha_bar, len(models.captions)
-    size, calls, pictures = net.config.image_size, {"unet": 0, "unet_backward": 0}, []
-    hooks = [net.register_forward_hook(lambda *_: calls.update(unet=calls["unet"] + 1)),
-             net.last.register_full_backward_hook(
-                 lambda *_: calls.update(unet_backward=calls["unet_backward"] + 1))]
+    size, calls, pictures = net.config.image_size, Counter(), []
+    hooks = [net.register_forward_hook(lambda *_: calls.update(["forward"])),
+             net.last.register_full_backward_hook(lambda *_: calls.update(["backward"]))]
     parts, start = indices.split(args.batch), time.perf_counter()
     for part in tqdm(parts, desc=" ".join(map(str, how.name[:2])), leave=False):
         generators = [data.generator(args.seed, i) for i in part.tolist()]
@@ -169,12 +149,13 @@ def draw(how, indices, models, args):
                             args.eta, recurrence=args.recurrence)))
     for hook in hooks:
         hook.remove()
-    return Drawing(np.concatenate(pictures), *(count // len(parts) for count in calls.values()),
-                   time.perf_counter() - start)
+    return Drawing(np.concatenate(pictures), calls["forward"] // len(parts),
+                   calls["backward"] // len(parts), time.perf_counter() - start)
 
 
 def unguided(models, args, number):
-    """-> Drawing of so many unguided pictures; no other row draws pictures of these indices."""
+    """-> Drawing of so many unguided pictures, of other indices than the tables' (unless --each is
+    more than 34 and the captions are the 294 of cars)."""
     first = len(models.captions) * (10_000 // len(models.captions))
     indices = torch.arange(first, first + number, device=models.alpha_bar.device)
     return drawn(recipe("none", 0., models, args), indices, models, args)
@@ -188,13 +169,13 @@ def best_of(n, targets, models, args):
     """
     pool = unguided(models, args, POOL)
     x = data.to_float(pool.pictures).to(models.alpha_bar.device)
-    fits = beliefs(models, x).cpu()                                           # (POOL, K)
+    fits = checkpoints.beliefs(models, x).cpu()                               # (POOL, K)
     chosen = []
     for i, k in enumerate(targets.tolist()):
         some = torch.randperm(POOL, generator=data.generator(args.seed, n, i))[:n]
         chosen.append(some[fits[some, k].argmax()].item())
     each = pool.seconds / POOL
-    return Drawing(pool.pictures[chosen], n * pool.unet, 0, n * each * len(targets))
+    return Drawing(pool.pictures[chosen], n * pool.unet_calls, 0, n * each * len(targets))
 
 
 # ---- measuring what was drawn --------------------------------------------------------------------
@@ -215,6 +196,9 @@ def convene(models, targets, args):
     if not grader or not set(models.captions) <= set(content["captions"]):
         raise data.UserError(f"there is no judge for {models.data}; of cars and of class folders "
                              f"one can be trained: python train.py judge --data {models.data}")
+    if grader.config.net != "resnet":
+        raise data.UserError(f"--judge {args.judge}: a judge that measures must be of the kind "
+                             f"resnet, not {grader.config.net}")
     second, _ = checkpoints.load_judge(models.data, None, device, "judge-2")
     real = data.to_float(real_pictures(models, targets, args)).to(device)
     promise = dict(zip(content["captions"], content["caption_labels"]))
@@ -245,6 +229,17 @@ def real_pictures(models, targets, args, skip=0):
     return dataset.pictures[rows]
 
 
+HEIGHTS = [(-math.inf, 15), (15, 30), (30, 45), (45, 60), (60, math.inf)]   # of a camera, degrees
+
+
+def by_height(degrees):
+    """degrees: (N,) -> {"camera at 15 to 30 degrees": (N,) bool, ...}, one for each of HEIGHTS"""
+    text = lambda low, high: (f"camera below {high} degrees" if low == -math.inf else
+                              f"camera above {low} degrees" if high == math.inf else
+                              f"camera at {low} to {high} degrees")
+    return {text(low, high): (degrees >= low) & (degrees < high) for low, high in HEIGHTS}
+
+
 def score(pictures, targets, models, court):
     """-> shares of the pictures in which the judge finds all (joint; low to high: 95 %) or one of
     the attributes right; in which the second judge finds all right, and in which one of the two
@@ -262,7 +257,7 @@ def score(pictures, targets, models, court):
         opinion = {"second_judge": agrees.float().mean().item(),
                    "disagree": (agrees != right.all(1)).float().mean().item()}
     low, high = judge.wilson(int(right.all(1).sum()), len(right))
-    belief = beliefs(models, x)[torch.arange(len(x)), targets].mean().item()
+    belief = checkpoints.beliefs(models, x)[torch.arange(len(x)), targets].mean().item()
 
     noticed = judge.features(court.judge, x)
     mixed = torch.randperm(len(x), generator=data.generator(0))   # both go caption by caption

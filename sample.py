@@ -53,24 +53,17 @@ def parse(arguments):
     check(args)
     if not args.prompts:
         args.prompts, args.method = [None], "none"
-    if args.scale is None:
+    if args.scale is None or args.method == "none":
         args.scale = guide.METHODS[args.method].scale
     return args
 
 
 def check(args):
     """Refuse what cannot be drawn."""
-    for name, value, low, high in (
-            ("-n", args.n, 1, 10_000), ("--steps", args.steps, 1, 1000), ("--eta", args.eta, 0, 1),
-            ("--recurrence", args.recurrence, 1, 100), ("--batch", args.batch, 1, 10_000),
-            ("--seed", args.seed, 0, 2 ** 63 - 1)):
-        if not low <= value <= high:   # NaN is refused too
-            raise data.UserError(f"{name} must be from {low} to {high}, not {value}")
+    data.check_drawing(args)
+    data.check_range("-n", args.n, 1, 10_000)
     if args.scale is not None and not math.isfinite(args.scale):
         raise data.UserError(f"--scale must be a finite number, not {args.scale}")
-    if args.interval and not 1 <= args.interval[0] <= args.interval[1] <= 1000:
-        raise data.UserError("--interval must be two times LO <= HI from 1 to 1000, not "
-                             f"{args.interval[0]} {args.interval[1]}")
     if not all(bpe.canonical(prompt) for prompt in args.prompts):
         raise data.UserError("the prompt is empty; leave it out to sample without guidance")
 
@@ -82,20 +75,21 @@ def find_target(prompt, models):
 
     Warns of words that CLIP has never read, and of those that it will not read.
     """
-    clip, captions = models.clip, models.captions
-    known = {bpe.canonical(text): i for texts in models.spellings for i, text in enumerate(texts)}
-    wanted = bpe.canonical(prompt)
-    if wanted in known:
-        return models, known[wanted]
-    read = sorted({word for caption in known for word in caption.split()})
-    strange = [word[:30] for word in dict.fromkeys(wanted.split()) if word not in read]
+    target = checkpoints.find_caption(prompt, models)
+    if target is not None:
+        return models, target
+    read = sorted({word for texts in models.spellings for text in texts
+                   for word in bpe.canonical(text).split()})
+    words = dict.fromkeys(bpe.canonical(prompt).split())
+    strange = [word[:30] for word in words if word not in read]
     if strange:
         print(f"CLIP never read {first_of(map(repr, strange))}; it knows: {first_of(read, 50)}",
               file=sys.stderr)
-    longest = clip.config.context_length - 2   # start and end
-    if len(clip.tokenizer.encode(prompt)) > longest:
+    longest = models.clip.config.context_length - 2   # start and end
+    if len(models.clip.tokenizer.encode(prompt)) > longest:
         print(f"the prompt is too long: CLIP reads its first {longest} tokens", file=sys.stderr)
-    return checkpoints.with_prompt(models, prompt), len(captions)
+    captions = [*models.captions, prompt]
+    return checkpoints.with_captions(models, captions), len(models.captions)
 
 
 def first_of(words, most=5):
@@ -153,8 +147,9 @@ def paths(args):
             out = out / f"{file_name(prompt)}.png"
         if out.suffix.lower() != ".png":
             raise data.UserError(f"--out {out}: the pictures are written as PNG; end it in .png")
-        if out in chosen:   # "red bus" and "a red bus"
-            out = out.with_stem(f"{out.stem}-{len(chosen) + 1}")
+        stem, number = out.stem, 2
+        while out in chosen:   # "red bus" and "a red bus"
+            out, number = out.with_stem(f"{stem}-{number}"), number + 1
         out.parent.mkdir(parents=True, exist_ok=True)
         chosen.append(out)
     return chosen
@@ -186,12 +181,11 @@ def file_name(prompt):
 
 def report_belief(models, target, x_0):
     """What the CLIP that guided thinks, which is not what to grade it by."""
-    image_features = torch.cat([models.clip.encode_image(part) for part in x_0.split(250)])
-    probabilities = models.clip.logits(image_features, models.text_features).softmax(1)   # (N, K)
+    belief = checkpoints.beliefs(models, x_0)[:, target].mean()
     caption = models.captions[target]
     caption = caption if len(caption) < 80 else caption[:80] + "..."
-    print(f"CLIP gives {caption!r} a probability of {probabilities[:, target].mean():.0%} on "
-          f"average, among {len(models.captions)} captions")
+    print(f"CLIP gives {caption!r} a probability of {belief:.0%} on average, among "
+          f"{len(models.captions)} captions")
 
 
 def report_verdict(grader, content, x_0, caption):

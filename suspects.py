@@ -21,7 +21,7 @@ import data
 import guide
 import judge
 import measure
-import tinyddpm
+import variants
 
 
 def trained(kind, flags):
@@ -37,23 +37,30 @@ def trained(kind, flags):
 def others(models, args, clip="", ddpm="", prior=True):
     """Models in which the CLIP or the diffusion model is another one, trained with these flags.
 
-    -> checkpoints.Models, None if they are not trained. A CLIP of another size goes with the
-    diffusion model that works, whatever ddpm says.
+    -> checkpoints.Models, None if they are not trained.
     """
     needed = {"clip": clip, "ddpm": ddpm}
     paths = {kind: trained(kind, flags) for kind, flags in needed.items() if flags}
     if None in paths.values():
         return None
-    if "image-size" not in clip:
-        changed = measure.altered(args, **paths, no_prior=not prior)
-        return measure.load_models(changed, models.alpha_bar.device)
-    clip, content = checkpoints.load_model(paths["clip"], "clip")
+    if clip == LARGER:
+        return enlarged(models, paths["clip"])
+    changed = measure.altered(args, **paths, no_prior=args.no_prior or not prior)
+    return measure.load_models(changed, models.alpha_bar.device)
+
+
+LARGER = "--image-size 64 --patch 8"   # a CLIP for larger pictures than the diffusion model draws
+
+
+def enlarged(models, path):
+    """The same models, but for this CLIP of larger pictures -> checkpoints.Models"""
+    clip, content = checkpoints.load_model(path, "clip")
     enlarging = Enlarging(clip.to(models.alpha_bar.device))
     return models._replace(clip=enlarging, text_features=clip.encode_captions(content["captions"]))
 
 
 class Enlarging(nn.Module):
-    """A CLIP for larger pictures than those that it is given: it enlarges them, as photographs are.
+    """A CLIP that enlarges the pictures that it is given, as photographs are.
 
     Noise that is enlarged is no longer the noise that it was trained on.
     """
@@ -89,7 +96,7 @@ SUSPECTS = [
     Suspect("the diffusion model did", ddpm="--labels shapenet"),
     Suspect("the diffusion model did, without the prior", ddpm="--labels shapenet", prior=False),
     Suspect("both did", clip="--labels shapenet", ddpm="--labels shapenet"),
-    Suspect("CLIP is for 64 pixels", clip="--image-size 64 --patch 8"),
+    Suspect("CLIP is for 64 pixels", clip=LARGER),
     Suspect("CLIP has met clean pictures alone", clip="--clean 1"),
     Suspect("that CLIP, told that x_t is clean", clip="--clean 1", method="clean"),
     Suspect("that CLIP, looking at x_0_hat", clip="--clean 1", method="x0-fast"),
@@ -103,15 +110,6 @@ def check(models):
                              "captions")
 
 
-def dot_product(clip, text_features, target):
-    """-> log_p as in many a first attempt: a CLIP of clean pictures looks at x_t, and what counts
-    is the dot product of features as they are, not normalised. At a scale of 0.1, as there."""
-    def log_p(x_t, t, x_0_hat):
-        seen = clip.encode_image(x_t, torch.zeros_like(t))                    # (B, E)
-        return (seen * text_features[target]).sum(dim=1).float()
-    return log_p
-
-
 def suspects_table(models, args):
     """Joint accuracy on all captions of two colours, one sample each, with one thing changed."""
     check(models)
@@ -123,10 +121,8 @@ def suspects_table(models, args):
         if these is None:
             continue
         if suspect.method == "original":
-            denoise = tinyddpm.denoiser(these.unet, these.alpha_bar)
-            how = measure.Recipe(("original",), lambda targets: guide.guided(
-                denoise, dot_product(these.clip, these.text_features, targets), these.alpha_bar,
-                scale=0.1, interval=guide.METHODS["clean"].interval))
+            how = measure.recipe_of(("original",), lambda targets: variants.dot_product(
+                these, targets), these, args, like="clean", scale=0.1)
         else:
             how = measure.recipe(suspect.method, None, these, args)
         drawing = measure.drawn(how, targets, these, args)
@@ -150,19 +146,20 @@ def composition_table(models, args):
             these = others(models, args, clip, ddpm)
             if these is None:
                 continue
-            these = measure.with_captions(these, models.captions)
-            held_out = {(0, 0): "neither", (1, 0): "CLIP", (0, 1): "the diffusion model",
-                        (1, 1): "both"}[bool(clip), bool(ddpm)]
+            these = checkpoints.with_captions(these, models.captions)
+            held_out = " and ".join(["CLIP"] * bool(clip) + ["the diffusion model"] * bool(ddpm))
+            factored = measure.recipe_of(("factored",), lambda targets: variants.factored(
+                these, targets), these, args)
             for name, indices in groups.items():
                 indices = indices.to(models.alpha_bar.device)
                 court = measure.convene(these, indices % len(models.captions), args)
-                for how in (measure.recipe(guide.DEFAULT, None, these, args), factored(these)):
-                    yield {"held out of": held_out, "pairs": name, "guidance": how.name[0],
-                           **obedience(how, indices, these, court, args)}
+                for how in (measure.recipe(guide.DEFAULT, None, these, args), factored):
+                    yield {"held out of": held_out or "neither", "pairs": name,
+                           "guidance": how.name[0], **obedience(how, indices, these, court, args)}
 
 
 def unseen_and_seen(each):
-    """-> {"unseen": each picture's index (N,), "seen": as many}; index i is of caption i % 294.
+    """-> {"unseen": each picture's index (N,), "seen": as many}; index i is of caption i % K.
 
     Unseen are `each` pictures of all captions of the pairs that are held out. The seen ones are
     drawn from all other captions of two colours, in random order, none twice before all are there.
@@ -173,34 +170,9 @@ def unseen_and_seen(each):
     unseen = [i for i in two if any(pair <= words[i] for pair in pairs)]
     seen = np.random.default_rng(0).permutation([i for i in two if i not in unseen])
     N = each * len(unseen)
-    nth = lambda captions: np.resize(captions, N) + 294 * (np.arange(N) // len(captions))
+    K = len(cars.CAPTIONS)
+    nth = lambda captions: np.resize(captions, N) + K * (np.arange(N) // len(captions))
     return {"unseen": torch.tensor(nth(unseen)), "seen": torch.tensor(nth(seen))}
-
-
-def factored(models):
-    """Guidance attribute by attribute -> Recipe.
-
-    log_p is the sum of those of the body, the main and the second colour, each the probability of
-    any caption that has it, softened as in guide.contrastive, and CLIP looks ahead. Scale and
-    interval are those of "ahead", though three gradients are added here.
-    """
-    labels = torch.tensor(cars.caption_labels(np.array(
-        [cars.CAPTIONS.index(caption) for caption in models.captions])))      # (K, A)
-    labels = labels.to(models.alpha_bar.device)
-
-    def denoiser(targets):
-        right = labels == labels[targets, None]                               # (B, K, A)
-
-        def log_p(x_t, t, x_0_hat):
-            logits = models.clip.logits(models.clip.encode_image(x_t, t), models.text_features, t)
-            p = ((logits + models.log_prior) / guide.TEMPERATURE).log_softmax(dim=1)
-            any_of = p[:, :, None].masked_fill(~right, -torch.inf).logsumexp(dim=1)   # (B, A)
-            return guide.TEMPERATURE * any_of.sum(dim=1)
-        method = guide.METHODS["ahead"]
-        return guide.guided(tinyddpm.denoiser(models.unet, models.alpha_bar),
-                            guide.looking_ahead(log_p, models.alpha_bar, guide.AHEAD),
-                            models.alpha_bar, method.scale, method.interval)
-    return measure.Recipe(("factored",), denoiser)
 
 
 def obedience(how, indices, models, court, args):

@@ -3,11 +3,9 @@ another.
 
 models: checkpoints.Models, args: what the command line says. B pictures, K captions.
 """
-import math
 from collections import Counter
 
 import torch
-import torch.nn.functional as F
 
 import cars
 import checkpoints
@@ -16,7 +14,7 @@ import guide
 import judge
 import measure
 import plot
-import tinyddpm
+import variants
 
 BEST_OF = {f"best-of-{n}": n for n in (4, 16, 64)}   # methods that are none of guide.py's
 HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}   # of captions
@@ -51,7 +49,7 @@ def guidance_table(models, args):
         data.save_grid(args.out / f"guidance-{method}-{scale:g}.png", some, zoom=2)
         yield {"method": method, "scale": scale,
                **measure.score(drawing.pictures, targets, models, court),
-               "unet": drawing.unet, "unet_backward": drawing.unet_backward,
+               "unet_calls": drawing.unet_calls, "unet_backwards": drawing.unet_backwards,
                "seconds": drawing.seconds,
                "times_first": drawing.seconds / first_seconds if first_seconds else None}
 
@@ -116,13 +114,9 @@ def by_look(models, truth, court, x):
     """Cars of one and of two colours, and by how high the camera is -> {name: (N,) bool}"""
     if models.data != "cars":
         return {}
-    one, degrees = truth[:, 1] == truth[:, 2], camera_heights(models, court, x)
-    edges = [-math.inf, 15, 30, 45, 60, math.inf]
-    names = ["camera below 15 degrees", *(f"camera at {low} to {high} degrees" for low, high in zip(
-        edges[1:], edges[2:-1])), "camera above 60 degrees"]
-    return {"one colour": one, "two colours": ~one, **{
-        name: (degrees >= low) & (degrees < high)
-        for name, low, high in zip(names, edges, edges[1:])}}
+    one = truth[:, 1] == truth[:, 2]
+    heights = measure.by_height(camera_heights(models, court, x))
+    return {"one colour": one, "two colours": ~one, **heights}
 
 
 def camera_heights(models, court, x):
@@ -133,8 +127,7 @@ def camera_heights(models, court, x):
     """
     real = data.load("cars", models.unet.config.image_size, measure.REAL, "validation").pictures
     first = data.SPLITS["validation"]
-    sines = [-cars.scene(0, first + i)[0].forward[2] for i in range(len(real))]
-    degrees = torch.tensor(sines).asin().rad2deg().float()[:, None]
+    degrees = torch.tensor([[cars.camera_height(0, first + i)] for i in range(len(real))])
     known = judge.features(court.judge, data.to_float(torch.tensor(real)).to(x.device)).cpu()
     centre, spread = known.mean(0), known.std(0) + 1e-6
     design = lambda f: torch.cat([(f - centre) / spread, torch.ones(len(f), 1)], dim=1)
@@ -169,9 +162,10 @@ def sweep_table(models, args):
             drawing = measure.drawn(how, indices, models, changed)
             row = {"changed": name, "to": str(value),
                    **measure.score(drawing.pictures, targets, models, court),
-                   "unet": drawing.unet, "seconds": drawing.seconds}
+                   "unet_calls": drawing.unet_calls, "seconds": drawing.seconds}
             if name.startswith("scale of ") and row["kid"] is not None:
-                trade.setdefault(name[9:], []).append((row["joint"], row["kid"]))
+                method = name.removeprefix("scale of ")
+                trade.setdefault(method, []).append((row["joint"], row["kid"]))
             yield row
     curves = {method: tuple(zip(*points)) for method, points in trade.items()}
     if curves:
@@ -182,43 +176,12 @@ def sweep_table(models, args):
 def setting(name, value, models, args):
     """-> a Recipe, and the command line that goes with it."""
     if name.startswith("scale of "):
-        return measure.recipe(name[9:], value, models, args), args
-    if name in ("interval", "eta"):
-        args = measure.altered(args, **{name: value})
-        return measure.recipe("ahead", None, models, args), args
+        return measure.recipe(name.removeprefix("scale of "), value, models, args), args
     if name == "steps, recurrence":
         args = measure.altered(args, steps=value[0], recurrence=value[1])
-        return measure.recipe("ahead", None, models, args), args
-    method, parts = guide.METHODS["ahead"], {name: value}
-    share = parts.pop("share", guide.AHEAD)
-
-    def denoiser(targets):
-        log_p = guide.looking_ahead(other_contrastive(models, targets, **parts), models.alpha_bar,
-                                    share)
-        return guide.guided(tinyddpm.denoiser(models.unet, models.alpha_bar), log_p,
-                            models.alpha_bar, method.scale, method.interval)
-    return measure.Recipe((name, value), denoiser), args
-
-
-def other_contrastive(models, target, temperature=guide.TEMPERATURE, rivals=None, tau2=None):
-    """guide.contrastive with one of its parts exchanged -> log_p.
-
-    rivals: how many other captions the target competes with, those nearest to it in CLIP's
-    opinion; with none it is the logit alone, as in GLIDE (Nichol et al. 2021, sec. 2.4).
-    tau2: logit - log sum exp(tau2 logits) (Ma et al. 2023, arXiv 2310.11311), which goes on pulling
-    when CLIP is sure.
-    """
-    most = len(models.captions) - 1
-    rivals = most if rivals is None else min(rivals, most)
-    texts = F.normalize(models.text_features.float(), dim=1)                  # (K, E)
-    compared = (texts[target] @ texts.T).topk(1 + rivals).indices             # (B, 1 + rivals)
-
-    def log_p(x_t, t, x_0_hat):
-        logits = models.clip.logits(models.clip.encode_image(x_t, t), models.text_features, t)
-        logits = (logits + models.log_prior).gather(1, compared)              # the target is first
-        if rivals == 0:
-            return logits[:, 0]
-        if tau2:
-            return logits[:, 0] - (tau2 * logits).logsumexp(dim=1)
-        return logits[:, 0] - temperature * (logits / temperature).logsumexp(dim=1)
-    return log_p
+    elif name in ("interval", "eta"):
+        args = measure.altered(args, **{name: value})
+    else:
+        return measure.recipe_of((name, value), lambda targets: variants.ahead_with(
+            models, targets, **{name: value}), models, args), args
+    return measure.recipe("ahead", None, models, args), args

@@ -24,14 +24,15 @@ PROBED = 4000      # training pictures that a linear probe learns from
 TRAINED = 50_000   # training pictures, among which copies are looked for
 STEPPED = 400      # pictures for each number of steps
 STEPS = (5, 10, 20, 50, 100, 1000)
+INVERTED = (10, 25, 50, 100, 250)   # steps to noise, and as many back
 EXAM = 5000        # pictures by which a judge is judged
 
 
 # ---- CLIP ----------------------------------------------------------------------------------------
 
 def reliability(probabilities, truth, bins=15):
-    """What is claimed against what is true, over equal ranges of confidence (Guo et al. 2017, arXiv
-    1706.04599, eq. 2).
+    """What is claimed against what is true, over equal ranges of confidence: the reliability
+    diagram of Guo et al. 2017, arXiv 1706.04599, sec. 2.
 
     probabilities: (N, K), truth: (N,) int -> mean confidence, accuracy and share of the answers in
     each range that has any, ascending: three (<= bins,)
@@ -59,13 +60,13 @@ def clip_table(models, args):
     attribute of the most probable one is right; calibration.
     """
     truth, dataset, x_0, eps = measure.held_out(models, args.seed)
-    models = measure.with_captions(models, dataset.captions)
+    models = checkpoints.with_captions(models, dataset.captions)
     labels = torch.from_numpy(dataset.caption_labels).to(x_0.device)          # (K, A)
     rows, curves = [], {}
     for t in (0, 50, *range(100, 1000, 100), 950):
         times, x_t = noised(x_0, eps, t, models)
-        features = measure.image_features(models.clip, x_t, times)
-        logits = measure.clip_logits(models.clip, features, times, models.text_features)
+        features = checkpoints.image_features(models.clip, x_t, times)
+        logits = checkpoints.clip_logits(models.clip, features, models.text_features, times)
         best = logits.topk(min(5, logits.shape[1])).indices                   # (N, 5)
         hit = best == truth[:, None]
         right = (labels[best[:, 0]] == labels[truth]).float().mean(0)         # (A,)
@@ -103,18 +104,18 @@ def other_skills(models, args):
     right by linear probes on its features, and by the judge, who never met noise.
     """
     truth, dataset, x_0, eps = measure.held_out(models, args.seed)
-    models = measure.with_captions(models, dataset.captions)
+    models = checkpoints.with_captions(models, dataset.captions)
     labels = torch.from_numpy(dataset.caption_labels).to(x_0.device)          # (K, A)
     grader, _ = checkpoints.load_judge(models.data, args.judge, x_0.device)
     for t in (0, 300, 500, 700):
         times, x_t = noised(x_0, eps, t, models)
-        features = measure.image_features(models.clip, x_t, times)            # (N, E)
-        logits = measure.clip_logits(models.clip, features, times, models.text_features)
+        features = checkpoints.image_features(models.clip, x_t, times)            # (N, E)
+        logits = checkpoints.clip_logits(models.clip, features, models.text_features, times)
         row = {"t": t, **found(logits, truth)}
         if models.data == "cars":
             row["order"] = right_order(logits, truth, labels)
             phrased = models.clip.encode_captions(list(map(paraphrase, labels.tolist())))
-            answer = measure.clip_logits(models.clip, features, times, phrased).argmax(1)
+            answer = checkpoints.clip_logits(models.clip, features, phrased, times).argmax(1)
             row["phrased"] = (answer == truth).float().mean().item()
         if dataset.attributes:
             row["probe"] = linear_probe(models, args, t, features, labels[truth])
@@ -166,7 +167,7 @@ def linear_probe(models, args, t, features, labels):
     generator = data.generator(args.seed, 1, device=device)
     times, x_t = noised(x_0, torch.randn(x_0.shape, generator=generator, device=device), t, models)
     scaled = lambda f: F.normalize(f.float(), dim=1) * f.shape[1] ** .5
-    x, queries = scaled(measure.image_features(models.clip, x_t, times)), scaled(features)
+    x, queries = scaled(checkpoints.image_features(models.clip, x_t, times)), scaled(features)
     right = torch.ones(len(queries), dtype=torch.bool, device=device)
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for i, values in enumerate(training.attributes.values()):
@@ -221,6 +222,7 @@ def distance_table(models, grader, args):
     training = data.load(models.data, models.unet.config.image_size, TRAINED, "train")
     known = data.to_float(torch.tensor(training.pictures)).flatten(1).to(real.device)
     unguided = data.to_float(measure.unguided(models, args, len(others)).pictures)
+    noticed = {column: judge.features(judge_, real) for column, judge_ in judges.items()}
     for name, x in (("other real ones", others),
                     ("other real ones, each pixel the mean of 3 x 3",
                      F.avg_pool2d(others, 3, 1, 1, count_include_pad=False)),
@@ -229,7 +231,7 @@ def distance_table(models, grader, args):
         row = {"pictures": name, "number": len(x)}
         for column, judge_ in judges.items():
             row[column], row[f"{column}_error"] = judge.kid(
-                *(judge.features(judge_, y) for y in (real, x)))
+                noticed[column], judge.features(judge_, x))
         yield {**row, "copies": judge.copies(x.flatten(1), known).float().mean().item()}
 
 
@@ -240,7 +242,8 @@ def real_halves(models):
     dataset = data.load(models.data, models.unet.config.image_size, 2 * most, "validation")
     mixed = torch.randperm(len(dataset.pictures), generator=data.generator(0))[:2 * most]
     x = data.to_float(dataset.pictures[mixed.numpy()]).to(models.alpha_bar.device)
-    return x[:len(x) // 2], x[len(x) // 2:len(x) // 2 * 2]
+    half = len(x) // 2
+    return x[:half], x[half:2 * half]
 
 
 def steps_table(models, grader, args):
@@ -255,27 +258,27 @@ def steps_table(models, grader, args):
             drawing = measure.unguided(models, plain, number)
             x = data.to_float(drawing.pictures).to(real.device)
             kid, error = judge.kid(real, judge.features(grader, x))
-            curves.setdefault(f"eta {eta:g}", []).append((math.log10(steps), kid or 0.))
+            if kid is not None:
+                curves.setdefault(f"eta {eta:g}", []).append((math.log10(steps), kid))
             data.save_grid(args.out / f"steps-{steps}-eta-{eta:g}.png", drawing.pictures[:32], 8, 2)
             yield {"steps": steps, "eta": eta, "number": number, "kid": kid,
                    "kid_error": error}
     curves = {name: tuple(zip(*points)) for name, points in curves.items()}
-    plot.lines(args.out / "steps.png", curves, "log10 of the steps", "KID from real pictures")
+    if curves:
+        plot.lines(args.out / "steps.png", curves, "log10 of the steps", "KID from real pictures")
 
 
 def inversion_table(models, args):
     """What becomes of held-out pictures on the way to noise and back, by the number of steps."""
-    rows = []
     _, _, x_0, _ = measure.held_out(models, args.seed, 64)
     alpha_bar, denoise = models.alpha_bar, tinyddpm.denoiser(models.unet, models.alpha_bar)
-    for steps in (10, 25, 50, 100, 250):
+    for steps in INVERTED:
         x_T = tinyddpm.invert(denoise, x_0, alpha_bar, steps)
         back = tinyddpm.sample(denoise, x_T, None, alpha_bar, steps, eta=0., clamp=False)
-        rows.append({"steps": steps, "rms_error": (back - x_0).square().mean().sqrt().item(),
-                     "x_T_mean": x_T.mean().item(), "x_T_std": x_T.std().item()})
         some = torch.cat([x_0[:8], back[:8]])   # as they were, as they came back
         data.save_grid(args.out / f"inversion-{steps}.png", data.to_uint8(some), 8, 2)
-    return rows
+        yield {"steps": steps, "rms_error": (back - x_0).square().mean().sqrt().item(),
+               "x_T_mean": x_T.mean().item(), "x_T_std": x_T.std().item()}
 
 
 # ---- the judges ----------------------------------------------------------------------------------
@@ -311,8 +314,6 @@ def camera_groups(name, N):
     groups = {"all": torch.ones(N, dtype=torch.bool)}
     if name == "cars":
         first = data.SPLITS["judge-test"]
-        sines = [-cars.scene(0, first + i)[0].forward[2] for i in range(N)]   # 0 to 1
-        degrees = torch.tensor(sines).asin().rad2deg()
-        groups |= {f"camera at {low} to {high} degrees": (degrees >= low) & (degrees < high)
-                   for low, high in ((0, 15), (15, 30), (30, 45), (45, 60), (60, 90))}
+        groups |= measure.by_height(
+            torch.tensor([cars.camera_height(0, first + i) for i in range(N)]))
     return groups

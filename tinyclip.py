@@ -24,8 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bpe import Tokenizer
-
 
 @dataclass
 class CLIPConfig:
@@ -233,7 +231,10 @@ class TextEncoder(nn.Module):
 # ---- CLIP ----------------------------------------------------------------------------------------
 
 class CLIP(nn.Module):
-    """An image encoder, a text encoder, and the scale that turns their cosines into logits."""
+    """An image encoder, a text encoder, and the scale that turns their cosines into logits.
+
+    tokenizer: a bpe.Tokenizer.
+    """
 
     def __init__(self, config, tokenizer):
         super().__init__()
@@ -262,7 +263,7 @@ class CLIP(nn.Module):
         return self.image(x, self.time_features(t))
 
     def encode_text(self, tokens):
-        """tokens: (K, L) int from Tokenizer.batch -> text_features: (K, E), unnormalised."""
+        """tokens: (K, L) int from tokenizer.batch -> text_features: (K, E), unnormalised."""
         return self.text(tokens)
 
     def encode_captions(self, texts):
@@ -288,13 +289,6 @@ class CLIP(nn.Module):
         pictures = F.normalize(image_features.float(), dim=-1)
         captions = F.normalize(text_features.float(), dim=-1)
         return self.logit_scale(t) * (pictures @ captions.T)
-
-
-def from_checkpoint(content):
-    """The content of a checkpoint of kind "clip" -> CLIP in fp32."""
-    clip = CLIP(CLIPConfig(**content["config"]), Tokenizer(content["merges"]))
-    clip.load_state_dict({name: p.float() for name, p in content["weights"].items()})
-    return clip
 
 
 # ---- training ------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import math
 import torch
 from torch import nn
 
-from unet import UNet, UNetConfig, time_embedding
+from unet import time_embedding
 
 
 # ---- the forward process -------------------------------------------------------------------------
@@ -103,13 +103,6 @@ def ema_update(ema, model, step):
 
 
 # ---- sampling ------------------------------------------------------------------------------------
-
-def from_checkpoint(content):
-    """The content of a checkpoint of kind "ddpm" -> UNet in fp32."""
-    unet = UNet(UNetConfig(**content["config"]), len(content.get("captions", ())))
-    unet.load_state_dict({name: p.float() for name, p in content["weights"].items()})
-    return unet
-
 
 def denoiser(unet, alpha_bar):
     """A U-Net that predicts v -> denoise(x_t, t) = x_0_hat, its guess at the clean picture.
@@ -317,3 +310,12 @@ if __name__ == "__main__":   # learn to draw a spiral, in ten seconds or so; out
     panels += [show(sample(denoiser(net, alpha_bar), x_T, generators, alpha_bar, steps, 0.),
                     f"drawn in {steps:4} steps") for steps in (2, 5, 10, 100, 1000)]
     data.save_grid("out/swiss-roll.png", torch.stack(panels).numpy(), columns=5)
+
+# noised up to t =    0   0.000 from the spiral, on average
+# noised up to t =  100   0.104 from the spiral, on average
+# ...
+# drawn in    2 steps   0.164 from the spiral, on average
+# drawn in    5 steps   0.108 from the spiral, on average
+# drawn in   10 steps   0.046 from the spiral, on average
+# drawn in  100 steps   0.007 from the spiral, on average
+# drawn in 1000 steps   0.008 from the spiral, on average

@@ -33,6 +33,7 @@ import muon
 import plot
 import tinyclip
 import tinyddpm
+from unet import UNetConfig
 
 
 @dataclass
@@ -58,7 +59,7 @@ class CLIPTrainConfig(TrainConfig):
 PRESETS = {
     "tiny": {
         "clip": (tinyclip.CLIPConfig(), CLIPTrainConfig(steps=1500, lr=2e-3)),
-        "ddpm": (tinyddpm.UNetConfig(),
+        "ddpm": (UNetConfig(),
                  TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
         "judge": (judge.JudgeConfig(), TrainConfig(steps=800)),
     },

@@ -8,7 +8,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import cars, tinyclip, tinyddpm   # noqa: E402,E401
+import bpe, cars, tinyclip, tinyddpm   # noqa: E402,E401
+from unet import UNet, UNetConfig   # noqa: E402
 
 torch.set_num_threads(2)
 
@@ -23,7 +24,7 @@ def clip():
     """An untrained CLIP that takes H != W where its stem does not care; 16 px, every parameter
     random."""
     torch.manual_seed(0)
-    tokenizer = tinyclip.Tokenizer.train(cars.CAPTIONS, 4096)
+    tokenizer = bpe.Tokenizer.train(cars.CAPTIONS, 4096)
     config = tinyclip.CLIPConfig(width=32, layers=1, heads=2, text_width=32, text_layers=1,
                                  text_heads=2, embed_dim=16, image_size=16)
     clip = tinyclip.CLIP(config, tokenizer).eval()
@@ -36,7 +37,7 @@ def unet():
     """An untrained U-Net whose zero-initialised layers are random too, so that every path shows in
     the output."""
     torch.manual_seed(0)
-    unet = tinyddpm.UNet(tinyddpm.UNetConfig(
+    unet = UNet(UNetConfig(
         channels=16, multipliers=(1, 2), blocks=1, attention=(1,), image_size=16)).eval()
     for p in unet.parameters():
         if not p.any():

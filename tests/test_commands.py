@@ -179,6 +179,8 @@ def test_several_prompts_start_from_the_same_noise(here):
     images = [Image.open(here / "several" / f"{name}.png") for name in ("red-bus", "blue-van")]
     assert [image.text["prompt"] for image in images] == ["red bus", "A blue van"]
     assert images[0].tobytes() == images[1].tobytes()
+    args = sample.parse(["red bus 3", "red bus", "a red bus", "the red bus"])
+    assert len(set(sample.paths(args))) == 4
     sample.main("red bus|A red bus|blue van|-n|1|--steps|5|--device|cpu|--out|several".split("|"))
     images = [Image.open(here / "several" / f"{name}.png").tobytes()
               for name in ("red-bus", "red-bus-2", "blue-van")]
@@ -313,12 +315,13 @@ def test_tables(here, monkeypatch):
     assert Image.open("out/figure.png").width > 300
 
     guidance = ("guidance --methods none x0 best-of-4 --judge runs/judge/weights.pt --steps 3 "
-                "--recurrence 1 --prompts odd --batch 147 --device cpu")
+                "--recurrence 1 --prompts odd --device cpu")
+    monkeypatch.setattr(sweeps, "HALVES", {"odd": slice(1, None, 6)})
     evaluate.main(guidance.split())
     rows = rows_of("guidance")
     assert [row["method"] for row in rows] == ["real", "none", "x0", "best-of-4"]
-    assert all(row["samples"] == 147 for row in rows)
-    assert [(row["unet"], row["unet_backward"]) for row in rows] == [
+    assert all(row["samples"] == 49 for row in rows)
+    assert [(row["unet_calls"], row["unet_backwards"]) for row in rows] == [
         (0, 0), (3, 0), (3, 2), (12, 0)]
     monkeypatch.setattr(measure, "draw", None)   # a second time, nothing is drawn
     evaluate.main(guidance.split())
@@ -353,16 +356,18 @@ def test_sweeps_and_failures(here, monkeypatch):
     monkeypatch.setattr(sweeps, "SWEEPS", {
         "scale of ahead": [1., 2.], "share": [.5], "tau2": [.5], "eta": [0.],
         "interval": [(1, 900)], "steps, recurrence": [(1, 1)]})
-    common = "--judge runs/judge/weights.pt --steps 2 --batch 147 --prompts even --device cpu"
+    monkeypatch.setattr(sweeps, "HALVES", {"even": slice(0, None, 6)})
+    monkeypatch.setattr(tables, "INVERTED", (2, 3))
+    common = "--judge runs/judge/weights.pt --steps 2 --prompts even --device cpu"
     for table in ("sweep", "failures", "inversion"):
         evaluate.main([table, *common.split()])
     rows = rows_of("sweep")
-    assert [row["unet"] for row in rows] == [3, 3, 3, 3, 3, 3, 1]
+    assert [row["unet_calls"] for row in rows] == [3, 3, 3, 3, 3, 3, 1]
     assert Image.open("out/trade-off.png").width > 300
     rows = rows_of("failures")
-    assert rows[0]["samples"] == 147 == sum(
+    assert rows[0]["samples"] == 49 == sum(
         row["samples"] for row in rows if row["wanted"].startswith("camera"))
-    assert len(rows_of("inversion")) == 5
+    assert [row["steps"] for row in rows_of("inversion")] == [2, 3]
 
 
 def test_real_pictures_of_a_clip_that_knows_fewer_captions(here, monkeypatch):

@@ -11,6 +11,7 @@ import data
 import guide
 import tinyddpm
 from tinyddpm import at, sample
+from unet import UNet
 
 
 def generators(n):
@@ -32,7 +33,7 @@ METHODS = [name for name in guide.METHODS if name != "none"]
 def told_unet(unet):
     """One that listens to captions, as random as the other."""
     torch.manual_seed(0)
-    told = tinyddpm.UNet(dataclasses.replace(unet.config, text=True), captions=294).eval()
+    told = UNet(dataclasses.replace(unet.config, text=True), captions=294).eval()
     told.load_state_dict(unet.state_dict(), strict=False)
     return told
 

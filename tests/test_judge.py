@@ -39,6 +39,11 @@ def test_wilson_interval():
             and judge.wilson(0, 10)[1] == pytest.approx(0.2775, abs=1e-3))
 
 
+def test_only_a_resnet_measures():
+    with pytest.raises(ValueError, match="resnet"):
+        judge.features(judge.Judge(judge.JudgeConfig(net="plain"), {"class": 2}), None)
+
+
 def test_kid_of_a_block_is_the_sum_over_pairs():
     torch.manual_seed(0)
     real, drawn = torch.randn(24, 3) * 2 + 1, torch.randn(24, 3)

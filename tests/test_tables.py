@@ -8,8 +8,8 @@ import cars
 import data
 import guide
 import measure
-import sweeps
 import tables
+import variants
 
 
 def test_calibration_error_by_hand():
@@ -67,8 +67,9 @@ def test_the_sweep_starts_from_the_default(clip, unet, text_features, alpha_bar)
     x, t, target = torch.randn(2, 3, 16, 16), torch.tensor([300, 700]), torch.tensor([5, 77])
     prior = torch.randn(294)
     models = argparse.Namespace(clip=clip, text_features=text_features, log_prior=prior,
-                                captions=cars.CAPTIONS)
-    value = lambda **parts: sweeps.other_contrastive(models, target, **parts)(x, t, None)
+                                captions=cars.CAPTIONS, alpha_bar=alpha_bar)
+    # Looking ahead by nothing, at x_t itself, so that only the softmax is compared.
+    value = lambda **parts: variants.ahead_with(models, target, share=1., **parts)(x, t, x)
     with torch.no_grad():
         usual = guide.contrastive(clip, text_features, target, prior)(x, t, None)
         logits = clip.logits(clip.encode_image(x, t), text_features, t) + prior
@@ -82,6 +83,27 @@ def test_the_sweep_starts_from_the_default(clip, unet, text_features, alpha_bar)
             other[i, target[i]] = -2
         pair = torch.stack([own, logits[[0, 1], other.argmax(1)]], dim=1)
         assert torch.allclose(value(rivals=1), 5 * (pair / 5).log_softmax(1)[:, 0], atol=1e-4)
+
+
+def test_factored_guidance_sums_over_whatever_has_an_attribute(clip, text_features, alpha_bar):
+    """By hand: p(body) p(main) p(second), each a sum over captions, of the softened softmax."""
+    torch.manual_seed(0)
+    x, t, target = torch.randn(1, 3, 16, 16), torch.tensor([300]), torch.tensor([77])
+    models = argparse.Namespace(clip=clip, text_features=text_features, log_prior=torch.zeros(294),
+                                alpha_bar=alpha_bar)
+    with torch.no_grad():
+        found = variants.factored(models, target)(x, t, torch.zeros_like(x))
+        eps_hat = x / (1 - alpha_bar[300]).sqrt()   # of an x_0_hat that is zero
+        sooner = torch.tensor([225])
+        x_225 = (1 - alpha_bar[225]).sqrt() * eps_hat
+        logits = clip.logits(clip.encode_image(x_225, sooner), text_features, sooner)
+        p = (logits[0] / 5).softmax(0)
+    product = 1.
+    for attribute in range(3):
+        same = [i for i, labels in enumerate(cars.caption_labels(torch.arange(294).numpy()))
+                if labels[attribute] == cars.caption_labels(77)[attribute]]
+        product *= p[same].sum()
+    assert torch.allclose(found, 5 * product.log(), atol=1e-4)
 
 
 def test_real_pictures_are_of_their_captions_and_never_the_same(monkeypatch, tmp_path):
@@ -103,12 +125,11 @@ def test_what_was_drawn_is_kept_by_all_that_decides_it(clip, unet):
     """Weights, captions and prior. Two rows that differ in the prior alone once shared a key."""
     models = argparse.Namespace(clip=clip, unet=unet, captions=["a", "b"],
                                 log_prior=torch.zeros(2))
-    how = measure.Recipe(("",), lambda targets: None)
-    known = measure.fingerprint(models, how)
-    assert measure.fingerprint(models, how) == known
+    known = measure.fingerprint(models)
+    assert measure.fingerprint(models) == known
     models.log_prior = torch.tensor([0., 1.])
-    other = measure.fingerprint(models, how)
+    other = measure.fingerprint(models)
     models.captions = ["b", "a"]
-    swapped = measure.fingerprint(models, how)
+    swapped = measure.fingerprint(models)
     clip.log_scale.data += 1
-    assert len({known, other, swapped, measure.fingerprint(models, how)}) == 4
+    assert len({known, other, swapped, measure.fingerprint(models)}) == 4

@@ -7,6 +7,7 @@ import cars
 import data
 import tinyddpm
 from tinyddpm import ddim_step, q_sample, sample
+from unet import UNet, UNetConfig
 
 
 def generators(n):
@@ -183,8 +184,8 @@ def test_learning(alpha_bar):
     """Eight pictures are learnt by heart: the loss falls to a fraction of what it starts from."""
     torch.manual_seed(0)
     x_0 = data.to_float(cars.render(0, range(8), 16)[0])
-    unet = tinyddpm.UNet(tinyddpm.UNetConfig(channels=32, multipliers=(1, 2), blocks=1,
-                                             attention=(1,), image_size=16))
+    unet = UNet(UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention=(1,),
+                           image_size=16))
     optimizer = torch.optim.AdamW(unet.parameters(), 2e-3)
     losses = []
     for step in range(150):

@@ -6,8 +6,8 @@ import torch
 import data
 import jobs
 import muon
-import tinyddpm
 import train
+from unet import UNet
 
 
 @pytest.mark.parametrize("shape", [(24, 80), (80, 24), (32, 32)])
@@ -53,7 +53,7 @@ def test_muon_decays_weights():
 
 def test_every_parameter_has_one_optimizer_and_only_wide_matrices_have_muon():
     """The U-Net begins and ends in colours: its first and last layer are left to AdamW."""
-    unet = tinyddpm.UNet(train.PRESETS["tiny"]["ddpm"][0])
+    unet = UNet(train.PRESETS["tiny"]["ddpm"][0])
     job = jobs.Job("ddpm", unet, None, None, {}, "")
     run = train.begin(job, None, {}, train.TrainConfig(), torch.device("cpu"))
     matrices, others = ([id(p) for group in optimizer.param_groups for p in group["params"]]
