@@ -23,11 +23,12 @@ def span(series):
     return low, high if high > low else low + 1
 
 
-def lines(path, curves, x_label, y_label, width=560, height=340):
+def lines(path, curves, x_label, y_label, width=600, height=340):
     """curves: name -> (xs, ys), finite numbers -> a line plot as PNG. Axes span the data."""
     image, font = Image.new("RGB", (width, height), "white"), ImageFont.load_default(13)
     draw = ImageDraw.Draw(image)
-    left, right, top, bottom = 56, width - 16, 26, height - 42   # the frame, in pixels
+    legend = max(int(font.getlength(name)) for name in curves)   # it stands right of the frame
+    left, right, top, bottom = 56, width - legend - 20, 26, height - 42   # in pixels
 
     x_low, x_high = span(xs for xs, _ in curves.values())
     y_low, y_high = span(ys for _, ys in curves.values())
@@ -47,7 +48,7 @@ def lines(path, curves, x_label, y_label, width=560, height=340):
     for i, (name, (xs, ys)) in enumerate(curves.items()):
         colour = PALETTE[i % len(PALETTE)]
         draw.line([(across(x), up(y)) for x, y in zip(xs, ys)], colour, 2)
-        draw.text((right - 6, top + 6 + 16 * i), name, colour, font, "ra")   # the legend
+        draw.text((right + 10, top + 16 * i), name, colour, font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
 
