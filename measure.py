@@ -82,7 +82,6 @@ def recipe(method, scale, models, args):
     """One of guide.METHODS, with its own scale if that is None -> Recipe."""
     scale = guide.METHODS[method].scale if scale is None else scale
     interval = tuple(args.interval or guide.METHODS[method].interval)
-
     return Recipe((method, scale, interval),
                   lambda targets: guide.guided_by(method, models, targets, scale, interval))
 
@@ -229,15 +228,14 @@ def real_pictures(models, targets, args, skip=0):
     return dataset.pictures[rows]
 
 
-HEIGHTS = [(-math.inf, 15), (15, 30), (30, 45), (45, 60), (60, math.inf)]   # of a camera, degrees
+HEIGHTS = {"camera below 15 degrees": (-math.inf, 15), "camera at 15 to 30 degrees": (15, 30),
+           "camera at 30 to 45 degrees": (30, 45), "camera at 45 to 60 degrees": (45, 60),
+           "camera above 60 degrees": (60, math.inf)}
 
 
 def by_height(degrees):
-    """degrees: (N,) -> {"camera at 15 to 30 degrees": (N,) bool, ...}, one for each of HEIGHTS"""
-    text = lambda low, high: (f"camera below {high} degrees" if low == -math.inf else
-                              f"camera above {low} degrees" if high == math.inf else
-                              f"camera at {low} to {high} degrees")
-    return {text(low, high): (degrees >= low) & (degrees < high) for low, high in HEIGHTS}
+    """degrees: (N,) -> {name: (N,) bool}, one for each of HEIGHTS"""
+    return {name: (degrees >= low) & (degrees < high) for name, (low, high) in HEIGHTS.items()}
 
 
 def score(pictures, targets, models, court):

@@ -22,7 +22,7 @@ import tinyddpm
 
 PROBED = 4000      # training pictures that a linear probe learns from
 TRAINED = 50_000   # training pictures, among which copies are looked for
-STEPPED = 200      # pictures for each number of steps
+STEPPED = 100      # pictures for each number of steps
 STEPS = (5, 10, 20, 50, 100, 1000)
 INVERTED = (10, 25, 50, 100, 250)   # steps to noise, and as many back
 EXAM = 5000        # pictures by which a judge is judged
