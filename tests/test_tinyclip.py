@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import cars
 import data
 import tinyclip
-from tinyclip import Tokenizer
+from bpe import Tokenizer
 
 
 def test_attention_against_torch():
