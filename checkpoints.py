@@ -157,7 +157,7 @@ def with_captions(models, captions):
 
 # ---- what CLIP thinks ----------------------------------------------------------------------------
 
-def image_features(clip, x, t):
+def encode_images(clip, x, t):
     """x: (N, 3, H, W), t: (N,) -> (N, E), a part at a time to save memory."""
     return torch.cat([clip.encode_image(*part) for part in zip(x.split(250), t.split(250))])
 
@@ -174,5 +174,5 @@ def beliefs(models, x, t=None):
     x: (N, 3, H, W), noised up to t, (N,) int; None: clean pictures.
     """
     t = torch.zeros(len(x), dtype=torch.long, device=x.device) if t is None else t
-    logits = clip_logits(models.clip, image_features(models.clip, x, t), models.text_features, t)
+    logits = clip_logits(models.clip, encode_images(models.clip, x, t), models.text_features, t)
     return (logits + models.log_prior).softmax(dim=1)

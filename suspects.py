@@ -106,8 +106,7 @@ SUSPECTS = [
 def check(models):
     """UserError if the models that work do not know all of the car world."""
     if models.captions != cars.CAPTIONS:
-        raise data.UserError("this table is about the car world and models of all its "
-                             "captions")
+        raise data.UserError("this table is about the car world and models of all its captions")
 
 
 def suspects_table(models, args):

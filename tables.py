@@ -65,7 +65,7 @@ def clip_table(models, args):
     rows, curves = [], {}
     for t in (0, 50, *range(100, 1000, 100), 950):
         times, x_t = noised(x_0, eps, t, models)
-        features = checkpoints.image_features(models.clip, x_t, times)
+        features = checkpoints.encode_images(models.clip, x_t, times)
         logits = checkpoints.clip_logits(models.clip, features, models.text_features, times)
         best = logits.topk(min(5, logits.shape[1])).indices                   # (N, 5)
         hit = best == truth[:, None]
@@ -109,7 +109,7 @@ def other_skills(models, args):
     grader, _ = checkpoints.load_judge(models.data, args.judge, x_0.device)
     for t in (0, 300, 500, 700):
         times, x_t = noised(x_0, eps, t, models)
-        features = checkpoints.image_features(models.clip, x_t, times)            # (N, E)
+        features = checkpoints.encode_images(models.clip, x_t, times)            # (N, E)
         logits = checkpoints.clip_logits(models.clip, features, models.text_features, times)
         row = {"t": t, **found(logits, truth)}
         if models.data == "cars":
@@ -167,7 +167,7 @@ def linear_probe(models, args, t, features, labels):
     generator = data.generator(args.seed, 1, device=device)
     times, x_t = noised(x_0, torch.randn(x_0.shape, generator=generator, device=device), t, models)
     scaled = lambda f: F.normalize(f.float(), dim=1) * f.shape[1] ** .5
-    x, queries = scaled(checkpoints.image_features(models.clip, x_t, times)), scaled(features)
+    x, queries = scaled(checkpoints.encode_images(models.clip, x_t, times)), scaled(features)
     right = torch.ones(len(queries), dtype=torch.bool, device=device)
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for i, values in enumerate(training.attributes.values()):

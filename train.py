@@ -59,8 +59,7 @@ class CLIPTrainConfig(TrainConfig):
 PRESETS = {
     "tiny": {
         "clip": (tinyclip.CLIPConfig(), CLIPTrainConfig(steps=1500, lr=2e-3)),
-        "ddpm": (UNetConfig(),
-                 TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
+        "ddpm": (UNetConfig(), TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
         "judge": (judge.JudgeConfig(), TrainConfig(steps=800)),
     },
 }
@@ -271,13 +270,11 @@ def check(args, options):
         if value is not None and not value > 0:   # so that NaN is refused too
             raise data.UserError(f"--{name} must be more than 0, not {value}")
     for name in ("warmup", "clean", "weight-decay"):
-        if not 0 <= getattr(options, name.replace("-", "_"), 0) <= 1:
-            raise data.UserError(f"--{name} must be from 0 to 1")
+        data.check_range(f"--{name}", getattr(options, name.replace("-", "_"), 0), 0, 1)
     if options.labels not in cars.FREQUENCIES:
         raise data.UserError(f"--labels must be one of {', '.join(cars.FREQUENCIES)}, not "
                              f"{options.labels}")
-    if not 0 <= args.seed < 2 ** 63:
-        raise data.UserError(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
+    data.check_range("--seed", args.seed, 0, 2 ** 63 - 1)
 
 
 def without(dataset, pairs):
