@@ -1,4 +1,4 @@
-"""Chapter 1b: pictures and words on disk. Data sets, batches, grids, GIFs, checkpoints, and what
+"""Chapter 1c: pictures and words on disk. Data sets, batches, grids, GIFs, checkpoints, and what
 all commands share: errors and devices.
 
 Files and devices are dealt with here, so that the chapters after this one are about mathematics
@@ -18,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
-from tqdm import tqdm
 
 import cars
 import folders
+import packing
 
 CACHE = Path("cache")   # rendered data sets, in the folder where the command runs
 
@@ -84,19 +84,23 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
-def autocast(device):
-    """A context: bfloat16 for matrix products and convolutions where it is faster, else float32.
-
-    Never float16: its largest number is 65504, which gradients and losses can exceed.
-    """
-    fast = False
+def bf16_is_fast(device):
+    """Whether this device computes faster in bfloat16 than in float32."""
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        fast = cpu_is_fast_in_bf16()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and cpu_is_fast_in_bf16()
+
+
+def autocast(device, bf16=None):
+    """A context: bfloat16 for matrix products and convolutions, or float32.
+
+    bf16: None is for bfloat16 where it is faster. Never float16: its largest number is 65504, which
+    gradients and losses can exceed.
+    """
+    bf16 = bf16_is_fast(device) if bf16 is None else bf16
     # cache_enabled would keep a copy of whatever is differentiated by, such as each x_t of a guided
     # trajectory, until the command ends; weights are cast once a step either way.
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
 @functools.cache
@@ -176,11 +180,10 @@ def load(name, size, count, split="train", labels="balanced"):
 
 def _car_world(size, count, split, labels):
     world = zlib.crc32(cars.render(0, range(12), 24, labels)[0].tobytes())   # changed: a new name
-    path = CACHE / f"cars-{world:08x}-{split}-{size}px-{count}.npy"
-    beside = path.with_suffix(".captions.npy")
-    if not (path.exists() and beside.exists()):
-        _render_all(path, SPLITS[split], size, count, labels)
-    pictures, caption_of = np.load(path, mmap_mode="r"), np.load(beside)
+    path = CACHE / f"cars-{world:08x}-{split}-{size}px-{count}.raw"
+    first = SPLITS[split]
+    draw = functools.partial(_render_some, labels=labels)
+    pictures, caption_of = _packed(range(first, first + count), draw, size, path)
     shorter = [caption.removeprefix("a ") for caption in cars.CAPTIONS]   # as users write
     caption_labels = cars.caption_labels(np.arange(len(cars.CAPTIONS)))
     report = f"{split}: {count:,} pictures of the car world, {len(cars.CAPTIONS)} captions"
@@ -188,35 +191,21 @@ def _car_world(size, count, split, labels):
                    caption_labels, cars.ATTRIBUTES, report)
 
 
-def _render_all(path, first, size, count, labels, chunk=100):
-    """Pictures first .. first + count - 1 into `path`, their captions' indices beside it.
-
-    All cores render, a chunk at a time, and this process writes. The pictures take their name
-    last, once all is whole, so that an interrupted run leaves nothing that `load` would open.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    pictures = np.lib.format.open_memmap(temporary, "w+", np.uint8, (count, size, size, 3))
-    caption_of = np.empty(count, np.int64)
-    starts = range(0, count, chunk)
-    tasks = [(range(first + i, first + min(i + chunk, count)), size, labels) for i in starts]
-    bar = tqdm(total=count, desc=f"rendering {path.stem}", unit="picture")
-    try:
-        with bar, folders.workers() as pool:
-            for i, (some, truth) in zip(starts, pool.imap(_render_some, tasks)):
-                pictures[i:i + chunk], caption_of[i:i + chunk] = some, cars.caption_index(truth)
-                bar.update(len(some))
-        pictures.flush()
-        np.save(path.with_suffix(".captions.npy"), caption_of)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _render_some(indices, size, labels):
+    """-> pictures, the indices of their captions. For packing.pack."""
+    pictures, truth = cars.render(0, indices, size, labels)
+    return pictures, cars.caption_index(truth)
 
 
-def _render_some(task):
-    """One chunk. At module level, because it is sent to the other processes by its name."""
-    indices, size, labels = task
-    return cars.render(0, indices, size, labels)
+def _packed(items, make, size, path):
+    """What packing.pack makes, now or earlier -> pictures (N, size, size, 3), memory-mapped, and
+    the numbers (at least N)."""
+    if not path.exists():
+        packing.pack(items, make, size, path)
+    numbers = np.load(path.with_suffix(".npy"))
+    shape = (int((numbers >= 0).sum()), size, size, 3)
+    pictures = np.memmap(path, np.uint8, "r", shape=shape) if shape[0] else np.empty(shape, np.uint8)
+    return pictures, numbers
 
 
 def _folder(name, size, split):
@@ -228,13 +217,11 @@ def _folder(name, size, split):
         raise UserError(f"--data {name}: {problem}") from None
     files = [listing.files[i] for i in rows]
     path = CACHE / f"folder-{folders.fingerprint(files):08x}-{split}-{size}px.raw"
-    if not path.exists():
-        folders.pack(files, size, path)
-    good = np.load(path.with_suffix(".npy"))   # which of the files are in it
+    pictures, numbers = _packed(files, folders.read_some, size, path)
+    good = np.flatnonzero(numbers >= 0)   # which of the files are among the pictures
     if not len(good):
         raise UserError(f"--data {name}: none of {len(files):,} pictures can be read, such as "
                         f"{files[0]}")
-    pictures = np.memmap(path, np.uint8, "r", shape=(len(good), size, size, 3))
     captions, spellings, place = folders.captions(listing)
     caption_of = np.array([place[rows[i]] for i in good], np.int64)
     attributes = {"class": listing.classes} if listing.classes else {}
@@ -243,14 +230,19 @@ def _folder(name, size, split):
                    attributes, folders.report(listing, split, rows, good))
 
 
-def batch(dataset, seed, step, size, device="cpu"):
+def batch(dataset, seed, step, size, device="cpu", share=lambda rows: rows):
     """`size` random pictures, a function of (seed, step), drawn with replacement.
 
     -> x_0 (B, 3, H, W) in [-1, 1] on the device, their rows in the data set (B,) int64 numpy.
+    share(rows) -> those of them that shall be read, where several processes share the batch.
     """
     rows = np.random.default_rng([seed, step]).integers(len(dataset.pictures), size=size)
-    pictures = torch.from_numpy(dataset.pictures[rows]).to(device)   # moved while still bytes
-    return to_float(pictures), rows
+    pictures = dataset.pictures
+    if isinstance(pictures, np.memmap):
+        # Mapped anew and let go: else all that was ever read would count as this process's memory.
+        pictures = np.memmap(pictures.filename, np.uint8, "r", shape=pictures.shape)
+    some = torch.from_numpy(pictures[share(rows)]).to(device)   # moved while still bytes
+    return to_float(some), rows
 
 
 # ---- grids and GIFs ------------------------------------------------------------------------------
@@ -288,13 +280,17 @@ def save_gif(path, frames, columns=4, zoom=2, milliseconds=80):
 def save_checkpoint(path, content):
     """One file of tensors and plain Python types. UserError if it cannot be written.
 
-    It is written under another name and then renamed, so that there is never half a checkpoint.
+    It is written under another name, all the way to the disk, and then renamed, so that there is
+    never half a checkpoint, whatever is killed or unplugged.
     """
     path = Path(path)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:   # torch reports a full disk as a RuntimeError
         raise UserError(f"cannot write {path}: {error}") from None

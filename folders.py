@@ -7,15 +7,13 @@
     class folders   CLASS/*.png at any depth, captioned "a photo of a CLASS"
 
 Folders of the world hold anything: grey, palette, transparent, 16-bit, rotated, odd-sized and
-broken files. `read` makes a square RGB picture of what can be read, `pack` leaves out what cannot.
+broken files. `read` makes a square RGB picture of what can be read; what cannot is left out.
 
 Left out: archives, video, downloading.
 """
 import csv
 import io
-import multiprocessing
 import os
-import signal
 import warnings
 import zlib
 from pathlib import Path
@@ -23,7 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 TEMPLATES = ("a photo of {}", "{}", "a picture of {}", "a blurry photo of {}",
@@ -203,7 +200,7 @@ def fingerprint(files):
     return zlib.crc32(repr([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode())
 
 
-# ---- reading and packing -------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 def read(path, size):
     """A picture file -> (size, size, 3) uint8: upright, on white, its middle square, area-averaged.
@@ -222,50 +219,17 @@ def read(path, size):
     return np.asarray(ImageOps.fit(image, (size, size), how))
 
 
-CHUNK = 200   # files that one process reads at a time
-
-
-def workers():
-    """-> a process for each core; use it with `with`. Ctrl-C is left to the process that calls."""
-    return multiprocessing.Pool(initializer=signal.signal,
-                                initargs=(signal.SIGINT, signal.SIG_IGN))
-
-
-def pack(files, size, path):
-    """Read all files, by all cores, into `path`: raw bytes, size x size x 3 for each picture.
-
-    Beside it in .npy: which files could be read, ascending. `path` gets its name last, when all is
-    whole.
-    """
-    chunks = [files[i:i + CHUNK] for i in range(0, len(files), CHUNK)]
-    temporary, good = path.with_suffix(f".{os.getpid()}.tmp"), []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=len(files), desc="packing", unit="picture")
-    try:
-        with bar, open(temporary, "wb") as packed, workers() as pool:
-            tasks = [(chunk, size) for chunk in chunks]
-            for i, pictures in enumerate(pool.imap(_read_some, tasks)):
-                readable = [j for j, picture in enumerate(pictures) if picture is not None]
-                packed.writelines(pictures[j].tobytes() for j in readable)
-                good += [CHUNK * i + j for j in readable]
-                bar.update(len(pictures))
-        np.save(path.with_suffix(".npy"), np.array(good, np.int64))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read_some(task):
-    """One chunk -> a list of pictures, None for what cannot be read. Sent to other processes."""
-    files, size = task
-    warnings.simplefilter("ignore")   # Pillow's, on what it can read all the same
-    pictures = []
-    for file in files:
+def read_some(files, size):
+    """-> pictures (n, size, size, 3) uint8; for each 0, or -1 if the file cannot be read."""
+    warnings.simplefilter("ignore")   # Pillow's, on what it can read all the same,
+    warnings.simplefilter("error", Image.DecompressionBombWarning)   # but of 90 million pixels
+    pictures, numbers = np.zeros((len(files), size, size, 3), np.uint8), [0] * len(files)
+    for i, file in enumerate(files):
         try:
-            pictures.append(read(file, size))
+            pictures[i] = read(file, size)
         except Exception:   # Pillow raises a dozen types for damaged files
-            pictures.append(None)
-    return pictures
+            numbers[i] = -1
+    return pictures, numbers
 
 
 if __name__ == "__main__":   # a small folder of photographs, one of them broken, and what is found
@@ -280,5 +244,5 @@ if __name__ == "__main__":   # a small folder of photographs, one of them broken
         listing = find(Path(folder))
         for split in PARTS:
             rows = part_of(listing, split)
-            pack([listing.files[i] for i in rows], 32, Path(folder) / "packed.raw")
-            print(report(listing, split, rows, np.load(Path(folder) / "packed.npy")))
+            _, numbers = read_some([listing.files[i] for i in rows], 32)
+            print(report(listing, split, rows, np.flatnonzero(np.array(numbers) == 0)))

@@ -2,11 +2,11 @@
 
 A job puts the chapters together, data, CLIP, diffusion model and judge, for the loop in train.py.
 Every one draws its times and noise from the generator that it is given and from nothing else, so
-that a step of training is a function of (seed, step).
+that a step of training is a function of (seed, step). It draws them for the whole batch, of which x_0
+are the pictures that this process deals with, and picks out its `own` (parallel.py).
 
 config: the model's dataclass, options: train.TrainConfig, dataset, validation: data.Dataset.
 """
-import functools
 import math
 from typing import Callable, NamedTuple
 
@@ -16,9 +16,11 @@ import torch
 import bpe
 import data
 import judge
+import parallel
 import plot
 import tinyclip
 import tinyddpm
+from parallel import in_pieces, own
 from unet import UNet
 
 
@@ -26,7 +28,7 @@ class Job(NamedTuple):
     """What the loop has to know about one kind of model."""
     kind: str
     model: torch.nn.Module
-    loss: Callable       # (model, x_0, rows of the data set, generator) -> scalar
+    loss: Callable       # (model, own x_0, rows of the whole batch, generator) -> scalar
     preview: Callable    # (averaged model, folder) -> a line to print; may draw into the folder
     content: dict        # what weights.pt holds of this kind, beside what it always holds
     note: str            # printed before the first step: what to compare the loss with
@@ -48,14 +50,16 @@ def clip_job(config, options, dataset, validation, device):
         t = tinyddpm.random_times(B, config.T, generator)
         shuffled = torch.randperm(B, generator=generator, device=device)
         t[shuffled[:round(options.clean * B)]] = 0
-        eps = torch.randn(x_0.shape, generator=generator, device=device)
+        eps = torch.randn(B, *x_0.shape[1:], generator=generator, device=device)
         chosen, weight = some_captions(K, caption_of[rows], options.most_captions, generator)
         spelling = torch.randint(S, chosen.shape, generator=generator, device=device)
-        image_features = model.encode_image(tinyddpm.q_sample(x_0, t, eps, alpha_bar), t)
-        text_features = model.encode_text(tokens[spelling, chosen])
+        x_t = tinyddpm.q_sample(x_0, own(t), own(eps), alpha_bar)
+        image_features = in_pieces(model.encode_image, options.accumulate, x_t, own(t))
+        image_features = parallel.whole(image_features)                          # (B, E)
+        text_features = model.encode_text(tokens[spelling, chosen])              # (chosen, E)
         logits = model.logits(image_features, text_features, t) + weight.log()   # (B, chosen)
-        own = torch.searchsorted(chosen, caption_of[rows])        # its caption's place in chosen
-        return tinyclip.clip_loss(logits, own, t == 0)
+        place = torch.searchsorted(chosen, caption_of[rows])   # of its own caption, in chosen
+        return tinyclip.clip_loss(logits, place, t == 0)
 
     def preview(model, folder):
         accuracy = accuracy_through_noise(model, tokens[0], validation, alpha_bar)
@@ -118,21 +122,26 @@ def ddpm_job(config, options, dataset, validation, device):
     alpha_bar = tinyddpm.cosine_alpha_bar(config.T).to(device)
     told_as = torch.from_numpy(dataset.caption_of).to(device) + 1   # 0 is "it may be anything"
 
-    def mean_loss(model, x_0, generator):
-        t = tinyddpm.random_times(len(x_0), config.T, generator)
-        eps = torch.randn(x_0.shape, generator=generator, device=device)
-        return tinyddpm.ddpm_loss(model, x_0, t, eps, alpha_bar).mean()
+    def draw(B, generator):
+        """Times and noise for B pictures."""
+        shape = B, 3, config.image_size, config.image_size
+        return (tinyddpm.random_times(B, config.T, generator),
+                torch.randn(shape, generator=generator, device=device))
 
     def loss(model, x_0, rows, generator):
-        if not config.text:
-            return mean_loss(model, x_0, generator)
-        # One in ten is told nothing, or it could not do without (Ho & Salimans 2022, Alg. 1).
-        told = torch.rand(len(x_0), generator=generator, device=device) > 0.1
-        return mean_loss(functools.partial(model, caption=told_as[rows] * told), x_0, generator)
+        told = []
+        if config.text:
+            # One in ten is told nothing, or it could not do without (Ho & Salimans 2022, Alg. 1).
+            informed = torch.rand(len(rows), generator=generator, device=device) > 0.1
+            told = [own(told_as[rows] * informed)]
+        t, eps = map(own, draw(len(rows), generator))
+        unet = lambda x_t, t: in_pieces(model, options.accumulate, x_t, t, *told)
+        return tinyddpm.ddpm_loss(unet, x_0, t, eps, alpha_bar).mean()
 
     def preview(model, folder):
         x_0, _ = data.batch(validation, 0, 0, 500, device)
-        held_out = mean_loss(model, x_0, data.generator(0, 0, device=device))
+        t, eps = draw(len(x_0), data.generator(0, 0, device=device))
+        held_out = tinyddpm.ddpm_loss(model, x_0, t, eps, alpha_bar).mean()
         generators = [data.generator(0, i) for i in range(16)]
         x_T = tinyddpm.noise(generators, (3, config.image_size, config.image_size), device)
         denoise = tinyddpm.denoiser(model, alpha_bar)
@@ -157,7 +166,8 @@ def judge_job(config, options, dataset, validation, device):
     sizes = {name: len(values) for name, values in dataset.attributes.items()}
 
     def loss(model, x_0, rows, generator):
-        return judge.judge_loss(model, x_0, labels[rows])
+        piece_loss = lambda *piece: judge.judge_loss(model, *piece)[None]
+        return in_pieces(piece_loss, options.accumulate, x_0, own(labels[rows])).mean()
 
     def preview(model, folder):
         x_0 = data.to_float(torch.tensor(validation.pictures)).to(device)

@@ -36,54 +36,63 @@ class Muon(torch.optim.Optimizer):
 
     M <- momentum M + (1 - momentum) G,   O = orthogonalized(momentum M + (1 - momentum) G),
     W <- (1 - lr weight_decay) W - lr 0.2 sqrt(max(m, n)) O
+
+    Matrices of one shape are a parameter group and are dealt with as one stack, because each of
+    them alone is too small to keep two cores busy, or a GPU.
     """
 
     def __init__(self, weights, lr, weight_decay, momentum=0.95):
+        shapes = {}
+        for weight in weights:
+            shapes.setdefault(weight.shape, []).append(weight)
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
-        super().__init__([{"params": weights}], defaults)
+        super().__init__([{"params": alike} for alike in shapes.values()], defaults)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            for weight in group["params"]:
-                state = self.state[weight]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-                buffer = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
-                ahead = weight.grad.lerp(buffer, momentum)   # Nesterov momentum
-                update = orthogonalized(ahead.flatten(1))
-                # A root mean square of 0.2, as AdamW's updates usually have (Liu et al. eq. 4).
-                scale = 0.2 * max(update.shape) ** 0.5
+            weights, lr, momentum = group["params"], group["lr"], group["momentum"]
+            grads = torch.stack([weight.grad.flatten(1) for weight in weights])      # (N, m, n)
+            state = self.state[weights[0]]   # of the whole stack
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(grads)
+            buffer = state["momentum_buffer"].lerp_(grads, 1 - momentum)
+            updates = orthogonalized(grads.lerp(buffer, momentum))   # Nesterov momentum
+            # A root mean square of 0.2, as AdamW's updates usually have (Liu et al. eq. 4).
+            scale = 0.2 * max(updates.shape[1:]) ** 0.5
+            for weight, update in zip(weights, updates):
                 weight.mul_(1 - lr * group["weight_decay"])
                 weight.sub_(update.view_as(weight), alpha=lr * scale)
 
 
-def orthogonalized(matrix):
-    """X = U S V^T -> about U V^T, the same rotations without the stretching. X: (m, n)
+def orthogonalized(matrices):
+    """X = U S V^T -> about U V^T, the same rotations without the stretching. X: (N, m, n)
 
     Five times X <- (a + b X X^T + c (X X^T)^2) X (Jordan et al. 2024), which takes each singular
     value s to a s + b s^3 + c s^5: all of [0.01, 1] ends between 0.68 and 1.14.
 
     differs from the original: the five brackets are multiplied together first and with X only
-    once, because X X^T is small and X, of a convolution, about nine times as wide. And float32.
+    once, because X X^T is small and X, of a convolution, about nine times as wide. And float32:
+    bfloat16 loses the small singular values of X X^T (RESULTS.md).
     """
-    X = matrix / (matrix.norm() + 1e-7)   # so that no singular value exceeds 1
-    if len(X) > X.shape[1]:
-        return orthogonalized(X.T).T
-    identity = torch.eye(len(X), dtype=X.dtype, device=X.device)
-    gram, product = X @ X.T, identity
-    for _ in range(5):
-        bracket = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
-        product = bracket @ product
-        gram = bracket @ gram @ bracket   # X X^T of the next X
+    X = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)   # no singular value exceeds 1
+    if X.shape[1] > X.shape[2]:
+        return orthogonalized(X.mT).mT
+    a_identity = 3.4445 * torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
+    bracket = lambda gram: torch.baddbmm(a_identity - 4.7750 * gram, gram, gram, alpha=2.0315)
+    gram = X @ X.mT
+    product = step = bracket(gram)
+    for _ in range(4):
+        gram = step @ gram @ step   # X X^T of the next X
+        step = bracket(gram)
+        product = step @ product
     return product @ X
 
 
 if __name__ == "__main__":   # what it does to a matrix that is all in one direction, nearly
     torch.manual_seed(0)
     gradient = torch.randn(4, 1) @ torch.randn(1, 6) + 0.1 * torch.randn(4, 6)
-    for name, matrix in (("gradient", gradient), ("Muon's step", orthogonalized(gradient))):
+    for name, matrix in (("gradient", gradient), ("Muon's step", orthogonalized(gradient[None])[0])):
         values = ", ".join(f"{s:.2f}" for s in torch.linalg.svdvals(matrix))
         print(f"{name:12} has singular values {values}")
 

@@ -3,19 +3,19 @@
     python train.py clip                    the tiny preset: 32 px, two CPU cores, minutes
     python train.py ddpm --minutes 10       stop cleanly after ten minutes (so does Ctrl-C)
     python train.py ddpm                    the same run again: it goes on where it stopped
+    torchrun --nproc_per_node 2 train.py ddpm       by two processes, on two GPUs or two cores
     python train.py ddpm -h                 every field of a config is a flag, such as --channels 48
 
 A run's folder (runs/clip, ...) gets checkpoint.pt, to go on from; weights.pt, what sample.py reads;
 loss.png and previews. Step n draws its pictures, times and noise from (seed, n): it is a function
-of them and of the step before, so on one machine an interrupted run ends with the same weights as
-one that ran through.
+of them and of the step before, so on one machine a run that was interrupted, or killed, ends with
+the same weights as one that ran through.
 """
 import argparse
 import copy
 import dataclasses
 import math
 import signal
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ import data
 import jobs
 import judge
 import muon
+import parallel
 import plot
 import tinyclip
 import tinyddpm
@@ -39,7 +40,8 @@ from unet import UNetConfig
 @dataclass
 class TrainConfig:
     steps: int = 1000            # the length of the whole run; the learning rate reaches zero there
-    batch: int = 128             # pictures per step
+    batch: int = 128             # pictures per step, of all processes together
+    accumulate: int = 1          # pieces that a batch is dealt with in: less memory, more time
     lr: float = 1e-3             # the highest learning rate, of both optimizers
     warmup: float = 0.03         # of the run, in which the learning rate climbs from zero
     weight_decay: float = 0.05   # of Muon's matrices; what AdamW trains does not decay
@@ -57,10 +59,26 @@ class CLIPTrainConfig(TrainConfig):
 
 # What a preset means for each kind of model: the model's config, and that of its training.
 PRESETS = {
-    "tiny": {
+    "tiny": {   # 32 x 32 pixels, two CPU cores
         "clip": (tinyclip.CLIPConfig(), CLIPTrainConfig(steps=1500, lr=2e-3)),
         "ddpm": (UNetConfig(), TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
         "judge": (judge.JudgeConfig(), TrainConfig(steps=800)),
+    },
+    "small": {   # 64 x 64 pixels, a GPU
+        "clip": (tinyclip.CLIPConfig(image_size=64, patch=8, width=192, heads=6),
+                 CLIPTrainConfig(steps=3000, lr=2e-3)),
+        "ddpm": (UNetConfig(image_size=64, channels=64, multipliers=(1, 2, 2, 4),
+                            attention=(2, 3)),
+                 TrainConfig(steps=20_000, batch=64, lr=2e-3, weight_decay=0.01)),
+        "judge": (judge.JudgeConfig(size=64), TrainConfig(steps=800)),
+    },
+    "base": {   # 128 x 128 pixels, the size of ShapeNet's pictures, a GPU
+        "clip": (tinyclip.CLIPConfig(image_size=128, patch=16, width=256, heads=8, layers=4),
+                 CLIPTrainConfig(steps=5000, lr=1e-3)),
+        "ddpm": (UNetConfig(image_size=128, channels=64, multipliers=(1, 1, 2, 2, 4), blocks=2,
+                            attention=(3, 4)),
+                 TrainConfig(steps=50_000, batch=64, lr=1e-3, weight_decay=0.01)),
+        "judge": (judge.JudgeConfig(size=128), TrainConfig(steps=800)),
     },
 }
 
@@ -73,52 +91,76 @@ class Run(NamedTuple):
     folder: Path
     settings: dict           # all that must be the same when a run goes on
     device: torch.device
+    bf16: bool               # whether to compute in bfloat16; a run that goes on does as before
+    loss: torch.nn.Module    # the job's, see Loss
     model: torch.nn.Module   # the job's, on the device
     ema: torch.nn.Module     # its moving average: what previews show and weights.pt holds
     optimizers: tuple        # one for weight matrices, one for everything else
     history: list            # of (step, mean loss of the steps since the entry before)
 
 
-def begin(job, folder, settings, options, device):
-    """-> a Run before its first step."""
+class Loss(torch.nn.Module):
+    """A job's loss as a module, since what averages gradients wants one to watch."""
+
+    def __init__(self, job):
+        super().__init__()
+        self.model, self.loss = job.model, job.loss
+
+    def forward(self, *batch):
+        return self.loss(self.model, *batch)
+
+
+def begin(job, folder, settings, options, device, saved=None):
+    """-> a Run before its first step, or where a saved one was."""
     model = job.model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     matrices, others = muon.split(model)
     optimizers = (
         muon.Muon(matrices, options.lr, options.weight_decay),
         torch.optim.AdamW(others, options.lr, betas=(0.9, 0.99), weight_decay=0., fused=True))
-    return Run(job, folder, settings, device, model, ema, optimizers, history=[])
+    bf16, = parallel.agreed(data.bf16_is_fast(device))
+    history = []
+    if saved:
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        history = saved["history"]
+        if saved["device"] == device.type:
+            bf16 = saved["bf16"]
+    loss = parallel.with_mean_gradients(Loss(job))
+    return Run(job, folder, settings, device, bf16, loss, model, ema, optimizers, history)
 
 
-def resume(run):
-    """Put what checkpoint.pt holds, if there is one, into the run -> how many steps it has done."""
-    path = run.folder / "checkpoint.pt"
+def load(folder, kind, settings):
+    """-> what checkpoint.pt in the folder holds, None if there is none. UserError if it is of
+    another run."""
+    path = folder / "checkpoint.pt"
     if not path.exists():
-        return 0
-    saved = data.load_checkpoint(path, f"{run.job.kind} run")
-    for key, now in run.settings.items():
+        return None
+    saved = data.load_checkpoint(path, f"{kind} run")
+    for key, now in settings.items():
         old = saved["settings"].get(key)
         if old != now:
-            raise data.UserError(f"{run.folder} holds a run with another {key} ({old}, now {now}): "
+            raise data.UserError(f"{folder} holds a run with another {key} ({old}, now {now}): "
                                  "choose another --out, or start over with --fresh")
-    run.model.load_state_dict(saved["model"])
-    run.ema.load_state_dict(saved["ema"])
-    for optimizer, state in zip(run.optimizers, saved["optimizers"]):
-        optimizer.load_state_dict(state)
-    run.history.extend(saved["history"])
-    return saved["step"]
+    return saved
 
 
 def save(run, step):
-    """checkpoint.pt, to go on from; weights.pt, to use; loss.png, to look at."""
-    data.save_checkpoint(run.folder / "checkpoint.pt", {
-        "kind": f"{run.job.kind} run", "settings": run.settings, "step": step,
-        "history": run.history, "model": run.model.state_dict(), "ema": run.ema.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]})
+    """weights.pt, to use; checkpoint.pt, to go on from; loss.png, to look at.
+
+    checkpoint.pt comes after weights.pt: if it says that the run is finished, so are the weights.
+    """
     data.save_checkpoint(run.folder / "weights.pt", {
         "kind": run.job.kind, "config": dataclasses.asdict(run.model.config),
         "data": run.settings["data"], "schedule": "cosine", "steps": step,
         "weights": data.fp16(run.ema), **run.job.content})
+    data.save_checkpoint(run.folder / "checkpoint.pt", {
+        "kind": f"{run.job.kind} run", "settings": run.settings, "step": step,
+        "device": run.device.type, "bf16": run.bf16,
+        "history": run.history, "model": run.model.state_dict(), "ema": run.ema.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]})
     curve = tuple(zip(*run.history))   # all steps, all losses
     plot.lines(run.folder / "loss.png", {"loss": curve}, "step",
                "training loss, mean of 50 steps")
@@ -136,72 +178,85 @@ def learning_rate(step, options):
 
 
 def train_step(run, step, dataset, options):
-    """One update of the model and of its average -> the loss, a scalar tensor."""
+    """One update of the model and of its average -> the loss and the gradient's length, (2,)."""
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
     seed, device = run.settings["seed"], run.device
-    x_0, rows = data.batch(dataset, seed, step, options.batch, device)
-    with data.autocast(device):
-        generator = data.generator(seed, step, device=device)
-        torch.manual_seed(generator.initial_seed())   # dropout draws from torch's own generator
-        loss = run.job.loss(run.model, x_0, rows, generator)
+    x_0, rows = data.batch(dataset, seed, step, options.batch, device, parallel.own)
+    # Dropout draws from torch's own generator, in every process something else.
+    torch.manual_seed(data.generator(seed, step, parallel.rank()).initial_seed())
+    with data.autocast(device, run.bf16):
+        loss = run.loss(x_0, rows, data.generator(seed, step, device=device))
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    length = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad()
     tinyddpm.ema_update(run.ema, run.model, step)
-    return loss.detach()
+    return torch.stack([loss.detach(), length])
 
 
-def watch_for_ctrl_c():
-    """-> an event that the first Ctrl-C sets, so that the step at hand can end and be saved.
+def watch_for_signals():
+    """-> a list that gets the number of every Ctrl-C and of every request to terminate, so that
+    the step at hand can end and be saved.
 
     Python's own way would break off anywhere, even between the model and its average. A second
     Ctrl-C does just that.
     """
-    pressed = threading.Event()
+    received = []
 
-    def on_ctrl_c(signal_number, frame):
-        pressed.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def on_signal(number, frame):
+        if number in received:
+            raise KeyboardInterrupt
+        received.append(number)
 
-    signal.signal(signal.SIGINT, on_ctrl_c)
-    return pressed
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    return received
 
 
 def record(run, step, losses):
-    """Add the mean of the losses since the last entry to the history -> that mean."""
-    mean = torch.stack(losses).mean().item()
-    if not math.isfinite(mean):   # and nothing of it gets into a checkpoint
-        raise data.UserError(f"the loss is not finite at step {step:,}; {run.folder} keeps what it "
-                             "held before; start over with --fresh and a lower --lr")
-    run.history.append((step, mean))
-    return mean
+    """Add the mean of the losses since the last entry to the history -> that mean.
+
+    losses: what train_step returned, of the steps up to this one. UserError if any of it is not
+    finite, so that nothing of it gets into a checkpoint.
+    """
+    losses = parallel.mean(torch.stack(losses)).cpu()                         # (steps, 2)
+    if not losses.isfinite().all():
+        first = step - len(losses) + 1 + int((~losses.isfinite()).any(dim=1).nonzero()[0])
+        raise data.UserError(
+            f"the loss or its gradient is not finite at step {first:,}; {run.folder} keeps what it "
+            "held before; try --fresh with half the --lr, or look for what is odd in the data")
+    run.history.append((step, losses[:, 0].mean().item()))
+    return run.history[-1][1]
 
 
 def train(run, done, dataset, options, args):
-    """From step done + 1 to the last one, or to where --minutes or Ctrl-C stops it."""
+    """From step done + 1 to the last one, or to where --minutes or a signal stops it."""
     last, preview_every = options.steps, max(1, options.steps // 10)
     deadline = time.monotonic() + 60 * (args.minutes or math.inf)
-    ctrl_c = watch_for_ctrl_c()
+    received = watch_for_signals()
     losses, saved_at = [], time.monotonic()
-    bar = tqdm(total=last * options.batch, initial=done * options.batch,
-               desc=run.job.kind, unit="picture", unit_scale=True)
+    first_process = parallel.rank() == 0
+    bar = tqdm(total=last * options.batch, initial=done * options.batch, desc=run.job.kind,
+               unit="picture", unit_scale=True, disable=not first_process)
     for step in range(done + 1, last + 1):
         losses.append(train_step(run, step, dataset, options))
         bar.update(options.batch)
-        stop = step == last or ctrl_c.is_set() or time.monotonic() > deadline
+        now = time.monotonic()
+        stop, due = parallel.agreed(step == last or bool(received) or now > deadline,
+                                    now > saved_at + args.save_every)
 
-        if step % 50 == 0 or stop:   # not at every step: .item() waits for the device
+        if step % 50 == 0 or stop or due:   # not at every step: it waits for the device
             bar.set_postfix_str(f"loss {record(run, step, losses):.3f}")
             losses = []
-        if step % preview_every == 0 or step == last:
-            with torch.no_grad(), data.autocast(run.device):
+        if first_process and (step % preview_every == 0 or step == last):
+            with torch.no_grad(), data.autocast(run.device, run.bf16):
                 bar.write(f"step {step:,}: {run.job.preview(run.ema, run.folder)}")
-        if stop or (step % 50 == 0 and time.monotonic() - saved_at > 120):
-            save(run, step)
+        if stop or due:
+            if first_process:
+                save(run, step)
             saved_at = time.monotonic()
         if stop:
             break
@@ -212,8 +267,8 @@ def train(run, done, dataset, options, args):
         return
     again = "the same command without --fresh" if args.fresh else "the same command"
     print(f"stopped at step {step:,} of {last:,}; {again} goes on")
-    if ctrl_c.is_set():
-        raise KeyboardInterrupt   # all is saved; the caller shall know why it ended
+    if received:   # all is saved; the caller shall know why it ended
+        raise SystemExit(128 + received[0])
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -240,6 +295,8 @@ def add_flags(parser, kind):
                         help="cars, the built-in world, or a folder with pictures and captions")
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS))
     parser.add_argument("--minutes", type=float, help="stop after so many, to go on later")
+    parser.add_argument("--save-every", type=float, default=120., metavar="SECONDS",
+                        help="between checkpoints; default 120")
     parser.add_argument("--out", help=f"the run's folder; default runs/{kind}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto is the first of cuda, mps, cpu")
@@ -263,12 +320,17 @@ def changed(config, args):
 
 def check(args, options):
     """Refuse numbers with which nothing could be trained."""
-    for name in ("steps", "batch", "pictures"):
+    for name in ("steps", "batch", "accumulate", "pictures"):
         if getattr(options, name) < 1:
             raise data.UserError(f"--{name} must be at least 1, not {getattr(options, name)}")
     for name, value in (("lr", options.lr), ("minutes", args.minutes)):
         if value is not None and not value > 0:   # so that NaN is refused too
             raise data.UserError(f"--{name} must be more than 0, not {value}")
+    parts = parallel.processes() * options.accumulate
+    if options.batch % parts:
+        raise data.UserError(f"--batch {options.batch} cannot be divided evenly among "
+                             f"{parallel.processes()} processes x {options.accumulate} pieces")
+    data.check_range("--save-every", args.save_every, 0, math.inf)
     for name in ("warmup", "clean", "weight-decay"):
         data.check_range(f"--{name}", getattr(options, name.replace("-", "_"), 0), 0, 1)
     if options.labels not in cars.FREQUENCIES:
@@ -300,10 +362,8 @@ def without(dataset, pairs):
         report=f"{dataset.report}; {len(rows):,} and {kept.sum()} are not held out")
 
 
-def main(arguments=None):
-    args, config, options = parse(arguments)
-    device, folder = data.pick_device(args.device), Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)   # or refuse now, not after the first save
+def load_data(args, config, options):
+    """-> the data sets to learn from and to look at on the way."""
     if args.kind == "judge":   # which must see other pictures than those it is going to judge by
         other = config.net == "plain" and args.data == "cars"   # where there is no end of pictures
         size, held_out = config.size, min(5000, options.pictures)
@@ -318,19 +378,34 @@ def main(arguments=None):
     if options.shuffle:
         dealt = np.random.default_rng(args.seed).permutation(dataset.caption_of)
         dataset = dataset._replace(caption_of=dealt)
+    return dataset, validation
+
+
+def main(arguments=None):
+    parallel.start()
+    args, config, options = parse(arguments)
+    device, folder = data.pick_device(args.device), Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)   # or refuse now, not after the first save
+    with parallel.one_at_first():
+        dataset, validation = load_data(args, config, options)
     print(dataset.report, validation.report, sep="\n")
     torch.manual_seed(args.seed)   # for the initial weights
     job = jobs.JOBS[args.kind](config, options, dataset, validation, device)
     settings = {"data": dataset.name, "data set": dataset.report, "seed": args.seed,
                 **dataclasses.asdict(config), **dataclasses.asdict(options)}
-    run = begin(job, folder, settings, options, device)
+    del settings["accumulate"]   # it is a matter of memory
+    saved = None if args.fresh else load(folder, args.kind, settings)
+    run = begin(job, folder, settings, options, device, saved)
 
-    done = 0 if args.fresh else resume(run)
+    done = saved["step"] if saved else 0
     if done == options.steps:
-        print(f"{run.folder} is finished ({done:,} steps); --fresh starts over")
+        print(f"{folder} is finished ({done:,} steps); --fresh starts over")
         return
     if done:
-        print(f"going on in {run.folder} at step {done + 1:,} of {options.steps:,}")
+        print(f"going on in {folder} at step {done + 1:,} of {options.steps:,}")
+    if parallel.rank() == 0:
+        for file in folder.glob("*.tmp"):   # of a run that was killed while it saved
+            file.unlink()
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     print(f"{millions:.2f} million parameters on {device}; {job.note}")
     train(run, done, dataset, options, args)

@@ -257,9 +257,9 @@ def test_where_processes_are_spawned(here, tmp_path):
     import multiprocessing, pathlib, sys
     sys.path.insert(0, {str(ROOT)!r})
     multiprocessing.set_start_method("spawn")
-    import data, folders
+    import data, folders, packing
     print(len(data.load("cars", 8, 20).pictures))
-    folders.pack([pathlib.Path("a.png")], 8, pathlib.Path("packed.raw"))
+    packing.pack([pathlib.Path("a.png")], folders.read_some, 8, pathlib.Path("packed.raw"))
     print(pathlib.Path("packed.raw").stat().st_size)
 """)
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True,

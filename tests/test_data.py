@@ -7,6 +7,7 @@ import cars
 import checkpoints
 import data
 import judge
+import packing
 
 
 def test_uint8_and_float_are_inverse():
@@ -25,7 +26,7 @@ def test_a_data_set_is_rendered_once_and_says_the_truth(tmp_path, monkeypatch):
     assert (isinstance(dataset.pictures, np.memmap) and (dataset.pictures == pictures).all()
             and (dataset.labels == labels).all())
     assert dataset.captions[dataset.caption_of[3]] == cars.caption(*labels[3])
-    monkeypatch.setattr(data, "_render_all", None)
+    monkeypatch.setattr(packing, "pack", None)
     again = data.load("cars", 16, 230, "validation")
     assert (again.pictures == pictures).all()
     assert not list(tmp_path.glob("*.tmp"))
@@ -154,7 +155,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def full(content, to):
-        to.write_bytes(b"half")
+        to.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)

@@ -16,9 +16,27 @@ def test_orthogonalized_keeps_directions_and_equalises_their_lengths(shape):
     torch.manual_seed(0)
     U, _, Vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     matrix = U * torch.logspace(0, -1.3, len(Vt)) @ Vt
-    inside = U.T @ muon.orthogonalized(5. * matrix) @ Vt.T       # S', if the directions are kept
+    stack = torch.stack([torch.randn(shape), 5. * matrix])
+    inside = U.T @ muon.orthogonalized(stack)[1] @ Vt.T          # S', if the directions are kept
     assert torch.allclose(inside, inside.diag().diag(), atol=1e-4)
     assert inside.diag().min() > 0.67 and inside.diag().max() < 1.15
+
+
+def test_matrices_of_one_shape_do_not_mix():
+    """A stack of them takes the steps that each would take alone, as kernels or as matrices."""
+    torch.manual_seed(0)
+    shapes = [(32, 48), (32, 48), (48, 32), (32, 16, 3, 3), (32, 48)]
+    together = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    alone = [torch.nn.Parameter(weight.detach().clone()) for weight in together]
+    optimizers = [muon.Muon([weight], 0.1, 0.1) for weight in alone] + [
+        muon.Muon(together, 0.1, 0.1)]
+    for _ in range(3):
+        for a, b in zip(together, alone):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(together, alone))
 
 
 def test_a_muon_step_is_as_large_as_one_of_adamw_usually_is():

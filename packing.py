@@ -1,0 +1,93 @@
+"""Chapter 1b: a hundred thousand pictures in one file, made by all cores, and not in vain if it is
+interrupted.
+
+A packed file holds raw bytes, size x size x 3 for each picture, so that it can be memory-mapped and
+may be larger than memory. While it is being made it is called NAME.part, and NAME.progress says
+which of its pictures are there, so that whoever comes after a Ctrl-C or a crash goes on.
+
+Nothing here knows where pictures come from: rendered (data.py) or read from a folder (folders.py).
+"""
+import multiprocessing
+import os
+import signal
+
+import numpy as np
+from tqdm import tqdm
+
+CHUNK = 200   # pictures that one process makes at a time
+NOT_YET, UNREADABLE = 0, 1   # what NAME.progress says of a picture; from 2 on, 2 + its number
+
+
+def pack(items, make, size, path):
+    """Make a picture of each of N items, by all cores, into `path`, and a number for each, in .npy
+    beside it: (N,) int64, -1 for those that cannot be read and are left out.
+
+    make(some items, size) -> pictures (n, size, size, 3) uint8, (n,) numbers of at least -1. It is
+    sent to other processes by its name, so it must be defined at the top level of a module.
+    """
+    part, progress = path.with_suffix(".part"), path.with_suffix(".progress")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not part.exists():
+        progress.unlink(missing_ok=True)
+    for file in (part, progress):
+        file.open("ab").close()   # now it exists; what was in it stays
+    state, before = np.zeros(len(items), np.int64), np.fromfile(progress, np.int64)
+    state[:len(before)] = before
+    try:
+        _make_missing(items, make, size, part, progress, state)
+        with path.with_suffix(".npy").open("wb") as file:
+            np.save(file, state - 2)
+        _finish(part, path, state != UNREADABLE, size)
+    except FileNotFoundError:   # another command has made the same one at the same time
+        if not path.exists():
+            raise
+    progress.unlink(missing_ok=True)
+
+
+def _make_missing(items, make, size, part, progress, state):
+    """What is NOT_YET there, a chunk at a time; into part, progress and state."""
+    chunks = [slice(first, first + CHUNK) for first in range(0, len(items), CHUNK)]
+    todo = [chunk for chunk in chunks if not state[chunk].all()]
+    tasks = [(make, items[chunk], size, part, chunk.start) for chunk in todo]
+    bar = tqdm(total=len(items), initial=int((state != NOT_YET).sum()), unit="picture",
+               desc=f"packing {part.stem}")
+    with bar, progress.open("r+b") as file, workers() as pool:
+        for chunk, numbers in zip(todo, pool.imap(_make_some, tasks)):
+            state[chunk] = numbers + 2
+            file.seek(8 * chunk.start)
+            file.write(state[chunk].tobytes())
+            file.flush()
+            bar.update(len(numbers))
+
+
+def _make_some(task):
+    """One chunk, written to its place in the file -> its pictures' numbers."""
+    make, items, size, part, first = task
+    pictures, numbers = make(items, size)
+    with part.open("r+b") as file:
+        file.seek(first * size * size * 3)
+        file.write(np.ascontiguousarray(pictures).data)
+    return np.asarray(numbers)
+
+
+def _finish(part, path, readable, size):
+    """Give the file its name, now that it is whole; leave out what cannot be read."""
+    whole = part
+    if not readable.all():
+        pictures = np.memmap(part, np.uint8, "r", shape=(len(readable), size, size, 3))
+        whole = path.with_suffix(f".{os.getpid()}.tmp")
+        with whole.open("wb") as file:
+            for first in range(0, len(readable), CHUNK):
+                chunk = slice(first, first + CHUNK)
+                file.write(pictures[chunk][readable[chunk]].data)
+        del pictures   # Windows neither renames nor deletes what is mapped
+    with whole.open("r+b") as file:
+        os.fsync(file.fileno())   # so that a name on the disk is the name of something whole
+    os.replace(whole, path)
+    part.unlink(missing_ok=True)
+
+
+def workers():
+    """-> a process for each core; use it with `with`. Ctrl-C is left to the process that calls."""
+    return multiprocessing.Pool(initializer=signal.signal,
+                                initargs=(signal.SIGINT, signal.SIG_IGN))
