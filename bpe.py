@@ -10,6 +10,7 @@ neighbours are merged, in the order in which training found them to be frequent.
 
 Left out: training on more text than fits in memory.
 """
+import collections
 import functools
 import gzip
 import html
@@ -99,23 +100,30 @@ class Tokenizer:
     @classmethod
     def train(cls, texts, vocab_size):
         """Learn merges from texts until there are vocab_size ids, or every word is one symbol."""
-        words = {}   # a word as a tuple of symbols -> how often it occurs
-        for text in texts:
-            for word in WORDS.findall(clean(text)):
-                symbols = cls.split(word)
-                words[symbols] = words.get(symbols, 0) + 1
-        merges = []
-        while len(merges) < vocab_size - 514:   # 2 * 256 bytes, start, end
-            pairs = {}   # two neighbours -> how often they occur
-            for symbols, count in words.items():
-                for pair in zip(symbols, symbols[1:]):
-                    pairs[pair] = pairs.get(pair, 0) + count
-            if not pairs:
-                break
-            # Ties go by spelling, so that training is repeatable.
-            best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        counts = collections.Counter(
+            word for text in texts for word in WORDS.findall(clean(text)))
+        words = [cls.split(word) for word in counts]   # each as a tuple of symbols
+        pairs = collections.Counter()                  # two neighbours -> how often they occur
+        places = collections.defaultdict(set)          # two neighbours -> in which words
+
+        def add(i, count):
+            for pair in zip(words[i], words[i][1:]):
+                pairs[pair] += count
+                places[pair].add(i)
+                if not pairs[pair]:
+                    del pairs[pair]
+
+        occurs, merges = list(counts.values()), []
+        for i, count in enumerate(occurs):
+            add(i, count)
+        while pairs and len(merges) < vocab_size - 514:   # 2 * 256 bytes, start, end
+            most = max(pairs.values())   # ties go by spelling, so that training is repeatable
+            best = max(pair for pair, count in pairs.items() if count == most)
             merges.append(best)
-            words = {merge(symbols, best): count for symbols, count in words.items()}
+            for i in places.pop(best):   # all other words stay as they are
+                add(i, -occurs[i])
+                words[i] = merge(words[i], best)
+                add(i, occurs[i])
         return cls(merges)
 
     @classmethod

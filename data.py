@@ -204,8 +204,9 @@ def _packed(items, make, size, path):
         packing.pack(items, make, size, path)
     numbers = np.load(path.with_suffix(".npy"))
     shape = (int((numbers >= 0).sum()), size, size, 3)
-    pictures = np.memmap(path, np.uint8, "r", shape=shape) if shape[0] else np.empty(shape, np.uint8)
-    return pictures, numbers
+    if not shape[0]:   # an empty file cannot be mapped
+        return np.empty(shape, np.uint8), numbers
+    return np.memmap(path, np.uint8, "r", shape=shape), numbers
 
 
 def _folder(name, size, split):

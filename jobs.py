@@ -2,8 +2,8 @@
 
 A job puts the chapters together, data, CLIP, diffusion model and judge, for the loop in train.py.
 Every one draws its times and noise from the generator that it is given and from nothing else, so
-that a step of training is a function of (seed, step). It draws them for the whole batch, of which x_0
-are the pictures that this process deals with, and picks out its `own` (parallel.py).
+that a step of training is a function of (seed, step). It draws them for the whole batch and picks
+out its `own`, those of the pictures that this process deals with (parallel.py).
 
 config: the model's dataclass, options: train.TrainConfig, dataset, validation: data.Dataset.
 """

@@ -234,7 +234,7 @@ def record(run, step, losses):
 
 def train(run, done, dataset, options, args):
     """From step done + 1 to the last one, or to where --minutes or a signal stops it."""
-    last, preview_every = options.steps, max(1, options.steps // 10)
+    last, preview_every = options.steps, max(50, options.steps // 10)   # a preview takes a while
     deadline = time.monotonic() + 60 * (args.minutes or math.inf)
     received = watch_for_signals()
     losses, saved_at = [], time.monotonic()

@@ -1,0 +1,458 @@
+"""python tests/benchmark.py: how fast this is, beside peers that run in the same minutes.
+
+    pip install -r requirements-benchmark.txt   the peers; a missing one is a skipped row
+    python tests/benchmark.py                   all of it, half an hour on two cores
+    python tests/benchmark.py ddpm clip         some of it
+
+Machines are noisy: those who are compared take turns, the first round does not count, and of the
+others the fastest does. Ratios can be compared, and seconds only within one run. Everything is
+timed as it is used: a step of training is train.train_step, from the bytes of the pictures to the
+averaged weights.
+"""
+import argparse
+import functools
+import importlib.util
+import itertools
+import json
+import math
+import resource
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import bpe, cars, checkpoints, data, guide, jobs, plot, tinyclip, tinyddpm, train   # noqa: E402,E401
+from unet import UNetConfig   # noqa: E402
+
+# About 35.7 million parameters, as those of the peers below.
+AS_LARGE = UNetConfig(channels=64, multipliers=(1, 2, 3, 8))
+AS_WIDE = UNetConfig(channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,))
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+def race(rounds=3, **contestants):
+    """Functions that take turns -> the least seconds of each."""
+    seconds = {name: [] for name in contestants}
+    for _ in range(rounds + 1):
+        for name, run in contestants.items():
+            began = time.perf_counter()
+            run()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: min(times[1:]) for name, times in seconds.items()}
+
+
+def table(title, header, rows):
+    """Print a table as Markdown, as it goes -> {"title", "header", "rows"}, for the JSON."""
+    print(f"\n{title}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
+    kept = []
+    for row in rows:
+        kept.append(list(row))
+        print(f"| {' | '.join(map(str, row))} |", flush=True)
+    return {"title": title, "header": header, "rows": kept}
+
+
+def here(package):
+    return importlib.util.find_spec(package) is not None
+
+
+def autocast(bf16):
+    return data.autocast(DEVICE, bf16)
+
+
+PRECISIONS = {"fp32": False, "bf16": True}
+
+
+# ---- ours ----------------------------------------------------------------------------------------
+
+def noise_pictures(size, captions=cars.CAPTIONS, count=2000):
+    """A data set of random pixels: what is in a picture takes no time."""
+    rng = np.random.default_rng(0)
+    return data.Dataset("noise", rng.integers(0, 256, (count, size, size, 3), np.uint8),
+                        rng.integers(0, len(captions), count), captions, [captions],
+                        np.zeros((len(captions), 1), np.int64), {"class": [""]}, "")
+
+
+def training(kind, config, options, bf16, captions=cars.CAPTIONS):
+    """-> a function that takes the next step of a new run, its model."""
+    size = config.size if kind == "judge" else config.image_size
+    dataset = noise_pictures(size, captions)
+    torch.manual_seed(0)
+    job = jobs.JOBS[kind](config, options, dataset, dataset, DEVICE)
+    run = train.begin(job, None, {"seed": 0}, options, DEVICE)._replace(bf16=bf16)
+    steps = itertools.count(1)
+    return lambda: train.train_step(run, next(steps), dataset, options), run.model
+
+
+def parameters(model):
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
+
+
+# ---- peers, as their own training loops use them -------------------------------------------------
+
+def lucidrains(batch, bf16):
+    """denoising-diffusion-pytorch 2.3: the network of its README, the steps of its Trainer: two
+    halves of a batch, Adam, averaged weights."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    from ema_pytorch import EMA
+    diffusion = GaussianDiffusion(Unet(dim=64, dim_mults=(1, 2, 4, 8)), image_size=32).to(DEVICE)
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    ema = EMA(diffusion, beta=0.995, update_every=10)
+    pictures = torch.rand(batch // 2, 3, 32, 32, device=DEVICE)
+
+    def step():
+        for _ in range(2):
+            with autocast(bf16):
+                loss = diffusion(pictures) / 2
+            loss.item()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+    return step, diffusion
+
+
+def diffusers_unet():
+    """The U-Net of Ho et al. 2020 for CIFAR-10, as diffusers has it (google/ddpm-cifar10-32)."""
+    from diffusers import UNet2DModel
+    plain, attends = "DownBlock2D", "AttnDownBlock2D"
+    return UNet2DModel(
+        sample_size=32, layers_per_block=2, block_out_channels=(128, 256, 256, 256),
+        down_block_types=(plain, attends, plain, plain), up_block_types=(
+            "UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")).to(DEVICE)
+
+
+def diffusers(batch, bf16):
+    """The steps of diffusers' example train_unconditional.py, with its defaults."""
+    from diffusers import DDPMScheduler
+    unet, scheduler = diffusers_unet(), DDPMScheduler(1000)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999),
+                                  weight_decay=1e-6)
+    clean = torch.rand(batch, 3, 32, 32, device=DEVICE) * 2 - 1
+
+    def step():
+        noise = torch.randn_like(clean)
+        t = torch.randint(0, 1000, (batch,), device=DEVICE)
+        with autocast(bf16):
+            loss = F.mse_loss(unet(scheduler.add_noise(clean, noise, t), t).sample.float(), noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+    return step, unet
+
+
+def open_clip(batch, bf16, config, vocabulary):
+    """open_clip's model with the same towers, and the steps of its train_one_epoch."""
+    from open_clip.loss import ClipLoss
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+    image = CLIPVisionCfg(layers=config.layers, width=config.width, patch_size=config.patch,
+                          head_width=config.width // config.heads, image_size=config.image_size)
+    text = CLIPTextCfg(context_length=config.context_length, vocab_size=vocabulary,
+                       width=config.text_width, heads=config.text_heads, layers=config.text_layers)
+    clip = CLIP(config.embed_dim, image, text, quick_gelu=True, output_dict=True).to(DEVICE)
+    optimizer, loss = torch.optim.AdamW(clip.parameters(), lr=5e-4, eps=1e-6), ClipLoss()
+    pictures = torch.rand(batch, 3, config.image_size, config.image_size, device=DEVICE)
+    words = torch.randint(0, vocabulary, (batch, config.context_length), device=DEVICE)
+
+    def step():
+        optimizer.zero_grad()
+        with autocast(bf16):
+            total = sum(loss(**clip(pictures, words), output_dict=True).values())
+        total.backward()
+        optimizer.step()
+        with torch.no_grad():
+            clip.logit_scale.clamp_(0, math.log(100))
+    return step, clip
+
+
+# ---- the tables ----------------------------------------------------------------------------------
+
+def matrix_rates():
+    """Of a product of two 2048 x 2048 matrices, multiplications and additions a second."""
+    matrices = [torch.ones(2048, 2048, device=DEVICE, dtype=dtype)
+                for dtype in (torch.float32, torch.bfloat16)]
+    least = race(5, **{name: functools.partial(torch.mm, m, m)
+                       for name, m in zip(PRECISIONS, matrices)})
+    return {name: 2 * 2048 ** 3 / seconds for name, seconds in least.items()}
+
+
+def ddpm_table(batch=64):
+    """Training of a diffusion model, pictures/s."""
+    peers = {"denoising-diffusion-pytorch": ("denoising_diffusion_pytorch", lucidrains, AS_LARGE),
+             "diffusers": ("diffusers", diffusers, AS_LARGE),
+             "diffusers, a U-Net of the same widths": ("diffusers", diffusers, AS_WIDE)}
+    options = train.TrainConfig(batch=batch)
+    for name, (package, peer, config) in peers.items():
+        if not here(package):
+            yield name, "not installed", *[""] * 6
+            continue
+        least, (_, model) = {}, peer(batch, False)
+        for precision, bf16 in PRECISIONS.items():
+            least[precision] = race(2, ours=training("ddpm", config, options, bf16)[0],
+                                    theirs=peer(batch, bf16)[0])
+        yield name, parameters(model), *compared(least, batch, default="fp32")
+
+
+def compared(least, batch, default):
+    """precision -> seconds of ours and theirs: both in pictures/s, their ratios, and that of ours
+    to what the peer does by default."""
+    cells = []
+    for seconds in least.values():
+        cells += [f"{batch / seconds['ours']:.1f}", f"{batch / seconds['theirs']:.1f}",
+                  f"{seconds['theirs'] / seconds['ours']:.2f}"]
+    mine = least["bf16" if data.bf16_is_fast(DEVICE) else "fp32"]["ours"]
+    return *cells, f"{least[default]['theirs'] / mine:.2f}"
+
+
+def clip_table(batch=128):
+    """Training of CLIP, pictures/s."""
+    options, config = train.CLIPTrainConfig(batch=batch), tinyclip.CLIPConfig(stem="patch")
+    if not here("open_clip"):
+        yield "open_clip", "not installed", *[""] * 6
+        return
+    vocabulary, least = bpe.Tokenizer.train(cars.CAPTIONS, 4096).vocab_size, {}
+    for precision, bf16 in PRECISIONS.items():
+        step, model = open_clip(batch, bf16, config, vocabulary)
+        least[precision] = race(5, ours=training("clip", config, options, bf16)[0], theirs=step)
+    yield "open_clip", parameters(model), *compared(least, batch, default="bf16")
+
+
+def sampling_table(batch=8, steps=10):
+    """DDIM, pictures/s."""
+    if not here("diffusers"):
+        yield "diffusers", "not installed", *[""] * 6
+        return
+    from diffusers import DDIMPipeline, DDIMScheduler
+    theirs, alpha_bar = diffusers_unet().eval(), tinyddpm.cosine_alpha_bar().to(DEVICE)
+    pipeline = DDIMPipeline(theirs, DDIMScheduler(1000))
+    pipeline.set_progress_bar_config(disable=True)
+    ours = jobs.UNet(AS_LARGE).eval().to(DEVICE, memory_format=torch.channels_last)
+    generators = [data.generator(0, i) for i in range(batch)]
+
+    def draw(unet, bf16):
+        with autocast(bf16):
+            x_T = tinyddpm.noise(generators, (3, 32, 32), DEVICE)
+            data.to_uint8(tinyddpm.sample(tinyddpm.denoiser(unet, alpha_bar), x_T, generators,
+                                          alpha_bar, steps, eta=0.))
+
+    def their_draw(bf16):
+        with autocast(bf16):
+            pipeline(batch_size=batch, num_inference_steps=steps)
+
+    same = lambda x_t, t: theirs(x_t, t).sample
+    for name, unet in (("a U-Net of as many parameters", ours), ("the very same U-Net", same)):
+        least = {precision: race(2, ours=functools.partial(draw, unet, bf16),
+                                 theirs=functools.partial(their_draw, bf16))
+                 for precision, bf16 in PRECISIONS.items()}
+        yield f"diffusers, {name}", parameters(theirs), *compared(least, batch, default="fp32")
+
+
+def guidance_table(batch=16, steps=25):
+    """The shipped models: what guidance adds, and where the time goes."""
+    models = checkpoints.load_pair(checkpoints.SHIPPED / "clip.pt", checkpoints.SHIPPED / "ddpm.pt",
+                                   DEVICE)
+    target = torch.zeros(batch, dtype=torch.long, device=DEVICE)
+    generators = [data.generator(0, i) for i in range(batch)]
+    x_T = tinyddpm.noise(generators, (3, 32, 32), DEVICE)
+    t = torch.full((batch,), 500, device=DEVICE)
+
+    def draw(method):
+        with data.autocast(DEVICE):
+            tinyddpm.sample(guide.guided_by(method, models, target), x_T, generators,
+                            models.alpha_bar, steps)
+
+    def evaluations(of_unet):
+        x = x_T.clone().requires_grad_()
+        for _ in range(steps):
+            with data.autocast(DEVICE), torch.set_grad_enabled(not of_unet):
+                out = models.unet(x, t) if of_unet else models.clip.logits(
+                    models.clip.encode_image(x, t), models.text_features, t).sum()
+            if not of_unet:
+                torch.autograd.grad(out, x)
+
+    least = race(5, unguided=functools.partial(draw, "none"),
+                 guided=functools.partial(draw, guide.DEFAULT),
+                 unet=functools.partial(evaluations, True),
+                 encoder=functools.partial(evaluations, False))
+    for name, what in (("unguided", "unguided"), ("guided", "guided"), ("unet", "of it the U-Net"),
+                       ("encoder", "of it CLIP's encoder, forward and backward")):
+        yield what, f"{1000 * least[name] / steps:.1f}", f"{least[name] / least['unguided']:.2f}"
+
+
+def words_table():
+    """Rendering on one core, and byte pair encoding."""
+    for size in (32, 64, 128):
+        seconds = race(render=lambda: cars.render(0, range(200), size))["render"]
+        yield f"rendering at {size} x {size} on one core", f"{200 / seconds:.0f} pictures/s"
+    library = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
+    texts, size = [], 0
+    for path in library:
+        if size < 10e6:
+            texts.append(path.read_text("utf-8", "replace"))
+            size += len(texts[-1].encode())
+    began = time.perf_counter()
+    tokenizer = bpe.Tokenizer.train(texts, 4096)
+    yield (f"BPE, 4,096 tokens from {size / 1e6:.1f} MB of Python's own source",
+           f"{time.perf_counter() - began:.1f} s")
+    words = " ".join(texts)[:2_000_000].split()
+    rng = np.random.default_rng(0)
+    captions = [" ".join(words[i:i + 10]) for i in rng.integers(0, len(words) - 10, 100_000)]
+    began = time.perf_counter()
+    tokens = tokenizer.batch(captions, 77)
+    yield (f"encoding 100,000 captions of ten words, {(tokens != 0).sum() / 1e5:.0f} tokens each",
+           f"{time.perf_counter() - began:.1f} s")
+
+
+def share_table():
+    """Steps of training: arithmetic of products and convolutions a second, as a share of what the
+    machine does in a 2048 x 2048 product."""
+    rates = matrix_rates()
+    for kind, batch, config in (("ddpm", 32, UNetConfig()), ("ddpm", 64, AS_LARGE),
+                                ("clip", 128, tinyclip.CLIPConfig())):
+        options = train.PRESETS["tiny"][kind][1]
+        options.batch = batch
+        for precision, bf16 in PRECISIONS.items():
+            step, _ = training(kind, config, options, bf16)
+            with FlopCounterMode(display=False) as counter:
+                step()
+            seconds = race(step=step)["step"]
+            rate = counter.get_total_flops() / seconds
+            yield (f"{kind}, batch {batch}", precision, f"{batch / seconds:.0f}",
+                   f"{rate / 1e9:.0f}", f"{rates[precision] / 1e9:.0f}",
+                   f"{rate / rates[precision]:.0%}")
+
+
+def memory_table():
+    """Two steps of each preset in a process of its own; peak memory of the whole process."""
+    for preset, kinds in train.PRESETS.items():
+        for kind in kinds:
+            for pieces in (1, 8) if preset == "base" and kind != "judge" else (1,):
+                found = in_own_process(preset=preset, kind=kind, accumulate=pieces)
+                yield (preset, kind, f"{found['parameters'] / 1e6:.1f} M", found["batch"], pieces,
+                       f"{found['gib']:.1f}", f"{found['seconds']:.1f}")
+
+
+def growth_table():
+    """Time and memory against one number at a time, all others as in the tiny preset."""
+    axes = [("training the DDPM, batch", dict(kind="ddpm"), "batch", (8, 16, 32, 64, 128)),
+            ("training the DDPM, pixels a side", dict(kind="ddpm"), "image_size", (16, 32, 64, 128)),
+            ("training CLIP, captions", dict(kind="clip"), "captions", (294, 1000, 10_000, 100_000)),
+            ("16 guided pictures, captions", dict(kind="sample"), "captions",
+             (294, 1000, 10_000, 100_000)),
+            ("16 guided pictures, steps", dict(kind="sample"), "steps", (10, 25, 50, 100, 200))]
+    times, memories = {}, {}
+    for name, fixed, field, values in axes:
+        found = [in_own_process(**fixed, **{field: value}) for value in values]
+        for value, one in zip(values, found):
+            yield name, f"{value:,}", f"{one['seconds']:.2f}", f"{one['gib']:.2f}"
+        doublings = np.log2(np.array(values) / values[0])
+        for curves, what in ((times, "seconds"), (memories, "gib")):
+            measured = np.array([one[what] for one in found])
+            curves[name] = doublings, np.log2(measured / measured[0])
+    plot.lines(OUT / "growth-time.png", times, "doublings", "doublings of the time", 760)
+    plot.lines(OUT / "growth-memory.png", memories, "doublings", "doublings of the memory", 760)
+
+
+def in_own_process(**task):
+    done = subprocess.run([sys.executable, __file__, "--one", json.dumps(task)], text=True,
+                          capture_output=True)
+    if done.returncode:
+        raise SystemExit(f"{task}: exit code {done.returncode}, {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def one(preset="tiny", kind="ddpm", captions=294, steps=25, **changes):
+    """What in_own_process runs -> parameters, batch, seconds, peak memory in GiB."""
+    texts = [*cars.CAPTIONS, *(f"a thing of number {i}" for i in range(captions))][:captions]
+    bf16 = data.bf16_is_fast(DEVICE)
+    if kind == "sample":
+        run, model, batch = drawing(texts, steps), torch.nn.Module(), 16
+    else:
+        config, options = train.PRESETS[preset][kind]
+        for part in (config, options):
+            for field, value in changes.items():
+                if hasattr(part, field):
+                    setattr(part, field, value)
+        (run, model), batch = training(kind, config, options, bf16, texts), options.batch
+    seconds = race(1, run=run)["run"]
+    if DEVICE.type == "cuda":
+        gib = torch.cuda.max_memory_allocated() / 2 ** 30
+    else:   # of the whole process, in kilobytes, but on macOS in bytes
+        unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
+        gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return {"parameters": sum(p.numel() for p in model.parameters()), "batch": batch,
+            "seconds": seconds, "gib": gib}
+
+
+def drawing(texts, steps, batch=16):
+    """-> a function that draws guided pictures by the shipped models, among these captions."""
+    models = checkpoints.load_pair(checkpoints.SHIPPED / "clip.pt", checkpoints.SHIPPED / "ddpm.pt",
+                                   DEVICE)
+    with torch.no_grad():
+        models = checkpoints.with_captions(models, texts)
+    generators = [data.generator(0, i) for i in range(batch)]
+    x_T = tinyddpm.noise(generators, (3, 32, 32), DEVICE)
+    target = torch.zeros(batch, dtype=torch.long, device=DEVICE)
+
+    def draw():
+        with data.autocast(DEVICE):
+            tinyddpm.sample(guide.guided_by(guide.DEFAULT, models, target), x_T, generators,
+                            models.alpha_bar, steps)
+    return draw
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+BESIDE = ["parameters", "ours, fp32", "theirs", "ratio", "ours, bf16", "theirs", "ratio",
+          "ours to their default"]
+TABLES = {
+    "ddpm": (ddpm_table, ["beside", *BESIDE]),
+    "clip": (clip_table, ["beside", *BESIDE]),
+    "sampling": (sampling_table, ["beside", *BESIDE]),
+    "guidance": (guidance_table, ["16 pictures, a step", "ms", "to unguided"]),
+    "words": (words_table, ["what", "how fast"]),
+    "share": (share_table, ["step", "precision", "pictures/s", "GFLOP/s", "a product's", "share"]),
+    "memory": (memory_table, ["preset", "kind", "parameters", "batch", "pieces", "peak GiB",
+                              "seconds a step"]),
+    "growth": (growth_table, ["what", "value", "seconds", "peak GiB"]),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", choices=[[], *TABLES], help="which; default all")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one(**json.loads(args.one))))
+        return
+    rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in matrix_rates().items())
+    machine = f"{DEVICE}, {torch.get_num_threads()} threads, torch {torch.__version__}; {rates}"
+    print(machine)
+    found = {"machine": machine}
+    for name in args.tables or TABLES:
+        make, header = TABLES[name]
+        found[name] = table(make.__doc__.splitlines()[0], header, make())
+        OUT.mkdir(exist_ok=True)
+        (OUT / "benchmark.json").write_text(json.dumps(found, indent=1))
+
+
+OUT, DEVICE = Path("out"), data.pick_device()
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""A run that is killed again and again ends with the bits of one that was left alone.
+
+    python tests/test_killed.py 100      so many kills, a few minutes; the suite does three
+"""
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ("ddpm --pictures 64 --batch 4 --channels 16 --multipliers 1 2 --attention 1 "
+        "--image-size 16 --device cpu --seed 3")
+
+
+def start(folder, out, steps):
+    """A run that saves at every step."""
+    command = f"{TINY} --steps {steps} --save-every 0 --out {out}"
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command.split()], cwd=folder,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})   # two run at a time
+
+
+def end(running):
+    said = running.communicate()[0]
+    assert running.returncode == 0 and "finished" in said, said
+
+
+def survive(folder, kills, steps, moments, dice):
+    """Start a run and kill it, so many times, at random moments: (least, most) seconds after its
+    start. Let it end. Compare it with one that nobody disturbed."""
+    undisturbed = start(folder, "undisturbed", steps)
+    path, done, advances = folder / "killed/checkpoint.pt", 0, 0
+    for _ in range(kills):
+        running = start(folder, "killed", steps)
+        time.sleep(dice.uniform(*moments))
+        running.send_signal(signal.SIGKILL)
+        said = running.communicate()[0]
+        assert running.returncode == -signal.SIGKILL, said
+        assert "going on" not in said or f"at step {done + 1:,} of" in said
+        if path.exists():   # whatever it was doing, what it left behind can be read
+            step = torch.load(path, weights_only=True)["step"]
+            assert done <= step < steps
+            advances, done = advances + (step > done), step
+    end(start(folder, "killed", steps))
+    end(undisturbed)
+    killed, whole = (torch.load(folder / out / "checkpoint.pt", weights_only=True)
+                     for out in ("killed", "undisturbed"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(killed[part][name], tensor) and tensor.isfinite().all()
+                   for name, tensor in whole[part].items())
+    assert not list(folder.glob("killed/*.tmp"))
+    return done, advances
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_a_killed_run_ends_with_the_same_bits(tmp_path):
+    survive(tmp_path, kills=3, steps=30, moments=(1., 5.), dice=random.Random(0))
+
+
+if __name__ == "__main__":
+    kills, dice = int(sys.argv[1]), random.Random(time.time_ns())
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.monotonic()
+        done, advances = survive(Path(folder), kills, 30 * kills, (0., 8.), dice)
+        print(f"killed {kills} times, {advances} times after steps that were saved, {done} of "
+              f"{30 * kills} in all; then it ended with the bits of an undisturbed run; "
+              f"{time.monotonic() - began:.0f} s")
