@@ -62,7 +62,8 @@ def command(main):
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print(f"{name}: the device's memory is full; try a smaller --batch", file=sys.stderr)
+        print(f"{name}: the device's memory is full; try a smaller --batch, or, in training, "
+              "--accumulate 2", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -135,7 +136,7 @@ def generator(*entropy, device="cpu"):
     """A torch.Generator that is a function of some integers, such as (seed, index) or (seed, step).
 
     Neighbours have unrelated streams, which `manual_seed(seed + index)` does not promise: there
-    picture 1 of seed 0 would even be picture 0 of seed 1.
+    picture 1 of seed 0 would even be picture 0 of seed 1. Zeros at the end do not count.
     """
     state = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(state)
@@ -146,7 +147,7 @@ def generator(*entropy, device="cpu"):
 class Dataset(NamedTuple):
     """N pictures with K different captions, each of which has A attributes, such as its colours."""
     name: str
-    pictures: np.ndarray         # (N, H, W, 3) uint8, memory-mapped: may be larger than memory
+    pictures: np.ndarray         # (N, H, W, 3) uint8, or the memory map of a file of just these
     caption_of: np.ndarray       # (N,) int64, each picture's index into captions
     captions: list               # K different captions
     spellings: list              # S lists of K texts: the ways to write each caption
@@ -198,8 +199,8 @@ def _render_some(indices, size, labels):
 
 
 def _packed(items, make, size, path):
-    """What packing.pack makes, now or earlier -> pictures (N, size, size, 3), memory-mapped, and
-    the numbers (at least N)."""
+    """What packing.pack makes, now or earlier -> pictures (N, size, size, 3), memory-mapped, and a
+    number for each of the items, of which N are at least 0."""
     if not path.exists():
         packing.pack(items, make, size, path)
     numbers = np.load(path.with_suffix(".npy"))
@@ -217,7 +218,7 @@ def _folder(name, size, split):
     except folders.Unusable as problem:
         raise UserError(f"--data {name}: {problem}") from None
     files = [listing.files[i] for i in rows]
-    path = CACHE / f"folder-{folders.fingerprint(files):08x}-{split}-{size}px.raw"
+    path = CACHE / f"pictures-{folders.fingerprint(files):08x}-{split}-{size}px.raw"
     pictures, numbers = _packed(files, folders.read_some, size, path)
     good = np.flatnonzero(numbers >= 0)   # which of the files are among the pictures
     if not len(good):
@@ -231,19 +232,56 @@ def _folder(name, size, split):
                    attributes, folders.report(listing, split, rows, good))
 
 
+def without(dataset, pairs):
+    """The cars that are not of two colours that pairs names, in either order, and their captions.
+
+    pairs: such as "white+red,blue+yellow". UserError if it is nothing of the kind.
+    """
+    try:
+        pairs = [{cars.COLOURS.index(colour.strip()) for colour in pair.split("+")}
+                 for pair in pairs.split(",")]
+    except ValueError as error:
+        raise UserError(f"--hold-out: {error}; write white+red,blue+yellow") from None
+    if dataset.name != "cars" or any(len(pair) != 2 for pair in pairs):
+        raise UserError("--hold-out is about the car world, and each of its pairs about two "
+                             "colours, such as white+red,blue+yellow")
+    kept = np.array([set(map(int, labels[1:])) not in pairs for labels in dataset.caption_labels])
+    rows, place = kept[dataset.caption_of].nonzero()[0], kept.cumsum() - 1
+    some = lambda texts: [text for text, keep in zip(texts, kept) if keep]
+    return dataset._replace(
+        pictures=dataset.pictures[rows], caption_of=place[dataset.caption_of[rows]],
+        captions=some(dataset.captions), spellings=[some(texts) for texts in dataset.spellings],
+        caption_labels=dataset.caption_labels[kept],
+        report=f"{dataset.report}; {len(rows):,} and {kept.sum()} are not held out")
+
+
 def batch(dataset, seed, step, size, device="cpu", share=lambda rows: rows):
     """`size` random pictures, a function of (seed, step), drawn with replacement.
 
     -> x_0 (B, 3, H, W) in [-1, 1] on the device, their rows in the data set (B,) int64 numpy.
-    share(rows) -> those of them that shall be read, where several processes share the batch.
+    share(rows) -> those of them that x_0 shall be of, where several processes share the batch.
     """
     rows = np.random.default_rng([seed, step]).integers(len(dataset.pictures), size=size)
-    pictures = dataset.pictures
-    if isinstance(pictures, np.memmap):
-        # Mapped anew and let go: else all that was ever read would count as this process's memory.
-        pictures = np.memmap(pictures.filename, np.uint8, "r", shape=pictures.shape)
-    some = torch.from_numpy(pictures[share(rows)]).to(device)   # moved while still bytes
+    some = torch.from_numpy(_read(dataset.pictures, share(rows))).to(device)   # while still bytes
     return to_float(some), rows
+
+
+def _read(pictures, rows):
+    """pictures[rows]; those that are in a file are read from it, not through the memory map.
+
+    Through the map each would come with its neighbours, twenty times as slowly if they are not in
+    memory yet (RESULTS.md), and would count as memory of this process ever after.
+    """
+    in_file = isinstance(pictures, np.memmap)
+    if not in_file or pictures.nbytes != os.path.getsize(pictures.filename):   # or in a part of one
+        return pictures[rows]
+    some = np.empty((len(rows), *pictures.shape[1:]), np.uint8)
+    with open(pictures.filename, "rb", buffering=0) as file:
+        for place, row in zip(some, rows):
+            file.seek(row * place.nbytes)
+            if file.readinto(place) < place.nbytes:
+                raise OSError(f"{pictures.filename} has become shorter")
+    return some
 
 
 # ---- grids and GIFs ------------------------------------------------------------------------------

@@ -93,10 +93,10 @@ def some_captions(K, needed, most, generator):
         return torch.arange(K, device=needed.device), torch.ones(K, device=needed.device)
     luck = torch.rand(K, generator=generator, device=needed.device)
     luck[needed] = 2.
-    own = int((luck == 2.).sum())
-    chosen = luck.topk(max(most, own)).indices.sort().values
-    others = max(1, len(chosen) - own)
-    return chosen, torch.where(luck[chosen] == 2., 1., (K - own) / others)
+    needs = int((luck == 2.).sum())
+    chosen = luck.topk(max(most, needs)).indices.sort().values
+    others = max(1, len(chosen) - needs)
+    return chosen, torch.where(luck[chosen] == 2., 1., (K - needs) / others)
 
 
 def accuracy_through_noise(clip, tokens, validation, alpha_bar):
@@ -170,8 +170,9 @@ def judge_job(config, options, dataset, validation, device):
         return in_pieces(piece_loss, options.accumulate, x_0, own(labels[rows])).mean()
 
     def preview(model, folder):
-        x_0 = data.to_float(torch.tensor(validation.pictures)).to(device)
-        right = judge.verdict(model, x_0).cpu() == torch.from_numpy(validation.labels)   # (N, A)
+        verdicts = [judge.verdict(model, data.to_float(validation.pictures[rows]).to(device)).cpu()
+                    for rows in np.array_split(np.arange(len(validation.pictures)), 10)]
+        right = torch.cat(verdicts) == torch.from_numpy(validation.labels)   # (N, A)
         parts = [f"{name} {share:.2%}" for name, share in zip(sizes, right.float().mean(0))]
         joint = right.all(1).float().mean()
         return f"on {len(right)} held-out pictures: joint {joint:.2%}, {', '.join(parts)}"

@@ -185,9 +185,11 @@ def kid(real, drawn, block=200):
     if len(real) < 8:
         return None, None
     block = min(block, len(real) // 4)
-    # In float64, because small differences of large sums are left, and autocast lets it alone.
-    centre, spread = real.double().mean(dim=0), real.double().std(dim=0) + 1e-6
-    real, drawn = ((x.double() - centre) / spread for x in (real, drawn))
+    # In float64, because small differences of large sums are left, and autocast lets it alone; and
+    # on the CPU, because not every device knows float64.
+    real, drawn = real.cpu().double(), drawn.cpu().double()
+    centre, spread = real.mean(dim=0), real.std(dim=0) + 1e-6
+    real, drawn = ((x - centre) / spread for x in (real, drawn))
 
     def between(a, b):   # the mean of k(a_i, b_j) over i != j
         k = (a @ b.T / a.shape[1] + 1) ** 3

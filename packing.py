@@ -7,9 +7,10 @@ which of its pictures are there, so that whoever comes after a Ctrl-C or a crash
 
 Nothing here knows where pictures come from: rendered (data.py) or read from a folder (folders.py).
 """
-import multiprocessing
 import os
 import signal
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from tqdm import tqdm
@@ -22,8 +23,9 @@ def pack(items, make, size, path):
     """Make a picture of each of N items, by all cores, into `path`, and a number for each, in .npy
     beside it: (N,) int64, -1 for those that cannot be read and are left out.
 
-    make(some items, size) -> pictures (n, size, size, 3) uint8, (n,) numbers of at least -1. It is
-    sent to other processes by its name, so it must be defined at the top level of a module.
+    make(some items, size) -> pictures (n, size, size, 3) uint8, (n,) numbers of at least -1, whose
+    meaning is the caller's. It is sent to other processes by its name, so it must be defined at the
+    top level of a module.
     """
     part, progress = path.with_suffix(".part"), path.with_suffix(".progress")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,13 +37,10 @@ def pack(items, make, size, path):
     state[:len(before)] = before
     try:
         _make_missing(items, make, size, part, progress, state)
-        with path.with_suffix(".npy").open("wb") as file:
-            np.save(file, state - 2)
-        _finish(part, path, state != UNREADABLE, size)
+        _finish(part, path, progress, state, size)
     except FileNotFoundError:   # another command has made the same one at the same time
         if not path.exists():
             raise
-    progress.unlink(missing_ok=True)
 
 
 def _make_missing(items, make, size, part, progress, state):
@@ -52,12 +51,18 @@ def _make_missing(items, make, size, part, progress, state):
     bar = tqdm(total=len(items), initial=int((state != NOT_YET).sum()), unit="picture",
                desc=f"packing {part.stem}")
     with bar, progress.open("r+b") as file, workers() as pool:
-        for chunk, numbers in zip(todo, pool.imap(_make_some, tasks)):
-            state[chunk] = numbers + 2
-            file.seek(8 * chunk.start)
-            file.write(state[chunk].tobytes())
-            file.flush()
-            bar.update(len(numbers))
+        try:
+            for chunk, numbers in zip(todo, pool.map(_make_some, tasks)):
+                state[chunk] = numbers + 2
+                file.seek(8 * chunk.start)
+                file.write(state[chunk].tobytes())
+                file.flush()
+                bar.update(len(numbers))
+        except BrokenProcessPool:
+            raise OSError("a process that makes pictures has died, perhaps for want of memory; the "
+                          "same command goes on") from None
+        finally:
+            pool.shutdown(cancel_futures=True)   # after Ctrl-C, do not make all the rest
 
 
 def _make_some(task):
@@ -67,27 +72,42 @@ def _make_some(task):
     with part.open("r+b") as file:
         file.seek(first * size * size * 3)
         file.write(np.ascontiguousarray(pictures).data)
+        os.fsync(file.fileno())   # the pictures are on the disk before the progress says so
     return np.asarray(numbers)
 
 
-def _finish(part, path, readable, size):
-    """Give the file its name, now that it is whole; leave out what cannot be read."""
-    whole = part
-    if not readable.all():
-        pictures = np.memmap(part, np.uint8, "r", shape=(len(readable), size, size, 3))
-        whole = path.with_suffix(f".{os.getpid()}.tmp")
-        with whole.open("wb") as file:
-            for first in range(0, len(readable), CHUNK):
-                chunk = slice(first, first + CHUNK)
-                file.write(pictures[chunk][readable[chunk]].data)
-        del pictures   # Windows neither renames nor deletes what is mapped
-    with whole.open("r+b") as file:
-        os.fsync(file.fileno())   # so that a name on the disk is the name of something whole
-    os.replace(whole, path)
+def _finish(part, path, progress, state, size):
+    """Leave out what cannot be read, and give the file its name, now that it is whole."""
+    if part.stat().st_size != len(state) * size * size * 3:   # another command has taken it away
+        part.unlink()
+        raise FileNotFoundError(part)
+    temporary, readable = path.with_suffix(f".{os.getpid()}.tmp"), state != UNREADABLE
+    try:
+        with temporary.open("wb") as file:
+            np.save(file, state - 2)
+        os.replace(temporary, path.with_suffix(".npy"))
+        whole = part
+        if not readable.all():
+            whole = temporary
+            pictures = np.memmap(part, np.uint8, "r", shape=(len(state), size, size, 3))
+            with whole.open("wb") as file:
+                for first in range(0, len(state), CHUNK):
+                    chunk = slice(first, first + CHUNK)
+                    file.write(pictures[chunk][readable[chunk]].data)
+                os.fsync(file.fileno())
+            del pictures   # Windows neither renames nor deletes what is mapped
+        progress.unlink(missing_ok=True)   # before its pictures go, or it would tell of others
+        os.replace(whole, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     part.unlink(missing_ok=True)
 
 
 def workers():
     """-> a process for each core; use it with `with`. Ctrl-C is left to the process that calls."""
-    return multiprocessing.Pool(initializer=signal.signal,
-                                initargs=(signal.SIGINT, signal.SIG_IGN))
+    return ProcessPoolExecutor(initializer=_leave_signals_alone)
+
+
+def _leave_signals_alone():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

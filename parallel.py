@@ -6,7 +6,7 @@
 Every process holds the whole model and draws the times and the noise of the whole batch, as a
 single one would; it then deals with its `own` pictures only, and DistributedDataParallel takes the
 mean of the gradients. So a run is the same function of its seed however many processes share it, up
-to rounding, and may go on with more or fewer of them.
+to rounding (and to dropout, where there is any), and may go on with more or fewer of them.
 
 Without torchrun there is one process, and all that these functions return is what they were given.
 This imports nothing of ours.
@@ -26,51 +26,66 @@ from torch.utils.checkpoint import checkpoint
 
 
 def start():
-    """Join the others, if torchrun has started this process: it sets RANK and the like."""
-    if "RANK" not in os.environ or dist.is_initialized():
+    """Join the others, if torchrun has started this process: it sets these variables."""
+    if started() or not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
         return
-    if torch.cuda.is_available():   # from here on, "cuda" is a device of its own for each process
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # Gloo is for what CPUs tell each other, on machines with GPUs too. A day: the first process
     # may be rendering a data set that all others wait for.
-    backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backends, timeout=datetime.timedelta(days=1))
+    gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo",
+                            timeout=datetime.timedelta(days=1))
     atexit.register(dist.destroy_process_group)
     if rank():
         sys.stdout = open(os.devnull, "w")
 
 
+def started():
+    return dist.is_available() and dist.is_initialized()
+
+
 def processes():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if started() else 1
 
 
 def rank():
     """The number of this process, from 0. The first one alone writes and speaks."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if started() else 0
+
+
+def local_rank():
+    """Its number among those of this machine, from 0."""
+    return int(os.environ["LOCAL_RANK"]) if started() else 0
 
 
 @contextlib.contextmanager
 def one_at_first():
     """A context that the first process of each machine goes through before all others."""
-    others = int(os.environ.get("LOCAL_RANK", 0)) > 0
-    if others:
-        agreed(False)
+    if local_rank():
+        in_any(False)   # waits until all processes have asked
     yield
-    if not others:
-        agreed(False)
+    if not local_rank():
+        in_any(False)
 
 
-def agreed(*flags):
+def in_any(*flags):
     """-> for each of these booleans, whether it is true in any process: the same list in all."""
     flags = torch.tensor(flags, dtype=torch.int32)
-    if dist.is_initialized():
+    if started():
         dist.all_reduce(flags, dist.ReduceOp.MAX)
     return flags.bool().tolist()
 
 
+def from_first(make):
+    """make() in the first process -> what it returned, in every process."""
+    result = [make() if rank() == 0 else None]
+    if started():
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
 def mean(x):
     """A tensor -> its mean over all processes."""
-    if dist.is_initialized():
+    if started():
         x = x / processes()   # not every backend knows ReduceOp.AVG
         dist.all_reduce(x)
     return x
@@ -78,7 +93,7 @@ def mean(x):
 
 def with_mean_gradients(module):
     """-> the same module, whose backward() leaves in each process the mean of all gradients."""
-    return DistributedDataParallel(module) if dist.is_initialized() else module
+    return DistributedDataParallel(module) if started() else module
 
 
 def own(batch):
@@ -91,11 +106,11 @@ def own(batch):
 def whole(own_features):
     """The inverse of own: (B / processes, E) -> (B, E), in every process.
 
-    Only a process's own features lead back to its parameters. From all B, every process is to
-    compute the same loss; so it has the right gradient with respect to its own ones, less than all
-    of which would be left of it in with_mean_gradients: hence times the number of processes.
+    From all B, every one of the P processes is to compute the same loss. Features lead back to the
+    parameters in their own process only, and with_mean_gradients makes (sum of P gradients) / P of
+    what comes out: so the derivative is multiplied by P here.
     """
-    if not dist.is_initialized():
+    if not started():
         return own_features
     everyones = [torch.empty_like(own_features) for _ in range(processes())]
     dist.all_gather(everyones, own_features.detach().contiguous())
@@ -105,7 +120,7 @@ def whole(own_features):
 
 
 def in_pieces(function, pieces, *tensors):
-    """function(*tensors), (B, ...) each -> (B, ...), a part of the batch at a time.
+    """function(*tensors), (B, ...) each -> what it returns of each piece, in one: (B, ...).
 
     The gradient is that of the whole batch, whatever loss follows. Of each piece its output alone
     is kept, and all else that its gradient needs is computed again when the gradient is wanted:

@@ -15,7 +15,7 @@ t. That is what lets it guide every step of a sampler.
 Shapes: B pictures, K captions, L tokens, D width, E embedding width; pictures (B, 3, H, W) in
 [-1, 1] with H = W = image_size.
 
-Left out: the published weights, ResNet towers, distributed training.
+Left out: the published weights, ResNet towers.
 """
 import math
 from dataclasses import dataclass
@@ -264,7 +264,7 @@ class CLIP(nn.Module):
 
     def encode_text(self, tokens):
         """tokens: (K, L) int from tokenizer.batch -> text_features: (K, E), unnormalised."""
-        return self.text(tokens)
+        return torch.cat([self.text(part) for part in tokens.split(2048)])   # to save memory
 
     def encode_captions(self, texts):
         """K texts -> text_features: (K, E), unnormalised, where CLIP's parameters are."""

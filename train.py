@@ -12,6 +12,7 @@ of them and of the step before, so on one machine a run that was interrupted, or
 the same weights as one that ran through.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import math
@@ -100,7 +101,7 @@ class Run(NamedTuple):
 
 
 class Loss(torch.nn.Module):
-    """A job's loss as a module, since what averages gradients wants one to watch."""
+    """A job's loss as a module: DistributedDataParallel needs one whose forward() it can watch."""
 
     def __init__(self, job):
         super().__init__()
@@ -118,7 +119,7 @@ def begin(job, folder, settings, options, device, saved=None):
     optimizers = (
         muon.Muon(matrices, options.lr, options.weight_decay),
         torch.optim.AdamW(others, options.lr, betas=(0.9, 0.99), weight_decay=0., fused=True))
-    bf16, = parallel.agreed(data.bf16_is_fast(device))
+    bf16, = parallel.in_any(data.bf16_is_fast(device))
     history = []
     if saved:
         model.load_state_dict(saved["model"])
@@ -139,6 +140,8 @@ def load(folder, kind, settings):
     if not path.exists():
         return None
     saved = data.load_checkpoint(path, f"{kind} run")
+    if "bf16" not in saved:
+        raise data.UserError(f"{path} is of an older version; start over with --fresh")
     for key, now in settings.items():
         old = saved["settings"].get(key)
         if old != now:
@@ -163,7 +166,7 @@ def save(run, step):
         "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]})
     curve = tuple(zip(*run.history))   # all steps, all losses
     plot.lines(run.folder / "loss.png", {"loss": curve}, "step",
-               "training loss, mean of 50 steps")
+               "training loss")
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -178,28 +181,29 @@ def learning_rate(step, options):
 
 
 def train_step(run, step, dataset, options):
-    """One update of the model and of its average -> the loss and the gradient's length, (2,)."""
+    """One update of the model and of its average -> the loss and the gradient's norm, (2,)."""
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
     seed, device = run.settings["seed"], run.device
     x_0, rows = data.batch(dataset, seed, step, options.batch, device, parallel.own)
     # Dropout draws from torch's own generator, in every process something else.
-    torch.manual_seed(data.generator(seed, step, parallel.rank()).initial_seed())
+    torch.manual_seed(data.generator(seed, step, 1 + parallel.rank()).initial_seed())
     with data.autocast(device, run.bf16):
         loss = run.loss(x_0, rows, data.generator(seed, step, device=device))
     loss.backward()
-    length = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad()
     tinyddpm.ema_update(run.ema, run.model, step)
-    return torch.stack([loss.detach(), length])
+    return torch.stack([loss.detach(), norm])
 
 
+@contextlib.contextmanager
 def watch_for_signals():
-    """-> a list that gets the number of every Ctrl-C and of every request to terminate, so that
-    the step at hand can end and be saved.
+    """A context with a list that gets the number of every Ctrl-C and of every request to terminate,
+    so that the step at hand can end and be saved.
 
     Python's own way would break off anywhere, even between the model and its average. A second
     Ctrl-C does just that.
@@ -211,24 +215,29 @@ def watch_for_signals():
             raise KeyboardInterrupt
         received.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    return received
+    before = {number: signal.signal(number, on_signal)
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def record(run, step, losses):
+def record(run, step, measured):
     """Add the mean of the losses since the last entry to the history -> that mean.
 
-    losses: what train_step returned, of the steps up to this one. UserError if any of it is not
+    measured: what train_step returned, of the steps up to this one. UserError if any of it is not
     finite, so that nothing of it gets into a checkpoint.
     """
-    losses = parallel.mean(torch.stack(losses)).cpu()                         # (steps, 2)
-    if not losses.isfinite().all():
-        first = step - len(losses) + 1 + int((~losses.isfinite()).any(dim=1).nonzero()[0])
+    measured = parallel.mean(torch.stack(measured)).cpu()   # (steps, 2): loss, gradient norm
+    finite = measured.isfinite().all(dim=1)
+    if not finite.all():
+        first = step - len(measured) + 1 + int((~finite).nonzero()[0])
         raise data.UserError(
             f"the loss or its gradient is not finite at step {first:,}; {run.folder} keeps what it "
             "held before; try --fresh with half the --lr, or look for what is odd in the data")
-    run.history.append((step, losses[:, 0].mean().item()))
+    run.history.append((step, measured[:, 0].mean().item()))
     return run.history[-1][1]
 
 
@@ -236,31 +245,30 @@ def train(run, done, dataset, options, args):
     """From step done + 1 to the last one, or to where --minutes or a signal stops it."""
     last, preview_every = options.steps, max(50, options.steps // 10)   # a preview takes a while
     deadline = time.monotonic() + 60 * (args.minutes or math.inf)
-    received = watch_for_signals()
-    losses, saved_at = [], time.monotonic()
+    measured, saved_at = [], time.monotonic()
     first_process = parallel.rank() == 0
     bar = tqdm(total=last * options.batch, initial=done * options.batch, desc=run.job.kind,
                unit="picture", unit_scale=True, disable=not first_process)
-    for step in range(done + 1, last + 1):
-        losses.append(train_step(run, step, dataset, options))
-        bar.update(options.batch)
-        now = time.monotonic()
-        stop, due = parallel.agreed(step == last or bool(received) or now > deadline,
-                                    now > saved_at + args.save_every)
+    with watch_for_signals() as received, bar:
+        for step in range(done + 1, last + 1):
+            measured.append(train_step(run, step, dataset, options))
+            bar.update(options.batch)
+            now = time.monotonic()
+            stop, due = parallel.in_any(step == last or bool(received) or now > deadline,
+                                        now > saved_at + args.save_every)
 
-        if step % 50 == 0 or stop or due:   # not at every step: it waits for the device
-            bar.set_postfix_str(f"loss {record(run, step, losses):.3f}")
-            losses = []
-        if first_process and (step % preview_every == 0 or step == last):
-            with torch.no_grad(), data.autocast(run.device, run.bf16):
-                bar.write(f"step {step:,}: {run.job.preview(run.ema, run.folder)}")
-        if stop or due:
-            if first_process:
-                save(run, step)
-            saved_at = time.monotonic()
-        if stop:
-            break
-    bar.close()
+            if step % 50 == 0 or stop or due:   # not at every step: it waits for the device
+                loss, measured = record(run, step, measured), []
+                bar.set_postfix_str(f"loss {loss:.3f}")
+            if stop or due:
+                saved_at = now
+                if first_process:
+                    save(run, step)
+            if first_process and (step % preview_every == 0 or step == last):
+                with torch.no_grad(), data.autocast(run.device, run.bf16):
+                    bar.write(f"step {step:,}: {run.job.preview(run.ema, run.folder)}")
+            if stop:
+                break
 
     if step == last:
         print(f"finished: {run.folder}/weights.pt")
@@ -339,27 +347,17 @@ def check(args, options):
     data.check_range("--seed", args.seed, 0, 2 ** 63 - 1)
 
 
-def without(dataset, pairs):
-    """The cars that are not of two colours that pairs names, in either order, and their captions.
-
-    pairs: such as "white+red,blue+yellow". UserError if it is nothing of the kind.
-    """
-    try:
-        pairs = [{cars.COLOURS.index(colour.strip()) for colour in pair.split("+")}
-                 for pair in pairs.split(",")]
-    except ValueError as error:
-        raise data.UserError(f"--hold-out: {error}; write white+red,blue+yellow") from None
-    if dataset.name != "cars" or any(len(pair) != 2 for pair in pairs):
-        raise data.UserError("--hold-out is about the car world, and each of its pairs about two "
-                             "colours, such as white+red,blue+yellow")
-    kept = np.array([set(map(int, labels[1:])) not in pairs for labels in dataset.caption_labels])
-    rows, place = kept[dataset.caption_of].nonzero()[0], kept.cumsum() - 1
-    some = lambda texts: [text for text, keep in zip(texts, kept) if keep]
-    return dataset._replace(
-        pictures=dataset.pictures[rows], caption_of=place[dataset.caption_of[rows]],
-        captions=some(dataset.captions), spellings=[some(texts) for texts in dataset.spellings],
-        caption_labels=dataset.caption_labels[kept],
-        report=f"{dataset.report}; {len(rows):,} and {kept.sum()} are not held out")
+def pick_device(name):
+    """data.pick_device; of several GPUs, each process has its own."""
+    device, several = data.pick_device(name), parallel.processes() > 1
+    if device.type == "cuda" and several:
+        if parallel.local_rank() >= torch.cuda.device_count():
+            raise data.UserError(f"there are {torch.cuda.device_count()} GPUs; start no more "
+                                 "processes a machine, or use --device cpu")
+        torch.cuda.set_device(parallel.local_rank())   # from here on it is what "cuda" means
+    if device.type == "mps" and several:
+        raise data.UserError("several processes cannot share this GPU; use --device cpu")
+    return device
 
 
 def load_data(args, config, options):
@@ -374,7 +372,8 @@ def load_data(args, config, options):
     dataset, validation = (data.load(args.data, size, count, split, options.labels)
                            for split, count in zip(splits, (options.pictures, held_out)))
     if options.hold_out:
-        dataset, validation = (without(part, options.hold_out) for part in (dataset, validation))
+        dataset, validation = (data.without(part, options.hold_out)
+                               for part in (dataset, validation))
     if options.shuffle:
         dealt = np.random.default_rng(args.seed).permutation(dataset.caption_of)
         dataset = dataset._replace(caption_of=dealt)
@@ -384,7 +383,7 @@ def load_data(args, config, options):
 def main(arguments=None):
     parallel.start()
     args, config, options = parse(arguments)
-    device, folder = data.pick_device(args.device), Path(args.out)
+    device, folder = pick_device(args.device), Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)   # or refuse now, not after the first save
     with parallel.one_at_first():
         dataset, validation = load_data(args, config, options)
@@ -394,7 +393,8 @@ def main(arguments=None):
     settings = {"data": dataset.name, "data set": dataset.report, "seed": args.seed,
                 **dataclasses.asdict(config), **dataclasses.asdict(options)}
     del settings["accumulate"]   # it is a matter of memory
-    saved = None if args.fresh else load(folder, args.kind, settings)
+    saved = None if args.fresh else parallel.from_first(
+        lambda: load(folder, args.kind, settings))
     run = begin(job, folder, settings, options, device, saved)
 
     done = saved["step"] if saved else 0
@@ -404,8 +404,11 @@ def main(arguments=None):
     if done:
         print(f"going on in {folder} at step {done + 1:,} of {options.steps:,}")
     if parallel.rank() == 0:
-        for file in folder.glob("*.tmp"):   # of a run that was killed while it saved
+        # What a run leaves that is killed while it saves.
+        for file in [*folder.glob("weights.*.tmp"), *folder.glob("checkpoint.*.tmp")]:
             file.unlink()
+        if args.fresh:   # lest the next command goes on with what this one replaces
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     print(f"{millions:.2f} million parameters on {device}; {job.note}")
     train(run, done, dataset, options, args)

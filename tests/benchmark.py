@@ -19,6 +19,7 @@ import resource
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 
@@ -76,18 +77,24 @@ PRECISIONS = {"fp32": False, "bf16": True}
 
 # ---- ours ----------------------------------------------------------------------------------------
 
-def noise_pictures(size, captions=cars.CAPTIONS, count=2000):
-    """A data set of random pixels: what is in a picture takes no time."""
+def noise_pictures(size, captions, file=None):
+    """A data set of 2,000 pictures of random pixels: what is in a picture takes no time. Or of a
+    file, however large."""
     rng = np.random.default_rng(0)
-    return data.Dataset("noise", rng.integers(0, 256, (count, size, size, 3), np.uint8),
-                        rng.integers(0, len(captions), count), captions, [captions],
-                        np.zeros((len(captions), 1), np.int64), {"class": [""]}, "")
+    if file:
+        count = file.stat().st_size // (size * size * 3)
+        pictures = np.memmap(file, np.uint8, "r", shape=(count, size, size, 3))
+    else:
+        count = 2000
+        pictures = rng.integers(0, 256, (count, size, size, 3), np.uint8)
+    return data.Dataset("noise", pictures, rng.integers(0, len(captions), count), captions,
+                        [captions], np.zeros((len(captions), 1), np.int64), {"class": [""]}, "")
 
 
-def training(kind, config, options, bf16, captions=cars.CAPTIONS):
+def training(kind, config, options, bf16, captions=cars.CAPTIONS, file=None):
     """-> a function that takes the next step of a new run, its model."""
     size = config.size if kind == "judge" else config.image_size
-    dataset = noise_pictures(size, captions)
+    dataset = noise_pictures(size, captions, file)
     torch.manual_seed(0)
     job = jobs.JOBS[kind](config, options, dataset, dataset, DEVICE)
     run = train.begin(job, None, {"seed": 0}, options, DEVICE)._replace(bf16=bf16)
@@ -346,6 +353,17 @@ def memory_table():
                        f"{found['gib']:.1f}", f"{found['seconds']:.1f}")
 
 
+def large_table(count=537_750, size=128):
+    """ShapeNet's pictures, 26 GB, in a (sparse) file: 1,000 batches read, two steps taken."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "large.raw"
+        with file.open("wb") as empty:
+            empty.truncate(count * size * size * 3)
+        for kind, pieces in (("clip", 1), ("ddpm", 8)):
+            found = in_own_process(preset="base", kind=kind, accumulate=pieces, file=str(file))
+            yield kind, pieces, f"{file.stat().st_size / 1e9:.1f}", f"{found['gib']:.1f}"
+
+
 def growth_table():
     """Time and memory against one number at a time, all others as in the tiny preset."""
     axes = [("training the DDPM, batch", dict(kind="ddpm"), "batch", (8, 16, 32, 64, 128)),
@@ -375,7 +393,7 @@ def in_own_process(**task):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def one(preset="tiny", kind="ddpm", captions=294, steps=25, **changes):
+def one(preset="tiny", kind="ddpm", captions=294, steps=25, file=None, **changes):
     """What in_own_process runs -> parameters, batch, seconds, peak memory in GiB."""
     texts = [*cars.CAPTIONS, *(f"a thing of number {i}" for i in range(captions))][:captions]
     bf16 = data.bf16_is_fast(DEVICE)
@@ -387,7 +405,12 @@ def one(preset="tiny", kind="ddpm", captions=294, steps=25, **changes):
             for field, value in changes.items():
                 if hasattr(part, field):
                     setattr(part, field, value)
-        (run, model), batch = training(kind, config, options, bf16, texts), options.batch
+        file = Path(file) if file else None
+        (run, model), batch = training(kind, config, options, bf16, texts, file), options.batch
+        if file:
+            dataset = noise_pictures(config.image_size, texts, file)
+            for step in range(1000):
+                data.batch(dataset, 1, step, batch, DEVICE)
     seconds = race(1, run=run)["run"]
     if DEVICE.type == "cuda":
         gib = torch.cuda.max_memory_allocated() / 2 ** 30
@@ -428,6 +451,7 @@ TABLES = {
     "share": (share_table, ["step", "precision", "pictures/s", "GFLOP/s", "a product's", "share"]),
     "memory": (memory_table, ["preset", "kind", "parameters", "batch", "pieces", "peak GiB",
                               "seconds a step"]),
+    "large": (large_table, ["kind", "pieces", "file, GB", "peak GiB of resident memory"]),
     "growth": (growth_table, ["what", "value", "seconds", "peak GiB"]),
 }
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -12,6 +13,21 @@ import bpe, cars, tinyclip, tinyddpm   # noqa: E402,E401
 from unet import UNet, UNetConfig   # noqa: E402
 
 torch.set_num_threads(2)
+
+
+class NoFloat64(TorchDispatchMode):
+    """A context in which no operation may have a result in float64, which MPS does not know."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            assert not isinstance(x, torch.Tensor) or x.dtype != torch.float64, function
+        return out
+
+
+@pytest.fixture
+def no_float64():
+    return NoFloat64()
 
 
 @pytest.fixture

@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 import bpe
@@ -73,3 +75,18 @@ def test_batch_has_start_end_and_padding_and_truncates_before_the_end(tokenizer)
     short, long = tokenizer.batch(["a car", "a white and red sports car"], 6)
     assert short.tolist()[0] == tokenizer.start and short.tolist()[3:] == [tokenizer.end, 0, 0]
     assert long[-1] == tokenizer.end and long[0] == tokenizer.start
+
+
+def test_training_counts_as_a_plain_loop_does():
+    """The pairs are kept count of from merge to merge; here they are counted anew each time."""
+    rng = random.Random(0)
+    for _ in range(50):
+        text = " ".join("".join(rng.choices("ab", k=rng.randint(1, 9))) for _ in range(20))
+        words, merges = [Tokenizer.split(word) for word in text.split()], []
+        while len(merges) < 30:
+            pairs = [pair for word in words for pair in zip(word, word[1:])]
+            if not pairs:
+                break
+            merges.append(max(pairs, key=lambda pair: (pairs.count(pair), pair)))
+            words = [bpe.merge(word, merges[-1]) for word in words]
+        assert Tokenizer.train([text], 514 + 30).merges == merges

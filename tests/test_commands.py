@@ -1,6 +1,7 @@
 """Every command as a user runs it, at toy size, in a folder of its own."""
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -79,23 +80,59 @@ def test_stop_and_start_is_bit_identical(tmp_path, folder):
     assert parts["step"] == whole["step"] == 4
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
-def test_ctrl_c_saves_and_says_how_to_go_on(folder):
-    """Interrupted after its first preview, a run ends with 130, one line and a checkpoint of its
-    last step."""
-    command = f"train.py clip --steps 400 {TINY['clip']} --device cpu --out interrupted"
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_and_says_how_to_go_on(folder, number, code):
+    """Interrupted or terminated after its first preview, a run ends with that signal's code, one
+    line and a checkpoint of its last step."""
+    command = f"train.py clip --steps 400 {TINY['clip']} --device cpu --out {number.name}"
     program, *arguments = command.split()
     running = subprocess.Popen([sys.executable, str(ROOT / program), *arguments],
                                cwd=folder, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     while "step 50:" not in (line := running.stdout.readline()):
         assert line, running.stderr.read()
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     out, error = running.communicate(timeout=300)
-    step = torch.load(folder / "interrupted/checkpoint.pt", weights_only=True)["step"]
-    assert running.returncode == 130 and 50 <= step < 400 and "Traceback" not in error
+    step = torch.load(folder / number.name / "checkpoint.pt", weights_only=True)["step"]
+    assert running.returncode == code and 50 <= step < 400 and "Traceback" not in error
     assert out.strip() == f"stopped at step {step} of 400; the same command goes on"
-    assert f"at step {step + 1} of 400" in run(folder, command + " --minutes 0.00001")
+
+
+@pytest.mark.parametrize("save_every, kept", [(0, 5), (1000, None)])
+def test_a_loss_that_is_not_finite_ends_the_run(here, monkeypatch, save_every, kept):
+    """The step is named; what was saved before stays as it was."""
+    honest = train.train_step
+
+    def diverging(run, step, *rest):
+        result = honest(run, step, *rest)
+        return torch.tensor([0.5, math.nan]) if step == 6 else result
+
+    monkeypatch.setattr(train, "train_step", diverging)
+    command = f"ddpm --steps 9 {TINY['ddpm']} --device cpu --out diverging{save_every}"
+    with pytest.raises(data.UserError, match="not finite at step 6; diverging.* half the --lr"):
+        train.main([*command.split(), "--save-every", str(save_every)])
+    path = Path(f"diverging{save_every}/checkpoint.pt")
+    assert (torch.load(path, weights_only=True)["step"] if path.exists() else None) == kept
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_a_disk_that_is_full_in_mid_run(folder):
+    """One line, exit code 2, and what was saved before is still whole."""
+    import resource
+    command = f"train.py ddpm --steps 9 {TINY['ddpm']} --device cpu --out full"
+    run(folder, command + " --minutes 0.00001")
+    before = (folder / "full/checkpoint.pt").read_bytes()
+    program, *arguments = command.split()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))   # bytes per file
+    done = subprocess.run([sys.executable, str(ROOT / program), *arguments], cwd=folder,
+                          preexec_fn=limit, capture_output=True, text=True)
+    *_, last = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert last.startswith("train.py: cannot write full/")
+    assert (folder / "full/checkpoint.pt").read_bytes() == before
+    assert not list((folder / "full").glob("*.tmp"))
+    assert "going on in full at step 2" in run(folder, command)
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -130,7 +130,7 @@ def test_reading(tmp_path):
     check("turned.jpg", [255, 255, 255], (7, 4))
     write(tmp_path / "one.png", size=(1, 1))
     check("one.png", [200, 30, 40])
-    write(tmp_path / "long.png", size=(2000, 3))
+    write(tmp_path / "long.png", size=(20_000, 10))
     check("long.png", [200, 30, 40])
 
 
@@ -162,6 +162,15 @@ def test_broken_pictures_are_counted_and_named(tmp_path):
     assert f"cannot be read: 2, such as {train[1]}" in sets["train"].report
 
 
+def test_a_picture_bomb_is_left_out(tmp_path):
+    """A small file that claims to be a huge picture: Pillow warns from 90 million pixels on."""
+    Image.new("1", (9500, 9500)).save(tmp_path / "bomb.png")
+    write(tmp_path / "a.png", (200, 30, 40))
+    pictures, numbers = folders.read_some([tmp_path / "bomb.png", tmp_path / "a.png"], 8)
+    assert numbers == [-1, 0] and (pictures[1] == [200, 30, 40]).all()
+    assert (tmp_path / "bomb.png").stat().st_size < 100_000
+
+
 def test_the_cache_follows_the_folder_and_the_splits_stay(tmp_path):
     for i in range(40):
         write(tmp_path / "a" / f"{i}.png", (6 * i, 0, 0))
@@ -182,6 +191,9 @@ def test_the_cache_follows_the_folder_and_the_splits_stay(tmp_path):
     (lambda p: (p / "captions.csv").write_text("image,text\na.png,b"), "no column 'caption'"),
     (lambda p: (p / "captions.csv").write_text(""), "no column 'image'"),
     (lambda p: (p / "captions.csv").write_text("image,caption\n../../a.png,b"), "outside"),
+    (lambda p: (p / "captions.csv").write_text("image,caption\n/etc/passwd,b"), "outside"),
+    (lambda p: ((p / "a.png").symlink_to("/etc/passwd"),
+                (p / "captions.csv").write_text("image,caption\na.png,b")), "outside"),
     (lambda p: (p / "captions.csv").write_text("image,caption\na.png,"), "has no captions"),
     (lambda p: (p / "captions.csv").write_bytes("image,caption\na.png,caf\xe9".encode("latin-1")),
      "not UTF-8"),

@@ -232,6 +232,20 @@ def test_a_picture_depends_on_its_own_seed_alone(clip, unet, text_features, alph
     assert torch.allclose(many[:1], one, atol=1e-3)
 
 
+def test_one_thread_draws_what_two_draw(clip, unet, text_features, alpha_bar):
+    pictures = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        pictures[threads] = draw("ahead", clip, unet, text_features, alpha_bar, [5, 77], 2.)
+    assert torch.allclose(pictures[1], pictures[2], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_method_needs_float64(name, clip, told_unet, text_features, alpha_bar, no_float64):
+    with no_float64:
+        draw(name, clip, told_unet, text_features, alpha_bar, [5, 77], 2.)
+
+
 def test_classifier_free_is_a_line_through_two_opinions(told_unet, alpha_bar):
     """Scale 1 is the U-Net that is told the caption; other scales lie on the same line."""
     x, t, target = torch.randn(2, 3, 16, 16), torch.tensor([400, 400]), torch.tensor([3, 0])

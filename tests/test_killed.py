@@ -32,14 +32,14 @@ def end(running):
     assert running.returncode == 0 and "finished" in said, said
 
 
-def survive(folder, kills, steps, moments, dice):
-    """Start a run and kill it, so many times, at random moments: (least, most) seconds after its
-    start. Let it end. Compare it with one that nobody disturbed."""
+def survive(folder, kills, steps, moment):
+    """Start a run, wait for the moment, kill it, so many times. Let it end. Compare it with one
+    that nobody disturbed. -> how many of its steps had been saved, and in how many of its lives."""
     undisturbed = start(folder, "undisturbed", steps)
     path, done, advances = folder / "killed/checkpoint.pt", 0, 0
     for _ in range(kills):
         running = start(folder, "killed", steps)
-        time.sleep(dice.uniform(*moments))
+        moment(path)
         running.send_signal(signal.SIGKILL)
         said = running.communicate()[0]
         assert running.returncode == -signal.SIGKILL, said
@@ -61,14 +61,24 @@ def survive(folder, kills, steps, moments, dice):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_a_killed_run_ends_with_the_same_bits(tmp_path):
-    survive(tmp_path, kills=3, steps=30, moments=(1., 5.), dice=random.Random(0))
+    dice = random.Random(0)
+
+    def while_it_saves(path):
+        """Up to a fifth of a second after the run's first checkpoint."""
+        before, deadline = path.exists() and path.stat().st_mtime_ns, time.monotonic() + 60
+        while not (path.exists() and path.stat().st_mtime_ns != before):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(dice.uniform(0, 0.2))
+
+    assert survive(tmp_path, kills=3, steps=60, moment=while_it_saves)[1] == 3
 
 
 if __name__ == "__main__":
-    kills, dice = int(sys.argv[1]), random.Random(time.time_ns())
+    kills, began = int(sys.argv[1]), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        began = time.monotonic()
-        done, advances = survive(Path(folder), kills, 30 * kills, (0., 8.), dice)
+        done, advances = survive(Path(folder), kills, 30 * kills,
+                                 lambda path: time.sleep(random.uniform(0, 8)))
         print(f"killed {kills} times, {advances} times after steps that were saved, {done} of "
               f"{30 * kills} in all; then it ended with the bits of an undisturbed run; "
               f"{time.monotonic() - began:.0f} s")

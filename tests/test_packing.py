@@ -27,8 +27,14 @@ def paint_until_500(items, size):
     return paint(items, size)
 
 
-def paint_from_400(items, size):
-    assert items[0] >= 400   # what was there is not made again
+def paint_from_200(items, size):
+    assert items[0] >= 200   # what the progress says is there is not made again
+    return paint(items, size)
+
+
+def die_at_400(items, size):
+    if items[0] == 400:
+        os._exit(9)   # as if the system had killed it, for want of memory
     return paint(items, size)
 
 
@@ -58,7 +64,17 @@ def test_a_full_disk_loses_nothing(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         packing.pack(range(1130), paint_until_500, 3, path)
     assert not path.exists()
-    packing.pack(range(1130), paint_from_400, 3, path)
+    state = np.fromfile(path.with_suffix(".progress"), np.int64)
+    assert (state[:400] > 0).all() and not state[600:800].any()
+    packing.pack(range(1130), paint_from_200, 3, path)
+    assert packed(path, 1130, 3)
+
+
+def test_a_process_that_dies_is_noticed(tmp_path):
+    path = tmp_path / "a.raw"
+    with pytest.raises(OSError, match="has died"):
+        packing.pack(range(1130), die_at_400, 3, path)
+    packing.pack(range(1130), paint, 3, path)
     assert packed(path, 1130, 3)
 
 

@@ -104,7 +104,7 @@ def test_what_is_held_out_is_gone_in_all_spellings(monkeypatch, tmp_path):
     """Its pictures, its captions in both orders and for all bodies; all others keep their own."""
     monkeypatch.setattr(data, "CACHE", tmp_path)
     whole = data.load("cars", 8, 300)
-    some = train.without(whole, "white+red, blue+yellow")
+    some = data.without(whole, "white+red, blue+yellow")
     assert len(some.captions) == 294 - 2 * 2 * 6 and len(some.pictures) < 300
     assert not any("white and red" in text or "red and white" in text or "yellow and blue" in text
                    for texts in some.spellings for text in texts)
@@ -115,7 +115,7 @@ def test_what_is_held_out_is_gone_in_all_spellings(monkeypatch, tmp_path):
         some.captions[k] for k in some.caption_of]
     for mistake in ("white", "white+pink", "white+white", ""):
         with pytest.raises(data.UserError, match="--hold-out"):
-            train.without(whole, mistake)
+            data.without(whole, mistake)
 
 
 @pytest.mark.parametrize("step, expected", [(1, 0.1), (10, 1.), (55, 0.5), (100, 0.)])
