@@ -108,12 +108,12 @@ def prism(paint, profile, right, left, lean=0.):
     where they would meet the ground, so that all parts of one cabin share them.
     """
     x, z = np.asarray(profile, float).T
-    dx, dz, zero = np.roll(x, -1) - x, np.roll(z, -1) - z, np.zeros(len(x))
-    outline = np.stack([dz, zero, -dx], 1)   # each edge, a quarter turn clockwise, points outwards
+    dx, dz = (np.append(side[1:], side[0]) - side for side in (x, z))   # to the next corner
+    outline = np.array([dz, 0 * x, -dx]).T   # each edge, a quarter turn clockwise, points outwards
     normals = np.concatenate([outline, [(0, -1, lean), (0, 1, lean)]])
     offsets = np.append(dz * x - dx * z, (-right, left))
     length = np.sqrt((normals ** 2).sum(1))
-    sides = [np.stack([x, y, z], 1) for y in (right + lean * z, left - lean * z)]
+    sides = [np.array([x, y, z]).T for y in (right + lean * z, left - lean * z)]
     return Solid(normals / length[:, None], offsets / length, np.concatenate(sides), paint)
 
 
@@ -125,7 +125,7 @@ def box(paint, x0, x1, right, left, z0, z1):
 def disc(paint, x, z, radius, right, left, sides=12):
     """A wheel: a prism whose outline is a regular polygon around (x, z)."""
     angle = 2 * np.pi * (np.arange(sides) + .5) / sides
-    circle = np.stack([x + radius * np.cos(angle), z + radius * np.sin(angle)], 1)
+    circle = np.array([x + radius * np.cos(angle), z + radius * np.sin(angle)]).T
     return prism(paint, circle, right, left)
 
 
@@ -402,7 +402,7 @@ def planes(solid, scene):
     """
     gap = solid.offsets - solid.normals @ scene.eye
     gap = np.where(np.abs(gap) < 1e-6, 1e-6, gap)   # an eye in the plane: never divide by 0
-    axes = np.stack([scene.forward, scene.right, scene.up], axis=1)   # (3, 3)
+    axes = np.array([scene.forward, scene.right, scene.up]).T   # (3, 3)
     a, b, c = (solid.normals @ axes / gap[:, None]).T.astype(np.float32)[:, :, None, None]
     return (a, b, c), gap < 0
 
@@ -410,7 +410,8 @@ def planes(solid, scene):
 def footprint(solid, scene, n):
     """Where in an n x n picture the solid lies -> two slices, of rows and of columns."""
     def pixels(u):   # coordinates in [-1, 1] -> a slice that holds them all
-        return slice(*np.clip([(u.min() + 1) * n / 2, (u.max() + 1) * n / 2 + 1], 0, n).astype(int))
+        ends = (u.min() + 1) * n / 2, (u.max() + 1) * n / 2 + 1
+        return slice(*(int(min(max(end, 0), n)) for end in ends))
     seen = solid.vertices - scene.eye
     depth = seen @ scene.forward
     u, v = (seen @ axis / (axis @ axis) / depth for axis in (scene.right, scene.up))
@@ -434,7 +435,7 @@ def ray_cast(scene, size, samples=2):
         s_entry, s_exit = s_front.min(axis=0), s_back.max(axis=0)            # (h, w)
         hit = s_entry > np.maximum(s_exit, nearest[rows, columns])
         nearest[rows, columns][hit] = s_entry[hit]
-        face[rows, columns][hit] = len(shades) + front[s_front.argmin(axis=0)[hit]]
+        face[rows, columns][hit] = len(shades) + front[s_front[:, hit].argmin(axis=0)]
         light = .60 + .40 * (.5 + .5 * solid.normals @ LIGHT)   # (F,) Lambert's cosine, softened
         shades.extend(scene.paints[solid.paint] * light[:, None])
     colour = np.array(shades, np.float32)[face]                 # (n, n, 3)

@@ -92,7 +92,8 @@ def orthogonalized(matrices):
 if __name__ == "__main__":   # what it does to a matrix that is all in one direction, nearly
     torch.manual_seed(0)
     gradient = torch.randn(4, 1) @ torch.randn(1, 6) + 0.1 * torch.randn(4, 6)
-    for name, matrix in (("gradient", gradient), ("Muon's step", orthogonalized(gradient[None])[0])):
+    step = orthogonalized(gradient[None])[0]
+    for name, matrix in (("gradient", gradient), ("Muon's step", step)):
         values = ", ".join(f"{s:.2f}" for s in torch.linalg.svdvals(matrix))
         print(f"{name:12} has singular values {values}")
 

@@ -16,6 +16,7 @@ Left out: models too large for one device.
 import atexit
 import contextlib
 import datetime
+import functools
 import os
 import sys
 
@@ -91,9 +92,23 @@ def mean(x):
     return x
 
 
-def with_mean_gradients(module):
-    """-> the same module, whose backward() leaves in each process the mean of all gradients."""
-    return DistributedDataParallel(module) if started() else module
+class _Loss(torch.nn.Module):
+    """A loss as a module, since DistributedDataParallel needs one whose forward() it can watch."""
+
+    def __init__(self, loss, model):
+        super().__init__()
+        self.loss, self.model = loss, model
+
+    def forward(self, *batch):
+        return self.loss(self.model, *batch)
+
+
+def with_mean_gradients(loss, model):
+    """loss(model, *batch) -> a function of the batch, after whose backward() the parameters of
+    every process have the mean of all gradients."""
+    if not started():
+        return functools.partial(loss, model)
+    return DistributedDataParallel(_Loss(loss, model))
 
 
 def own(batch):

@@ -76,7 +76,7 @@ class Attention(nn.Module):
         d = D // self.heads
         qkv = self.qkv(x).view(B, L, 3, self.heads, d)                        # (B, L, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # 3 x (B, heads, L, d)
-        scores = q @ k.transpose(-2, -1) * d ** -0.5                          # (B, heads, L, L)
+        scores = (q * d ** -0.5) @ k.transpose(-2, -1)                        # (B, heads, L, L)
         if self.causal:   # a token sees itself and what stands before it
             future = torch.ones(L, L, dtype=torch.bool, device=x.device).triu(1)
             scores = scores.masked_fill(future, -math.inf)
@@ -88,7 +88,7 @@ class QuickGELU(nn.Module):
     """x sigmoid(1.702 x), the approximation to GELU that the published CLIP was trained with."""
 
     def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+        return F.silu(1.702 * x) / 1.702   # silu(x) = x sigmoid(x), in one go and not in two
 
 
 class TransformerBlock(nn.Module):

@@ -20,7 +20,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -93,22 +93,11 @@ class Run(NamedTuple):
     settings: dict           # all that must be the same when a run goes on
     device: torch.device
     bf16: bool               # whether to compute in bfloat16; a run that goes on does as before
-    loss: torch.nn.Module    # the job's, see Loss
+    loss: Callable           # the job's, of the model: (own x_0, rows, generator) -> scalar
     model: torch.nn.Module   # the job's, on the device
     ema: torch.nn.Module     # its moving average: what previews show and weights.pt holds
     optimizers: tuple        # one for weight matrices, one for everything else
     history: list            # of (step, mean loss of the steps since the entry before)
-
-
-class Loss(torch.nn.Module):
-    """A job's loss as a module: DistributedDataParallel needs one whose forward() it can watch."""
-
-    def __init__(self, job):
-        super().__init__()
-        self.model, self.loss = job.model, job.loss
-
-    def forward(self, *batch):
-        return self.loss(self.model, *batch)
 
 
 def begin(job, folder, settings, options, device, saved=None):
@@ -129,7 +118,7 @@ def begin(job, folder, settings, options, device, saved=None):
         history = saved["history"]
         if saved["device"] == device.type:
             bf16 = saved["bf16"]
-    loss = parallel.with_mean_gradients(Loss(job))
+    loss = parallel.with_mean_gradients(job.loss, model)
     return Run(job, folder, settings, device, bf16, loss, model, ema, optimizers, history)
 
 

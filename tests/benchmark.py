@@ -10,12 +10,12 @@ timed as it is used: a step of training is train.train_step, from the bytes of t
 averaged weights.
 """
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import itertools
 import json
 import math
-import resource
 import subprocess
 import sys
 import sysconfig
@@ -31,8 +31,11 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import bpe, cars, checkpoints, data, guide, jobs, plot, tinyclip, tinyddpm, train   # noqa: E402,E401
-from unet import UNetConfig   # noqa: E402
+import bpe, cars, checkpoints, data, guide   # noqa: E402,E401
+import jobs, plot, tinyclip, tinyddpm, train   # noqa: E402,E401
+from unet import UNet, UNetConfig   # noqa: E402
+
+OUT, DEVICE = Path("out"), data.pick_device()
 
 # About 35.7 million parameters, as those of the peers below.
 AS_LARGE = UNetConfig(channels=64, multipliers=(1, 2, 3, 8))
@@ -205,49 +208,50 @@ def ddpm_table(batch=64):
     options = train.TrainConfig(batch=batch)
     for name, (package, peer, config) in peers.items():
         if not here(package):
-            yield name, "not installed", *[""] * 6
+            yield name, "not installed", *[""] * 8
             continue
-        least, (_, model) = {}, peer(batch, False)
-        for precision, bf16 in PRECISIONS.items():
-            least[precision] = race(2, ours=training("ddpm", config, options, bf16)[0],
-                                    theirs=peer(batch, bf16)[0])
-        yield name, parameters(model), *compared(least, batch, default="fp32")
+        ours = lambda bf16: training("ddpm", config, options, bf16)
+        yield name, *compared(ours, functools.partial(peer, batch), batch, 2, default="fp32")
 
 
-def compared(least, batch, default):
-    """precision -> seconds of ours and theirs: both in pictures/s, their ratios, and that of ours
-    to what the peer does by default."""
-    cells = []
-    for seconds in least.values():
-        cells += [f"{batch / seconds['ours']:.1f}", f"{batch / seconds['theirs']:.1f}",
-                  f"{seconds['theirs'] / seconds['ours']:.2f}"]
-    mine = least["bf16" if data.bf16_is_fast(DEVICE) else "fp32"]["ours"]
-    return *cells, f"{least[default]['theirs'] / mine:.2f}"
+def compared(ours, theirs, batch, rounds, default):
+    """ours, theirs: bf16 -> a function to time, its model. -> the parameters of both; pictures/s
+    of both, and the ratio, in each precision; the ratio of ours to what the peer does by default.
+    """
+    sides = {"ours": ours, "theirs": theirs}
+    made = {(side, precision): make(bf16) for side, make in sides.items()
+            for precision, bf16 in PRECISIONS.items()}
+    least = race(rounds, **{" ".join(key): run for key, (run, _) in made.items()})
+    cells = [parameters(made[side, "fp32"][1]) for side in sides]
+    for precision in PRECISIONS:
+        mine, yours = least[f"ours {precision}"], least[f"theirs {precision}"]
+        cells += [f"{batch / mine:.1f}", f"{batch / yours:.1f}", f"{yours / mine:.2f}"]
+    mine = least["ours bf16" if data.bf16_is_fast(DEVICE) else "ours fp32"]
+    return *cells, f"{least[f'theirs {default}'] / mine:.2f}"
 
 
 def clip_table(batch=128):
     """Training of CLIP, pictures/s."""
     options, config = train.CLIPTrainConfig(batch=batch), tinyclip.CLIPConfig(stem="patch")
     if not here("open_clip"):
-        yield "open_clip", "not installed", *[""] * 6
+        yield "open_clip", "not installed", *[""] * 8
         return
-    vocabulary, least = bpe.Tokenizer.train(cars.CAPTIONS, 4096).vocab_size, {}
-    for precision, bf16 in PRECISIONS.items():
-        step, model = open_clip(batch, bf16, config, vocabulary)
-        least[precision] = race(5, ours=training("clip", config, options, bf16)[0], theirs=step)
-    yield "open_clip", parameters(model), *compared(least, batch, default="bf16")
+    vocabulary = bpe.Tokenizer.train(cars.CAPTIONS, 4096).vocab_size
+    ours = lambda bf16: training("clip", config, options, bf16)
+    theirs = lambda bf16: open_clip(batch, bf16, config, vocabulary)
+    yield "open_clip", *compared(ours, theirs, batch, 8, default="bf16")
 
 
 def sampling_table(batch=8, steps=10):
     """DDIM, pictures/s."""
     if not here("diffusers"):
-        yield "diffusers", "not installed", *[""] * 6
+        yield "diffusers", "not installed", *[""] * 8
         return
     from diffusers import DDIMPipeline, DDIMScheduler
     theirs, alpha_bar = diffusers_unet().eval(), tinyddpm.cosine_alpha_bar().to(DEVICE)
     pipeline = DDIMPipeline(theirs, DDIMScheduler(1000))
     pipeline.set_progress_bar_config(disable=True)
-    ours = jobs.UNet(AS_LARGE).eval().to(DEVICE, memory_format=torch.channels_last)
+    ours = UNet(AS_LARGE).eval().to(DEVICE, memory_format=torch.channels_last)
     generators = [data.generator(0, i) for i in range(batch)]
 
     def draw(unet, bf16):
@@ -261,11 +265,11 @@ def sampling_table(batch=8, steps=10):
             pipeline(batch_size=batch, num_inference_steps=steps)
 
     same = lambda x_t, t: theirs(x_t, t).sample
-    for name, unet in (("a U-Net of as many parameters", ours), ("the very same U-Net", same)):
-        least = {precision: race(2, ours=functools.partial(draw, unet, bf16),
-                                 theirs=functools.partial(their_draw, bf16))
-                 for precision, bf16 in PRECISIONS.items()}
-        yield f"diffusers, {name}", parameters(theirs), *compared(least, batch, default="fp32")
+    for name, unet, model in (("a U-Net of as many parameters", ours, ours),
+                              ("the very same U-Net", same, theirs)):
+        yield f"diffusers, {name}", *compared(
+            lambda bf16: (functools.partial(draw, unet, bf16), model),
+            lambda bf16: (functools.partial(their_draw, bf16), theirs), batch, 2, default="fp32")
 
 
 def guidance_table(batch=16, steps=25):
@@ -325,13 +329,11 @@ def words_table():
 
 
 def share_table():
-    """Steps of training: arithmetic of products and convolutions a second, as a share of what the
-    machine does in a 2048 x 2048 product."""
+    """Arithmetic a second in steps of training, as a share of that of a 2048 x 2048 product."""
     rates = matrix_rates()
     for kind, batch, config in (("ddpm", 32, UNetConfig()), ("ddpm", 64, AS_LARGE),
                                 ("clip", 128, tinyclip.CLIPConfig())):
-        options = train.PRESETS["tiny"][kind][1]
-        options.batch = batch
+        options = dataclasses.replace(train.PRESETS["tiny"][kind][1], batch=batch)
         for precision, bf16 in PRECISIONS.items():
             step, _ = training(kind, config, options, bf16)
             with FlopCounterMode(display=False) as counter:
@@ -366,15 +368,15 @@ def large_table(count=537_750, size=128):
 
 def growth_table():
     """Time and memory against one number at a time, all others as in the tiny preset."""
-    axes = [("training the DDPM, batch", dict(kind="ddpm"), "batch", (8, 16, 32, 64, 128)),
-            ("training the DDPM, pixels a side", dict(kind="ddpm"), "image_size", (16, 32, 64, 128)),
-            ("training CLIP, captions", dict(kind="clip"), "captions", (294, 1000, 10_000, 100_000)),
-            ("16 guided pictures, captions", dict(kind="sample"), "captions",
-             (294, 1000, 10_000, 100_000)),
-            ("16 guided pictures, steps", dict(kind="sample"), "steps", (10, 25, 50, 100, 200))]
+    many = 294, 1000, 10_000, 100_000
+    axes = [("training the DDPM, batch", "ddpm", "batch", (8, 16, 32, 64, 128)),
+            ("training the DDPM, pixels a side", "ddpm", "image_size", (16, 32, 64, 128)),
+            ("training CLIP, captions", "clip", "captions", many),
+            ("16 guided pictures, captions", "sample", "captions", many),
+            ("16 guided pictures, steps", "sample", "steps", (10, 25, 50, 100, 200))]
     times, memories = {}, {}
-    for name, fixed, field, values in axes:
-        found = [in_own_process(**fixed, **{field: value}) for value in values]
+    for name, kind, field, values in axes:
+        found = [in_own_process(kind=kind, **{field: value}) for value in values]
         for value, one in zip(values, found):
             yield name, f"{value:,}", f"{one['seconds']:.2f}", f"{one['gib']:.2f}"
         doublings = np.log2(np.array(values) / values[0])
@@ -400,11 +402,9 @@ def one(preset="tiny", kind="ddpm", captions=294, steps=25, file=None, **changes
     if kind == "sample":
         run, model, batch = drawing(texts, steps), torch.nn.Module(), 16
     else:
-        config, options = train.PRESETS[preset][kind]
-        for part in (config, options):
-            for field, value in changes.items():
-                if hasattr(part, field):
-                    setattr(part, field, value)
+        config, options = (dataclasses.replace(part, **{
+            field: value for field, value in changes.items() if hasattr(part, field)})
+            for part in train.PRESETS[preset][kind])
         file = Path(file) if file else None
         (run, model), batch = training(kind, config, options, bf16, texts, file), options.batch
         if file:
@@ -414,7 +414,8 @@ def one(preset="tiny", kind="ddpm", captions=294, steps=25, file=None, **changes
     seconds = race(1, run=run)["run"]
     if DEVICE.type == "cuda":
         gib = torch.cuda.max_memory_allocated() / 2 ** 30
-    else:   # of the whole process, in kilobytes, but on macOS in bytes
+    else:   # of the whole process, in kilobytes, but on macOS in bytes; not on Windows
+        import resource
         unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
         gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return {"parameters": sum(p.numel() for p in model.parameters()), "batch": batch,
@@ -440,8 +441,8 @@ def drawing(texts, steps, batch=16):
 
 # ---- the command ---------------------------------------------------------------------------------
 
-BESIDE = ["parameters", "ours, fp32", "theirs", "ratio", "ours, bf16", "theirs", "ratio",
-          "ours to their default"]
+BESIDE = ["ours, parameters", "theirs", "ours, fp32", "theirs", "ratio",
+          "ours, bf16", "theirs", "ratio", "ours to their default"]
 TABLES = {
     "ddpm": (ddpm_table, ["beside", *BESIDE]),
     "clip": (clip_table, ["beside", *BESIDE]),
@@ -459,24 +460,23 @@ TABLES = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", choices=[[], *TABLES], help="which; default all")
+    parser.add_argument("tables", nargs="*", metavar="table", help=f"of {', '.join(TABLES)}")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(one(**json.loads(args.one))))
         return
+    if not set(args.tables) <= set(TABLES):
+        parser.error(f"there are the tables {', '.join(TABLES)}")
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in matrix_rates().items())
     machine = f"{DEVICE}, {torch.get_num_threads()} threads, torch {torch.__version__}; {rates}"
     print(machine)
-    found = {"machine": machine}
     for name in args.tables or TABLES:
         make, header = TABLES[name]
-        found[name] = table(make.__doc__.splitlines()[0], header, make())
+        found = {"machine": machine, **table(make.__doc__.splitlines()[0], header, make())}
         OUT.mkdir(exist_ok=True)
-        (OUT / "benchmark.json").write_text(json.dumps(found, indent=1))
+        (OUT / f"benchmark-{name}.json").write_text(json.dumps(found, indent=1))
 
-
-OUT, DEVICE = Path("out"), data.pick_device()
 
 if __name__ == "__main__":
     main()

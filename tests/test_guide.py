@@ -241,7 +241,9 @@ def test_one_thread_draws_what_two_draw(clip, unet, text_features, alpha_bar):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_no_method_needs_float64(name, clip, told_unet, text_features, alpha_bar, no_float64):
+def test_no_method_needs_float64(name, clip, told_unet, text_features, alpha_bar, no_float64,
+                                 monkeypatch):
+    monkeypatch.setattr(guide, "cosine_alpha_bar", lambda T: alpha_bar)   # that is of the CPU
     with no_float64:
         draw(name, clip, told_unet, text_features, alpha_bar, [5, 77], 2.)
 

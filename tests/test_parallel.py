@@ -35,7 +35,7 @@ def gradient(kind, cache, accumulate=1, context=contextlib.nullcontext()):
     for p in job.model.parameters():   # what starts at zero would hide what lies behind it
         if not p.any():
             torch.nn.init.normal_(p, std=0.05)
-    loss = parallel.with_mean_gradients(train.Loss(job))
+    loss = parallel.with_mean_gradients(job.loss, job.model)
     x_0, rows = data.batch(dataset, 0, 1, options.batch, share=parallel.own)
     with context:
         loss(x_0, rows, data.generator(0, 1)).backward()
