@@ -72,7 +72,7 @@ def test_muon_decays_weights():
 def test_every_parameter_has_one_optimizer_and_only_wide_matrices_have_muon():
     """The U-Net begins and ends in colours: its first and last layer are left to AdamW."""
     unet = UNet(train.PRESETS["tiny"]["ddpm"][0])
-    job = jobs.Job("ddpm", unet, None, None, {}, "")
+    job = jobs.Job("ddpm", unet, lambda model: None, None, {}, "")
     run = train.begin(job, None, {}, train.TrainConfig(), torch.device("cpu"))
     matrices, others = ([id(p) for group in optimizer.param_groups for p in group["params"]]
                         for optimizer in run.optimizers)
