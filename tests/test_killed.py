@@ -20,16 +20,17 @@ TINY = ("ddpm --pictures 64 --batch 4 --channels 16 --multipliers 1 2 --attentio
 
 
 def start(folder, out, steps):
-    """A run that saves at every step."""
+    """A run that saves at every step; what it says goes to OUT.log."""
     command = f"{TINY} --steps {steps} --save-every 0 --out {out}"
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command.split()], cwd=folder,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})   # two run at a time
+    with open(folder / f"{out}.log", "w") as log:
+        return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command.split()],
+                                cwd=folder, stdout=log, stderr=subprocess.STDOUT,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})   # two at a time
 
 
-def end(running):
-    said = running.communicate()[0]
-    assert running.returncode == 0 and "finished" in said, said
+def end(running, folder, out):
+    """Wait for its end -> its exit code, what it said."""
+    return running.wait(), (folder / f"{out}.log").read_text()
 
 
 def survive(folder, kills, steps, moment):
@@ -41,15 +42,16 @@ def survive(folder, kills, steps, moment):
         running = start(folder, "killed", steps)
         moment(path)
         running.send_signal(signal.SIGKILL)
-        said = running.communicate()[0]
-        assert running.returncode == -signal.SIGKILL, said
+        code, said = end(running, folder, "killed")
+        assert code == -signal.SIGKILL, said
         assert "going on" not in said or f"at step {done + 1:,} of" in said
         if path.exists():   # whatever it was doing, what it left behind can be read
             step = torch.load(path, weights_only=True)["step"]
             assert done <= step < steps
             advances, done = advances + (step > done), step
-    end(start(folder, "killed", steps))
-    end(undisturbed)
+    for running, out in ((start(folder, "killed", steps), "killed"), (undisturbed, "undisturbed")):
+        code, said = end(running, folder, out)
+        assert code == 0 and "finished" in said, said
     killed, whole = (torch.load(folder / out / "checkpoint.pt", weights_only=True)
                      for out in ("killed", "undisturbed"))
     for part in ("model", "ema"):
