@@ -72,6 +72,7 @@ def _make_some(task):
     with part.open("r+b") as file:
         file.seek(first * size * size * 3)
         file.write(np.ascontiguousarray(pictures).data)
+        file.flush()
         os.fsync(file.fileno())   # the pictures are on the disk before the progress says so
     return np.asarray(numbers)
 
@@ -94,6 +95,7 @@ def _finish(part, path, progress, state, size):
                 for first in range(0, len(state), CHUNK):
                     chunk = slice(first, first + CHUNK)
                     file.write(pictures[chunk][readable[chunk]].data)
+                file.flush()
                 os.fsync(file.fileno())
             del pictures   # Windows neither renames nor deletes what is mapped
         progress.unlink(missing_ok=True)   # before its pictures go, or it would tell of others

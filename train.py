@@ -154,8 +154,7 @@ def save(run, step):
         "history": run.history, "model": run.model.state_dict(), "ema": run.ema.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]})
     curve = tuple(zip(*run.history))   # all steps, all losses
-    plot.lines(run.folder / "loss.png", {"loss": curve}, "step",
-               "training loss")
+    plot.lines(run.folder / "loss.png", {"loss": curve}, "step", "training loss")
 
 
 # ---- the loop ------------------------------------------------------------------------------------
