@@ -71,10 +71,7 @@ def here(package):
     return importlib.util.find_spec(package) is not None
 
 
-def autocast(bf16):
-    return data.autocast(DEVICE, bf16)
-
-
+autocast = functools.partial(data.autocast, DEVICE)
 PRECISIONS = {"fp32": False, "bf16": True}
 
 
@@ -111,6 +108,24 @@ def parameters(model):
 
 # ---- peers, as their own training loops use them -------------------------------------------------
 
+def peer_step(model, optimizer, loss, bf16, parts=1, reads=True, norm=None, after=lambda: None):
+    """-> a function that takes one step as these loops do: the loss of each part of a batch, which
+    some of them read to report it; the gradient, which some clip; the update; what comes after."""
+    def step():
+        for _ in range(parts):
+            with autocast(bf16):
+                part = loss() / parts
+            part.backward()
+            if reads:
+                part.item()
+        if norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        after()
+    return step
+
+
 def lucidrains(batch, bf16):
     """denoising-diffusion-pytorch 2.3: the network of its README, the steps of its Trainer: two
     halves of a batch, Adam, averaged weights."""
@@ -120,18 +135,8 @@ def lucidrains(batch, bf16):
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
     ema = EMA(diffusion, beta=0.995, update_every=10)
     pictures = torch.rand(batch // 2, 3, 32, 32, device=DEVICE)
-
-    def step():
-        for _ in range(2):
-            with autocast(bf16):
-                loss = diffusion(pictures) / 2
-            loss.item()
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update()
-    return step, diffusion
+    return peer_step(diffusion, optimizer, lambda: diffusion(pictures), bf16, parts=2, norm=1.,
+                     after=ema.update), diffusion
 
 
 def diffusers_unet():
@@ -152,17 +157,12 @@ def diffusers(batch, bf16):
                                   weight_decay=1e-6)
     clean = torch.rand(batch, 3, 32, 32, device=DEVICE) * 2 - 1
 
-    def step():
+    def loss():
         noise = torch.randn_like(clean)
         t = torch.randint(0, 1000, (batch,), device=DEVICE)
-        with autocast(bf16):
-            loss = F.mse_loss(unet(scheduler.add_noise(clean, noise, t), t).sample.float(), noise)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()
-    return step, unet
+        return F.mse_loss(unet(scheduler.add_noise(clean, noise, t), t).sample.float(), noise)
+
+    return peer_step(unet, optimizer, loss, bf16, norm=1.), unet
 
 
 def open_clip(batch, bf16, config, vocabulary):
@@ -177,16 +177,9 @@ def open_clip(batch, bf16, config, vocabulary):
     optimizer, loss = torch.optim.AdamW(clip.parameters(), lr=5e-4, eps=1e-6), ClipLoss()
     pictures = torch.rand(batch, 3, config.image_size, config.image_size, device=DEVICE)
     words = torch.randint(0, vocabulary, (batch, config.context_length), device=DEVICE)
-
-    def step():
-        optimizer.zero_grad()
-        with autocast(bf16):
-            total = sum(loss(**clip(pictures, words), output_dict=True).values())
-        total.backward()
-        optimizer.step()
-        with torch.no_grad():
-            clip.logit_scale.clamp_(0, math.log(100))
-    return step, clip
+    return peer_step(
+        clip, optimizer, lambda: loss(**clip(pictures, words)), bf16, reads=False,
+        after=lambda: clip.logit_scale.data.clamp_(0, math.log(100))), clip
 
 
 # ---- the tables ----------------------------------------------------------------------------------
@@ -272,36 +265,50 @@ def sampling_table(batch=8, steps=10):
             lambda bf16: (functools.partial(their_draw, bf16), theirs), batch, 2, default="fp32")
 
 
-def guidance_table(batch=16, steps=25):
+def guidance_table(steps=25):
     """The shipped models: what guidance adds, and where the time goes."""
+    draw, models, x = drawing(cars.CAPTIONS, steps)
+    x, t = x.clone().requires_grad_(), torch.full((len(x),), 500, device=DEVICE)
+
+    def evaluate_unet():
+        with autocast(), torch.no_grad():
+            models.unet(x, t)
+
+    def evaluate_encoder():
+        with autocast():
+            features = models.clip.encode_image(x, t)
+            logits = models.clip.logits(features, models.text_features, t)
+        torch.autograd.grad(logits.sum(), x)
+
+    def in_every_step(evaluate):
+        for _ in range(steps):
+            evaluate()
+
+    least = race(5, **{
+        "unguided": functools.partial(draw, "none"), "guided": draw,
+        "of it the U-Net": functools.partial(in_every_step, evaluate_unet),
+        "of it CLIP's encoder, forward and backward":
+            functools.partial(in_every_step, evaluate_encoder)})
+    for what, seconds in least.items():
+        yield what, f"{1000 * seconds / steps:.1f}", f"{seconds / least['unguided']:.2f}"
+
+
+def drawing(texts, steps, batch=16):
+    """-> a function that draws pictures by the shipped models, guided by a method among these
+    captions; the models; what the pictures start from."""
     models = checkpoints.load_pair(checkpoints.SHIPPED / "clip.pt", checkpoints.SHIPPED / "ddpm.pt",
                                    DEVICE)
-    target = torch.zeros(batch, dtype=torch.long, device=DEVICE)
+    with torch.no_grad():
+        models = checkpoints.with_captions(models, texts)
     generators = [data.generator(0, i) for i in range(batch)]
     x_T = tinyddpm.noise(generators, (3, 32, 32), DEVICE)
-    t = torch.full((batch,), 500, device=DEVICE)
+    target = torch.zeros(batch, dtype=torch.long, device=DEVICE)
 
-    def draw(method):
-        with data.autocast(DEVICE):
+    def draw(method=guide.DEFAULT):
+        with autocast():
             tinyddpm.sample(guide.guided_by(method, models, target), x_T, generators,
                             models.alpha_bar, steps)
-
-    def evaluations(of_unet):
-        x = x_T.clone().requires_grad_()
-        for _ in range(steps):
-            with data.autocast(DEVICE), torch.set_grad_enabled(not of_unet):
-                out = models.unet(x, t) if of_unet else models.clip.logits(
-                    models.clip.encode_image(x, t), models.text_features, t).sum()
-            if not of_unet:
-                torch.autograd.grad(out, x)
-
-    least = race(5, unguided=functools.partial(draw, "none"),
-                 guided=functools.partial(draw, guide.DEFAULT),
-                 unet=functools.partial(evaluations, True),
-                 encoder=functools.partial(evaluations, False))
-    for name, what in (("unguided", "unguided"), ("guided", "guided"), ("unet", "of it the U-Net"),
-                       ("encoder", "of it CLIP's encoder, forward and backward")):
-        yield what, f"{1000 * least[name] / steps:.1f}", f"{least[name] / least['unguided']:.2f}"
+    return draw, models, x_T
 
 
 def words_table():
@@ -400,7 +407,8 @@ def one(preset="tiny", kind="ddpm", captions=294, steps=25, file=None, **changes
     texts = [*cars.CAPTIONS, *(f"a thing of number {i}" for i in range(captions))][:captions]
     bf16 = data.bf16_is_fast(DEVICE)
     if kind == "sample":
-        run, model, batch = drawing(texts, steps), torch.nn.Module(), 16
+        (run, _, x_T), model = drawing(texts, steps), torch.nn.Module()
+        batch = len(x_T)
     else:
         config, options = (dataclasses.replace(part, **{
             field: value for field, value in changes.items() if hasattr(part, field)})
@@ -420,23 +428,6 @@ def one(preset="tiny", kind="ddpm", captions=294, steps=25, file=None, **changes
         gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return {"parameters": sum(p.numel() for p in model.parameters()), "batch": batch,
             "seconds": seconds, "gib": gib}
-
-
-def drawing(texts, steps, batch=16):
-    """-> a function that draws guided pictures by the shipped models, among these captions."""
-    models = checkpoints.load_pair(checkpoints.SHIPPED / "clip.pt", checkpoints.SHIPPED / "ddpm.pt",
-                                   DEVICE)
-    with torch.no_grad():
-        models = checkpoints.with_captions(models, texts)
-    generators = [data.generator(0, i) for i in range(batch)]
-    x_T = tinyddpm.noise(generators, (3, 32, 32), DEVICE)
-    target = torch.zeros(batch, dtype=torch.long, device=DEVICE)
-
-    def draw():
-        with data.autocast(DEVICE):
-            tinyddpm.sample(guide.guided_by(guide.DEFAULT, models, target), x_T, generators,
-                            models.alpha_bar, steps)
-    return draw
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -47,56 +47,102 @@ def run(folder, command, code=0):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder in which toy models of every kind have been trained."""
+    """A folder in which toy models of every kind have been trained; of one kind by the command, of
+    the others in this process, which need not import torch again."""
     folder = tmp_path_factory.mktemp("toys")
-    for kind, flags in TINY.items():
-        out = run(folder, f"train.py {kind} --steps 4 {flags} --device cpu")
-        assert "finished" in out and (folder / "runs" / kind / "weights.pt").exists()
+    assert "finished" in run(folder, f"train.py clip --steps 4 {TINY['clip']} --device cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for kind in ("ddpm", "judge"):
+            train.main(f"{kind} --steps 4 {TINY[kind]} --device cpu".split())
+    assert all((folder / "runs" / kind / "weights.pt").exists() for kind in TINY)
     return folder
 
 
-def test_a_run_leaves_its_curve_and_a_finished_run_says_so(folder):
+@pytest.fixture
+def here(folder, monkeypatch):
+    """In this process, in the folder of the toy models; of real cars no more than it takes to have
+    one of each caption."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(measure, "REAL", 1900)
+    monkeypatch.setattr(measure, "HELD_OUT", 100)
+    return folder
+
+
+def test_a_run_leaves_its_curve_and_a_finished_run_says_so(here, capsys):
     for name in ("clip/loss.png", "clip/accuracy.png", "ddpm/samples.png"):
-        assert Image.open(folder / "runs" / name).width > 16
-    assert "is finished" in run(folder, f"train.py clip --steps 4 {TINY['clip']} --device cpu")
+        assert Image.open(here / "runs" / name).width > 16
+    train.main(f"clip --steps 4 {TINY['clip']} --device cpu".split())
+    assert "is finished" in capsys.readouterr().out
 
 
-def test_other_settings_do_not_go_on_silently(folder):
-    assert "another batch (8, now 9)" in run(
-        folder, f"train.py clip --steps 4 {TINY['clip']} --device cpu --batch 9", code=2)
+def test_other_settings_do_not_go_on_silently(here):
+    with pytest.raises(data.UserError, match=r"another batch \(8, now 9\)"):
+        train.main(f"clip --steps 4 {TINY['clip']} --device cpu --batch 9".split())
 
 
-def test_stop_and_start_is_bit_identical(tmp_path, folder):
+def test_stop_and_start_is_bit_identical(here, capsys):
     """Stopped by --minutes after its first step and started again, a run ends where one that ran
     through ends. (test_killed.py does it the hard way.)"""
-    (tmp_path / "cache").symlink_to(folder / "cache")
-    command = f"train.py clip --steps 4 {TINY['clip']} --device cpu --out parts"
-    assert "stopped at step 1 of 4" in run(tmp_path, command + " --minutes 0.00001")
-    assert "going on in parts at step 2 of 4" in run(tmp_path, command)
-    parts, whole = (torch.load(p, weights_only=True) for p in (
-        tmp_path / "parts/checkpoint.pt", folder / "runs/clip/checkpoint.pt"))
+    command = f"clip --steps 4 {TINY['clip']} --device cpu --out parts"
+    train.main([*command.split(), "--minutes", "0.00001"])
+    assert "stopped at step 1 of 4" in capsys.readouterr().out
+    train.main(command.split())
+    assert "going on in parts at step 2 of 4" in capsys.readouterr().out
+    parts, whole = (torch.load(here / folder / "checkpoint.pt", weights_only=True)
+                    for folder in ("parts", "runs/clip"))
     for part in ("model", "ema"):
         assert all(torch.equal(tensor, parts[part][name]) for name, tensor in whole[part].items())
     assert parts["step"] == whole["step"] == 4
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_step_and_says_how_to_go_on(folder, number, code):
-    """Interrupted or terminated after its first preview, a run ends with that signal's code, one
-    line and a checkpoint of its last step."""
-    command = f"train.py clip --steps 400 {TINY['clip']} --device cpu --out {number.name}"
+def test_a_terminated_run_says_how_to_go_on(folder):
+    """After its first preview: it ends with the signal's code, one line and a checkpoint of its
+    last step."""
+    command = f"train.py clip --steps 400 {TINY['clip']} --device cpu --out terminated"
     program, *arguments = command.split()
     running = subprocess.Popen([sys.executable, str(ROOT / program), *arguments],
                                cwd=folder, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     while "step 50:" not in (line := running.stdout.readline()):
         assert line, running.stderr.read()
-    running.send_signal(number)
+    running.terminate()
     out, error = running.communicate(timeout=300)
-    step = torch.load(folder / number.name / "checkpoint.pt", weights_only=True)["step"]
-    assert running.returncode == code and 50 <= step < 400 and "Traceback" not in error
+    step = torch.load(folder / "terminated/checkpoint.pt", weights_only=True)["step"]
+    assert running.returncode == 143 and 50 <= step < 400 and "Traceback" not in error
     assert out.strip() == f"stopped at step {step} of 400; the same command goes on"
+
+
+def stop_in_step(monkeypatch, number, *signals):
+    """Let these signals arrive in the middle of that step."""
+    honest = train.train_step
+
+    def interrupted(run, step, *rest):
+        for one in signals if step == number else ():
+            signal.raise_signal(one)
+        return honest(run, step, *rest)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_at_hand(here, monkeypatch, capsys, number, code):
+    """The step is finished and saved, and what else would be told of the signal is told again."""
+    stop_in_step(monkeypatch, 3, number)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit, match=str(code)):
+        train.main(f"ddpm --steps 9 {TINY['ddpm']} --device cpu --out {number.name}".split())
+    assert "stopped at step 3 of 9; the same command goes on" in capsys.readouterr().out
+    assert torch.load(f"{number.name}/checkpoint.pt", weights_only=True)["step"] == 3
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_ctrl_c_ends_at_once(here, monkeypatch):
+    stop_in_step(monkeypatch, 3, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(f"ddpm --steps 9 {TINY['ddpm']} --device cpu --out twice".split())
+    assert not Path("twice/checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("save_every, kept", [(0, 5), (1000, None)])
@@ -117,22 +163,23 @@ def test_a_loss_that_is_not_finite_ends_the_run(here, monkeypatch, save_every, k
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
-def test_a_disk_that_is_full_in_mid_run(folder):
+def test_a_disk_that_is_full_in_mid_run(here, capsys):
     """One line, exit code 2, and what was saved before is still whole."""
     import resource
-    command = f"train.py ddpm --steps 9 {TINY['ddpm']} --device cpu --out full"
-    run(folder, command + " --minutes 0.00001")
-    before = (folder / "full/checkpoint.pt").read_bytes()
-    program, *arguments = command.split()
+    command = f"ddpm --steps 9 {TINY['ddpm']} --device cpu --out full".split()
+    train.main([*command, "--minutes", "0.00001"])
+    before = Path("full/checkpoint.pt").read_bytes()
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))   # bytes per file
-    done = subprocess.run([sys.executable, str(ROOT / program), *arguments], cwd=folder,
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *command],
                           preexec_fn=limit, capture_output=True, text=True)
     *_, last = done.stderr.strip().splitlines()
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert last.startswith("train.py: cannot write full/")
-    assert (folder / "full/checkpoint.pt").read_bytes() == before
-    assert not list((folder / "full").glob("*.tmp"))
-    assert "going on in full at step 2" in run(folder, command)
+    assert Path("full/checkpoint.pt").read_bytes() == before
+    assert not list(Path("full").glob("*.tmp"))
+    capsys.readouterr()
+    train.main(command)
+    assert "going on in full at step 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -157,10 +204,14 @@ def test_no_unet_can_be_built_like_this(flags, message):
         train.parse(["ddpm", *flags.split()])
 
 
-def test_such_a_number_is_refused_in_one_line(tmp_path):
-    error = run(tmp_path, "train.py ddpm --minutes nan", code=2)
-    assert ("--minutes must be" in error and len(error.strip().splitlines()) == 1
-            and not list(tmp_path.iterdir()))
+@pytest.mark.parametrize("command, message", [
+    ("train.py ddpm --minutes nan", "--minutes must be"),
+    ("sample.py --steps 0", "--steps must be"),
+    ("evaluate.py nothing", "invalid choice: 'nothing'")])
+def test_such_a_number_is_refused_in_one_line(tmp_path, command, message):
+    error = run(tmp_path, command, code=2)
+    assert message in error and len(error.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_flags_change_the_preset(capsys):
@@ -177,24 +228,17 @@ def test_flags_change_the_preset(capsys):
     assert "--channels" in out and "--weight-decay" in out and "--clean" not in out
 
 
-def test_sample_with_the_trained_models(folder):
-    out = run(folder, "sample.py|white and RED car|-n|3|--steps|3|--gif|--device|cpu|--batch|2")
+def test_sample_with_the_trained_models(here, capsys):
+    out = run(here, "sample.py|white and RED car|-n|3|--steps|3|--gif|--device|cpu|--batch|2")
     assert "CLIP from runs/clip/weights.pt" in out.replace("\\", "/") and "probability" in out
-    image = Image.open(folder / "out/white-and-red-car.png")
+    image = Image.open("out/white-and-red-car.png")
     assert (image.text["prompt"] == "white and RED car" and image.text["seed"] == "0"
             and image.text["method"] == guide.DEFAULT)
     # 2 of x_t (--batch), below them 2 of x_0_hat; 3 steps, all but the last taken twice
-    gif = Image.open(folder / "out/white-and-red-car.gif")
+    gif = Image.open("out/white-and-red-car.gif")
     assert gif.n_frames == 5 and gif.width == gif.height
-    assert "unguided" in run(folder, "sample.py -n 1 --steps 2 --device cpu")
-
-
-@pytest.fixture
-def here(folder, monkeypatch):
-    """In this process, in the folder of the toy models."""
-    monkeypatch.chdir(folder)
-    yield folder
-    signal.signal(signal.SIGINT, signal.default_int_handler)   # train.py took it
+    sample.main("-n 1 --steps 2 --device cpu".split())
+    assert "unguided" in capsys.readouterr().out
 
 
 def test_new_words_are_named_and_new_captions_join(here, capsys):
@@ -319,14 +363,17 @@ def test_mistakes_are_named(here, arguments, message):
         sample.main(arguments.split("|"))
 
 
-@pytest.mark.parametrize("command, message", [
-    ("sample.py|a car|--clip|none.pt", "none.pt"),
-    ("sample.py|-n|1|--steps|1|--out|file/a.png", "file"),
-    ("train.py|ddpm|--out|file/a", "file"), ("train.py|nothing", "invalid choice: 'nothing'"),
-    ("evaluate.py|clip|--out|file/a", "file"), ("sample.py|-n|1|--scale", "expected one argument")])
-def test_a_mistake_is_answered_in_one_line_and_with_code_2(folder, command, message):
-    (folder / "file").write_text("no folder")
-    error = run(folder, command, code=2)
+@pytest.mark.parametrize("program, arguments, message", [
+    (sample, "a car|--clip|none.pt", "none.pt"), (sample, "-n|1|--scale", "expected one argument"),
+    (sample, "-n|1|--steps|1|--out|file/a.png", "file"), (train, "ddpm|--out|file/a", "file"),
+    (train, "nothing", "invalid choice: 'nothing'"), (evaluate, "clip|--out|file/a", "file")])
+def test_a_mistake_is_answered_in_one_line_and_with_code_2(here, monkeypatch, capsys, program,
+                                                           arguments, message):
+    Path("file").write_text("no folder")
+    monkeypatch.setattr(sys, "argv", [program.__file__, *arguments.split("|")])
+    with pytest.raises(SystemExit, match="2"):
+        data.command(program.main)
+    error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1
 
 
@@ -336,9 +383,8 @@ def rows_of(table):
 
 def test_tables(here, monkeypatch):
     for module, name, small in (
-            (measure, "HELD_OUT", 100), (measure, "POOL", 64),
-            (tables, "EXAM", 300), (tables, "PROBED", 60), (tables, "TRAINED", 60),
-            (tables, "STEPPED", 16), (tables, "STEPS", (1, 3))):
+            (measure, "POOL", 64), (tables, "EXAM", 120), (tables, "PROBED", 60),
+            (tables, "TRAINED", 60), (tables, "STEPPED", 16), (tables, "STEPS", (1, 3))):
         monkeypatch.setattr(module, name, small)
     for table in ("clip", "ddpm", "judge", "figure"):
         evaluate.main(f"{table} --judge runs/judge/weights.pt --steps 3 --device cpu".split())
@@ -347,7 +393,7 @@ def test_tables(here, monkeypatch):
         0, 50, *range(100, 1000, 100), 950, 0, 300, 500, 700] and "order" in rows[-1]
     rows = rows_of("ddpm")   # by time, then four sets of pictures, then steps x eta
     assert len(rows) == 6 + 4 + 4 and rows[7]["kid"] > rows[6]["kid"] and "steps" in rows[-1]
-    assert rows_of("judge")[0]["samples"] == 300
+    assert rows_of("judge")[0]["samples"] == 120
     assert Image.open("out/figure.png").width > 300
 
     guidance = ("guidance --methods none x0 best-of-4 --judge runs/judge/weights.pt --steps 3 "

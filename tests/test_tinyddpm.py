@@ -188,7 +188,7 @@ def test_learning(alpha_bar):
                            image_size=16))
     optimizer = torch.optim.AdamW(unet.parameters(), 2e-3)
     losses = []
-    for step in range(150):
+    for step in range(100):
         g = data.generator(0, step)
         t = tinyddpm.random_times(8, 1000, g)
         loss = tinyddpm.ddpm_loss(
