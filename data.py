@@ -61,8 +61,8 @@ def command(main):
     except (UserError, OSError) as error:   # OSError: a full disk, a folder that is not ours
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError:
-        print(f"{name}: the device's memory is full; try a smaller --batch, or, in training, "
+    except (torch.OutOfMemoryError, MemoryError):
+        print(f"{name}: memory is full; try a smaller --batch, or, in training, "
               "--accumulate 2", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -224,10 +224,11 @@ def _folder(name, size, split):
     if not len(good):
         raise UserError(f"--data {name}: none of {len(files):,} pictures can be read, such as "
                         f"{files[0]}")
-    captions, spellings, place = folders.captions(listing)
-    caption_of = np.array([place[rows[i]] for i in good], np.int64)
+    captions, spellings, caption_of_file = folders.captions(listing)
+    caption_of = np.array([caption_of_file[rows[i]] for i in good], np.int64)
     attributes = {"class": listing.classes} if listing.classes else {}
-    caption_labels = np.arange(len(captions), dtype=np.int64)[:, None][:, :len(attributes)]
+    classes = np.arange(len(captions), dtype=np.int64)[:, None]
+    caption_labels = classes[:, :len(attributes)]   # (K, 1), or (K, 0) if no classes are known
     return Dataset(folder.as_posix(), pictures, caption_of, captions, spellings, caption_labels,
                    attributes, folders.report(listing, split, rows, good))
 
@@ -246,13 +247,13 @@ def without(dataset, pairs):
         raise UserError("--hold-out is about the car world, and each of its pairs about two "
                              "colours, such as white+red,blue+yellow")
     kept = np.array([set(map(int, labels[1:])) not in pairs for labels in dataset.caption_labels])
-    rows, place = kept[dataset.caption_of].nonzero()[0], kept.cumsum() - 1
+    rows, new_index = kept[dataset.caption_of].nonzero()[0], kept.cumsum() - 1
     some = lambda texts: [text for text, keep in zip(texts, kept) if keep]
     return dataset._replace(
-        pictures=dataset.pictures[rows], caption_of=place[dataset.caption_of[rows]],
+        pictures=dataset.pictures[rows], caption_of=new_index[dataset.caption_of[rows]],
         captions=some(dataset.captions), spellings=[some(texts) for texts in dataset.spellings],
         caption_labels=dataset.caption_labels[kept],
-        report=f"{dataset.report}; {len(rows):,} and {kept.sum()} are not held out")
+        report=f"{dataset.report}; left by --hold-out: {len(rows):,}, {kept.sum()} captions")
 
 
 def batch(dataset, seed, step, size, device="cpu", share=lambda rows: rows):
@@ -277,9 +278,9 @@ def _read(pictures, rows):
         return pictures[rows]
     some = np.empty((len(rows), *pictures.shape[1:]), np.uint8)
     with open(pictures.filename, "rb", buffering=0) as file:
-        for place, row in zip(some, rows):
-            file.seek(row * place.nbytes)
-            if file.readinto(place) < place.nbytes:
+        for picture, row in zip(some, rows):
+            file.seek(row * picture.nbytes)
+            if file.readinto(picture) < picture.nbytes:
                 raise OSError(f"{pictures.filename} has become shorter")
     return some
 

@@ -12,6 +12,7 @@ broken files. `read` makes a square RGB picture of what can be read; what cannot
 Left out: archives, video, downloading.
 """
 import csv
+import errno
 import io
 import os
 import warnings
@@ -83,9 +84,12 @@ def srn_cars(folder):
     lines = text_of(texts[0]).splitlines()
     if len(lines) != len(objects):
         raise Unusable(f"cars.txt has {len(lines):,} lines for {len(objects):,} objects")
-    views = [(path, line.strip(), seen.name) for seen, line in zip(objects, lines)
+    every = [(path, line.strip(), seen.name) for seen, line in zip(objects, lines)
              for path in pictures_in(seen / "rgb")]
-    return Listing("SRN cars", *map(list, zip(*views)), [], 0) if views else None
+    views = [view for view in every if view[1]]
+    if not views:
+        return None
+    return Listing("SRN cars", *map(list, zip(*views)), [], len(every) - len(views))
 
 
 def captions_csv(folder):
@@ -154,8 +158,8 @@ def captions(listing):
         spellings = [[photo_of(name, how) for name in listing.classes] for how in TEMPLATES]
     else:
         spellings = [sorted(set(plain))]
-    place = {text: i for i, text in enumerate(spellings[0])}
-    return spellings[0], spellings, [place[text] for text in plain]
+    index_of = {text: i for i, text in enumerate(spellings[0])}
+    return spellings[0], spellings, [index_of[text] for text in plain]
 
 
 # ---- who sees which pictures ---------------------------------------------------------------------
@@ -184,7 +188,7 @@ def report(listing, split, rows, good):
         text_of_object.setdefault(listing.objects[i], listing.texts[i])
     first = ", ".join(f"{name}: {text!r}" for name, text in list(text_of_object.items())[:3])
     line = (f"{split}: found {len(text_of_object):,} objects, {len(good):,} pictures, "
-            f"{len(set(listing.texts)):,} captions ({listing.layout}); first three: {first}")
+            f"{len(captions(listing)[0]):,} captions ({listing.layout}); first three: {first}")
     if listing.left_out:
         line += f"; {listing.left_out:,} pictures of the folder have no caption and are left out"
     broken = sorted(set(range(len(rows))) - set(good.tolist()))
@@ -195,9 +199,10 @@ def report(listing, split, rows, good):
 
 
 def fingerprint(files):
-    """A number that changes with the files: their names, sizes and times."""
-    stats = ((str(path), path.stat()) for path in files if path.exists())
-    return zlib.crc32(repr([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode())
+    """A number that changes with the files: their names, sizes and times, missing ones too."""
+    stats = (path.stat() if path.exists() else None for path in files)
+    known = [(str(path), s and (s.st_size, s.st_mtime_ns)) for path, s in zip(files, stats)]
+    return zlib.crc32(repr(known).encode())
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -219,6 +224,10 @@ def read(path, size):
     return np.asarray(ImageOps.fit(image, (size, size), how))
 
 
+# The machine's troubles, not the file's: what is read a minute later may be read well.
+PASSING = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
 def read_some(files, size):
     """-> pictures (n, size, size, 3) uint8; for each 0, or -1 if the file cannot be read."""
     warnings.simplefilter("ignore")   # Pillow's, on what it can read all the same,
@@ -227,7 +236,9 @@ def read_some(files, size):
     for i, file in enumerate(files):
         try:
             pictures[i] = read(file, size)
-        except Exception:   # Pillow raises a dozen types for damaged files
+        except Exception as error:   # Pillow raises a dozen types for damaged files
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in PASSING:
+                raise
             numbers[i] = -1
     return pictures, numbers
 

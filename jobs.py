@@ -62,7 +62,7 @@ def clip_job(config, options, dataset, validation, device):
         return tinyclip.clip_loss(logits, place, t == 0)
 
     def preview(model, folder):
-        accuracy = accuracy_through_noise(model, tokens[0], validation, alpha_bar)
+        accuracy = accuracy_through_noise(model, tokens[0], validation, alpha_bar, options)
         curve = list(accuracy), list(accuracy.values())
         plot.lines(folder / "accuracy.png", {"top-1": curve}, "t",
                    f"accuracy among {K} captions")
@@ -85,9 +85,9 @@ def some_captions(K, needed, most, generator):
     """The captions that one step compares its pictures with -> ascending indices, and for how
     many captions each one stands.
 
-    All K of them, or the needed ones, the batch's own, and random others until there are `most`.
-    The others stand for all that were left out too, so that the sum over all exp(logits) is right
-    on average.
+    All K of them, or the needed ones, the batch's own, and random others until there are `most`, if
+    there is room for any. The others stand for all that were left out too, so that the sum over all
+    exp(logits) is right on average.
     """
     if K <= most:
         return torch.arange(K, device=needed.device), torch.ones(K, device=needed.device)
@@ -99,7 +99,13 @@ def some_captions(K, needed, most, generator):
     return chosen, torch.where(luck[chosen] == 2., 1., (K - needs) / others)
 
 
-def accuracy_through_noise(clip, tokens, validation, alpha_bar):
+def pieces(count, options):
+    """-> in how many pieces to look at `count` pictures, lest a preview need more memory than
+    training does."""
+    return math.ceil(count * parallel.processes() * options.accumulate / options.batch)
+
+
+def accuracy_through_noise(clip, tokens, validation, alpha_bar, options):
     """-> {t: how often, among 500 held-out pictures, the right caption is the most probable one}.
 
     Pictures and noise are the same at every t and every time this is called.
@@ -112,7 +118,8 @@ def accuracy_through_noise(clip, tokens, validation, alpha_bar):
     for t in [0, *range(100, T, 100)]:
         times = torch.full((len(x_0),), t, device=device)
         x_t = tinyddpm.q_sample(x_0, times, eps, alpha_bar)
-        logits = clip.logits(clip.encode_image(x_t, times), text_features, times)
+        features = in_pieces(clip.encode_image, pieces(len(x_t), options), x_t, times)
+        logits = clip.logits(features, text_features, times)
         accuracy[t] = (logits.argmax(1) == truth).float().mean().item()
     return accuracy
 
@@ -141,7 +148,8 @@ def ddpm_job(config, options, dataset, validation, device):
     def preview(model, folder):
         x_0, _ = data.batch(validation, 0, 0, 500, device)
         t, eps = draw(len(x_0), data.generator(0, 0, device=device))
-        held_out = tinyddpm.ddpm_loss(model, x_0, t, eps, alpha_bar).mean()
+        unet = lambda x_t, t: in_pieces(model, pieces(len(x_t), options), x_t, t)
+        held_out = tinyddpm.ddpm_loss(unet, x_0, t, eps, alpha_bar).mean()
         generators = [data.generator(0, i) for i in range(16)]
         x_T = tinyddpm.noise(generators, (3, config.image_size, config.image_size), device)
         denoise = tinyddpm.denoiser(model, alpha_bar)
@@ -170,8 +178,9 @@ def judge_job(config, options, dataset, validation, device):
         return in_pieces(piece_loss, options.accumulate, x_0, own(labels[rows])).mean()
 
     def preview(model, folder):
+        every = np.arange(len(validation.pictures))
         verdicts = [judge.verdict(model, data.to_float(validation.pictures[rows]).to(device)).cpu()
-                    for rows in np.array_split(np.arange(len(validation.pictures)), 10)]
+                    for rows in np.array_split(every, pieces(len(every), options))]
         right = torch.cat(verdicts) == torch.from_numpy(validation.labels)   # (N, A)
         parts = [f"{name} {share:.2%}" for name, share in zip(sizes, right.float().mean(0))]
         joint = right.all(1).float().mean()

@@ -7,8 +7,11 @@ which of its pictures are there, so that whoever comes after a Ctrl-C or a crash
 
 Nothing here knows where pictures come from: rendered (data.py) or read from a folder (folders.py).
 """
+import contextlib
+import multiprocessing
 import os
 import signal
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -16,7 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 CHUNK = 200   # pictures that one process makes at a time
-NOT_YET, UNREADABLE = 0, 1   # what NAME.progress says of a picture; from 2 on, 2 + its number
+# What NAME.progress says of a picture: nothing yet, or its number + KNOWN, so that -1, for one that
+# cannot be read, is UNREADABLE.
+NOT_YET, UNREADABLE, KNOWN = 0, 1, 2
 
 
 def pack(items, make, size, path):
@@ -53,7 +58,7 @@ def _make_missing(items, make, size, part, progress, state):
     with bar, progress.open("r+b") as file, workers() as pool:
         try:
             for chunk, numbers in zip(todo, pool.map(_make_some, tasks)):
-                state[chunk] = numbers + 2
+                state[chunk] = numbers + KNOWN
                 file.seek(8 * chunk.start)
                 file.write(state[chunk].tobytes())
                 file.flush()
@@ -82,22 +87,19 @@ def _finish(part, path, progress, state, size):
     if part.stat().st_size != len(state) * size * size * 3:   # another command has taken it away
         part.unlink()
         raise FileNotFoundError(part)
-    temporary, readable = path.with_suffix(f".{os.getpid()}.tmp"), state != UNREADABLE
+    temporary, readable, whole = path.with_suffix(f".{os.getpid()}.tmp"), state != UNREADABLE, part
     try:
-        with temporary.open("wb") as file:
-            np.save(file, state - 2)
+        with _to_the_disk(temporary) as file:
+            np.save(file, state - KNOWN)
         os.replace(temporary, path.with_suffix(".npy"))
-        whole = part
         if not readable.all():
-            whole = temporary
             pictures = np.memmap(part, np.uint8, "r", shape=(len(state), size, size, 3))
-            with whole.open("wb") as file:
+            with _to_the_disk(temporary) as file:
                 for first in range(0, len(state), CHUNK):
                     chunk = slice(first, first + CHUNK)
                     file.write(pictures[chunk][readable[chunk]].data)
-                file.flush()
-                os.fsync(file.fileno())
             del pictures   # Windows neither renames nor deletes what is mapped
+            whole = temporary
         progress.unlink(missing_ok=True)   # before its pictures go, or it would tell of others
         os.replace(whole, path)
     finally:
@@ -105,11 +107,27 @@ def _finish(part, path, progress, state, size):
     part.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def _to_the_disk(path):
+    """A context with a new file that is on the disk at its end, not only on its way there."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def workers():
     """-> a process for each core; use it with `with`. Ctrl-C is left to the process that calls."""
-    return ProcessPoolExecutor(initializer=_leave_signals_alone)
+    return ProcessPoolExecutor(initializer=_begin_to_work)
 
 
-def _leave_signals_alone():
+def _begin_to_work():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
+
+
+def _end_with_the_caller():
+    """If the process that calls is killed, its workers would wait for its next word for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -49,7 +49,8 @@ def processes():
 
 
 def rank():
-    """The number of this process, from 0. The first one alone writes and speaks."""
+    """The number of this process, from 0. The first one alone writes, and speaks of anything but
+    errors."""
     return dist.get_rank() if started() else 0
 
 
@@ -135,7 +136,8 @@ def whole(own_features):
 
 
 def in_pieces(function, pieces, *tensors):
-    """function(*tensors), (B, ...) each -> what it returns of each piece, in one: (B, ...).
+    """function(*tensors), (B, ...) each -> what it returns of each piece, one after the other: as
+    many rows as there are pictures, or pieces.
 
     The gradient is that of the whole batch, whatever loss follows. Of each piece its output alone
     is kept, and all else that its gradient needs is computed again when the gradient is wanted:

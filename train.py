@@ -18,6 +18,7 @@ import dataclasses
 import math
 import signal
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -175,7 +176,8 @@ def train_step(run, step, dataset, options):
             group["lr"] = learning_rate(step, options)
     seed, device = run.settings["seed"], run.device
     x_0, rows = data.batch(dataset, seed, step, options.batch, device, parallel.own)
-    # Dropout draws from torch's own generator, in every process something else.
+    # Dropout draws from torch's own generator, in every process something else; 1 +, because to
+    # data.generator a 0 at the end would be nothing.
     torch.manual_seed(data.generator(seed, step, 1 + parallel.rank()).initial_seed())
     with data.autocast(device, run.bf16):
         loss = run.loss(x_0, rows, data.generator(seed, step, device=device))
@@ -337,23 +339,24 @@ def check(args, options):
 
 def pick_device(name):
     """data.pick_device; of several GPUs, each process has its own."""
-    device, several = data.pick_device(name), parallel.processes() > 1
-    if device.type == "cuda" and several:
-        if parallel.local_rank() >= torch.cuda.device_count():
-            raise data.UserError(f"there are {torch.cuda.device_count()} GPUs; start no more "
-                                 "processes a machine, or use --device cpu")
+    several, gpus = parallel.processes() > 1, torch.cuda.device_count()
+    if several and gpus and name in ("auto", "cuda"):
+        if parallel.local_rank() >= gpus:
+            raise data.UserError(f"there are {gpus} GPUs; start no more processes a machine, or "
+                                 "use --device cpu")
         torch.cuda.set_device(parallel.local_rank())   # from here on it is what "cuda" means
-    if device.type == "mps" and several:
-        raise data.UserError("several processes cannot share this GPU; use --device cpu")
+    device = data.pick_device(name)
+    if several and (device.type == "mps" or device.index is not None):
+        raise data.UserError("several processes cannot share one GPU; use --device cpu")
     return device
 
 
 def load_data(args, config, options):
     """-> the data sets to learn from and to look at on the way."""
-    if args.kind == "judge":   # which must see other pictures than those it is going to judge by
-        other = config.net == "plain" and args.data == "cars"   # where there is no end of pictures
+    if args.kind == "judge":   # which never meets what CLIP and the diffusion model learn from
+        second = config.net == "plain" and args.data == "cars"   # no folder has enough for two
         size, held_out = config.size, min(5000, options.pictures)
-        splits = ("judge-2" if other else "judge"), "judge-test"
+        splits = ("judge-2" if second else "judge"), "judge-test"
     else:
         size, held_out = config.image_size, min(2000, options.pictures)
         splits = "train", "validation"
@@ -378,8 +381,9 @@ def main(arguments=None):
     print(dataset.report, validation.report, sep="\n")
     torch.manual_seed(args.seed)   # for the initial weights
     job = jobs.JOBS[args.kind](config, options, dataset, validation, device)
-    settings = {"data": dataset.name, "data set": dataset.report, "seed": args.seed,
-                **dataclasses.asdict(config), **dataclasses.asdict(options)}
+    checksum = zlib.crc32(repr(dataset.spellings).encode() + dataset.caption_of.tobytes())
+    settings = {"data": dataset.name, "data set": dataset.report, "captions' checksum": checksum,
+                "seed": args.seed, **dataclasses.asdict(config), **dataclasses.asdict(options)}
     del settings["accumulate"]   # it is a matter of memory
     saved = None if args.fresh else parallel.from_first(
         lambda: load(folder, args.kind, settings))

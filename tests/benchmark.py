@@ -5,9 +5,9 @@
     python tests/benchmark.py ddpm clip         some of it
 
 Machines are noisy: those who are compared take turns, the first round does not count, and of the
-others the fastest does. Ratios can be compared, and seconds only within one run. Everything is
-timed as it is used: a step of training is train.train_step, from the bytes of the pictures to the
-averaged weights.
+others the fastest does; byte pair encoding goes once. Ratios can be compared, and seconds only
+within one run. Everything is timed as it is used: a step of training is train.train_step, from the
+bytes of the pictures to the averaged weights.
 """
 import argparse
 import dataclasses
@@ -353,7 +353,7 @@ def share_table():
 
 
 def memory_table():
-    """Two steps of each preset in a process of its own; peak memory of the whole process."""
+    """Two steps of each preset in a process of its own, and its peak memory."""
     for preset, kinds in train.PRESETS.items():
         for kind in kinds:
             for pieces in (1, 8) if preset == "base" and kind != "judge" else (1,):
@@ -389,9 +389,10 @@ def growth_table():
         doublings = np.log2(np.array(values) / values[0])
         for curves, what in ((times, "seconds"), (memories, "gib")):
             measured = np.array([one[what] for one in found])
-            curves[name] = doublings, np.log2(measured / measured[0])
-    plot.lines(OUT / "growth-time.png", times, "doublings", "doublings of the time", 760)
-    plot.lines(OUT / "growth-memory.png", memories, "doublings", "doublings of the memory", 760)
+            curves[f"{name} from {values[0]}"] = doublings, np.log2(measured / measured[0])
+    for what, curves in (("time", times), ("memory", memories)):
+        plot.lines(OUT / f"growth-{what}.png", curves, "doublings of the number in the legend",
+                   f"doublings of the {what}", 800)
 
 
 def in_own_process(**task):
@@ -420,14 +421,20 @@ def one(preset="tiny", kind="ddpm", captions=294, steps=25, file=None, **changes
             for step in range(1000):
                 data.batch(dataset, 1, step, batch, DEVICE)
     seconds = race(1, run=run)["run"]
-    if DEVICE.type == "cuda":
-        gib = torch.cuda.max_memory_allocated() / 2 ** 30
-    else:   # of the whole process, in kilobytes, but on macOS in bytes; not on Windows
-        import resource
-        unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
-        gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return {"parameters": sum(p.numel() for p in model.parameters()), "batch": batch,
-            "seconds": seconds, "gib": gib}
+            "seconds": seconds, "gib": peak_memory() / 2 ** 30}
+
+
+def peak_memory():
+    """In bytes: of torch on the GPU, or else of the whole process. Not on Windows."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "darwin":
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # On Linux that would begin with the memory of the process that has started this one.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["VmHWM"].removesuffix("kB"))
 
 
 # ---- the command ---------------------------------------------------------------------------------

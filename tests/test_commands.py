@@ -84,13 +84,14 @@ def test_other_settings_do_not_go_on_silently(here):
 def test_stop_and_start_is_bit_identical(here, capsys):
     """Stopped by --minutes after its first step and started again, a run ends where one that ran
     through ends. (test_killed.py does it the hard way.)"""
-    command = f"clip --steps 4 {TINY['clip']} --device cpu --out parts"
-    train.main([*command.split(), "--minutes", "0.00001"])
+    command = f"clip --steps 4 {TINY['clip']} --device cpu --out".split()
+    train.main([*command, "whole"])
+    train.main([*command, "parts", "--minutes", "0.00001"])
     assert "stopped at step 1 of 4" in capsys.readouterr().out
-    train.main(command.split())
+    train.main([*command, "parts"])
     assert "going on in parts at step 2 of 4" in capsys.readouterr().out
-    parts, whole = (torch.load(here / folder / "checkpoint.pt", weights_only=True)
-                    for folder in ("parts", "runs/clip"))
+    parts, whole = (torch.load(f"{out}/checkpoint.pt", weights_only=True)
+                    for out in ("parts", "whole"))
     for part in ("model", "ema"):
         assert all(torch.equal(tensor, parts[part][name]) for name, tensor in whole[part].items())
     assert parts["step"] == whole["step"] == 4
@@ -188,7 +189,8 @@ def test_a_disk_that_is_full_in_mid_run(here, capsys):
     ("--batch 0", "--batch must be"), ("--pictures -5", "--pictures must be"),
     ("--lr nan", "--lr must be"), ("--seed -1", "--seed must be"), ("--preset huge", "'huge'"),
     ("--labels odd", "--labels must be one of balanced, shapenet"), ("--steps many", "'many'"),
-    ("--stem foo", "stem must be"), ("--heads 3", "multiple of heads"), ("--clean nan", "--clean"),
+    ("--stem foo", "stem must be"), ("--heads 3", "multiple of heads"),
+    ("--heads 0", "at least 1"), ("--clean nan", "--clean"),
     ("--image-size 30", "no multiple of patch"), ("--patch 3 --image-size 33", "power of two")])
 def test_nothing_can_be_trained_with_such_numbers(flags, message):
     with pytest.raises(data.UserError, match=message):
@@ -202,6 +204,14 @@ def test_nothing_can_be_trained_with_such_numbers(flags, message):
 def test_no_unet_can_be_built_like_this(flags, message):
     with pytest.raises(data.UserError, match=message):
         train.parse(["ddpm", *flags.split()])
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--net huge", "net must be"), ("--width 56", "multiple of 16"),
+    ("--width 0", "multiple of 16"), ("--dropout 5", "dropout must be")])
+def test_no_judge_can_be_built_like_this(flags, message):
+    with pytest.raises(data.UserError, match=message):
+        train.parse(["judge", *flags.split()])
 
 
 @pytest.mark.parametrize("command, message", [
@@ -318,6 +328,21 @@ def test_photographs_from_folder_to_picture(here, tmp_path, monkeypatch, capsys)
     for table in ("suspects", "composition"):
         with pytest.raises(data.UserError, match="about the car world"):
             evaluate.main([table, "--device", "cpu"])
+
+
+def test_other_captions_are_another_run(here, tmp_path, monkeypatch):
+    """Even if there are as many of them, and the first ones are the same."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(60):
+        Image.new("RGB", (16, 16)).save(photos / f"{i:02d}.png")
+        (photos / f"{i:02d}.txt").write_text(f"a thing of number {i}")
+    monkeypatch.chdir(tmp_path)
+    command = f"clip --data photos --steps 2 {TINY['clip']} --device cpu".split()
+    train.main(command)
+    (photos / "59.txt").write_text("what is this?")
+    with pytest.raises(data.UserError, match="another captions' checksum"):
+        train.main(command)
 
 
 def test_real_captions_have_no_judge(here, tmp_path, monkeypatch):

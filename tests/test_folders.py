@@ -1,4 +1,6 @@
 """Real folders: the four layouts, and every kind of picture that people keep in them."""
+import errno
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -183,6 +185,39 @@ def test_the_cache_follows_the_folder_and_the_splits_stay(tmp_path):
         old, new = (set(s.pictures[:, 4, 4, 0].tolist()) - {0} for s in (dataset, after[split]))
         assert old <= new <= old | {250}
     assert any(250 in s.pictures[:, 4, 4, 0] for s in after.values())
+
+
+def test_a_missing_picture_shifts_no_captions(tmp_path):
+    """The table names a file that is not there; then its row goes, and all others keep theirs."""
+    for i in range(40):
+        write(tmp_path / f"{i}.png", (6 * i, 0, 0))
+    rows = [f"{i}.png,number {i}" for i in range(40)]
+    (tmp_path / "3.png").unlink()
+    expected = {6 * i: f"number {i}" for i in range(40) if i != 3}
+    for some in (rows, rows[:3] + rows[4:]):
+        (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *some]))
+        assert pairs(all_splits(tmp_path)) == expected
+
+
+def test_a_file_is_not_blamed_for_the_machine(tmp_path, monkeypatch):
+    """What a full table of files or a lost disk keeps from being read is not broken for ever."""
+    write(tmp_path / "a.png")
+
+    def lost(path, size):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(folders, "read", lost)
+    with pytest.raises(OSError, match="Input/output"):
+        folders.read_some([tmp_path / "a.png"], 8)
+
+
+def test_an_object_without_a_caption_is_left_out(tmp_path):
+    for i in range(40):
+        write(tmp_path / f"id{i:02d}" / "rgb" / "0.png", (6 * i, 0, 0))
+    lines = [f"number {i}" if i else " " for i in range(40)]
+    (tmp_path / "cars.txt").write_text("\n".join(lines))
+    listing = folders.find(tmp_path)
+    assert listing.texts == lines[1:] and listing.left_out == 1
 
 
 @pytest.mark.parametrize("make, message", [

@@ -65,8 +65,8 @@ def close(ours, theirs):
 
 
 def test_two_processes_get_the_gradient_of_one(alone, tmp_path):
-    """With every loss; CLIP's text-to-image term compares pictures of both halves, so half the
-    batch is clean here."""
+    """With every loss, each half in two pieces; CLIP's text-to-image term compares pictures of both
+    halves, so half the batch is clean here."""
     expected, cache = alone
     torchrun(__file__, cache, tmp_path, folder=tmp_path)
     for number in (0, 1):
@@ -84,14 +84,16 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, monkeypatch):
     assert out.count("stopped at step 1 of 6") == out.count("held-out") + 1 == 1
     train.main([*command.split(), "--out", "shared"])
     train.main([*command.split(), "--out", "alone", "--minutes", "0.00001"])
+    weights = lambda saved: torch.cat([p.flatten() for p in saved["model"].values()])
+    before = weights(torch.load("alone/checkpoint.pt", weights_only=True))   # after the first step
     train.main([*command.split(), "--out", "alone"])
-    shared, alone = (torch.load(tmp_path / out / "checkpoint.pt", weights_only=True)
+    shared, alone = (torch.load(f"{out}/checkpoint.pt", weights_only=True)
                      for out in ("shared", "alone"))
     assert shared["step"] == alone["step"] == 6
     losses = [[loss for _, loss in saved["history"]] for saved in (shared, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
-    for name, tensor in alone["model"].items():
-        assert torch.allclose(shared["model"][name], tensor, atol=0.01)
+    apart, moved = ((weights(alone) - other).norm() for other in (weights(shared), before))
+    assert apart < 0.3 * moved   # rounding in bfloat16 makes it .13
 
 
 @pytest.mark.parametrize("kind", TINY)
@@ -118,5 +120,5 @@ def test_the_share_of_a_process(monkeypatch):
 
 if __name__ == "__main__":   # one of the two processes
     parallel.start()
-    torch.save({kind: gradient(kind, sys.argv[1]) for kind in TINY},
+    torch.save({kind: gradient(kind, sys.argv[1], accumulate=2) for kind in TINY},
                Path(sys.argv[2]) / f"{parallel.rank()}.pt")
