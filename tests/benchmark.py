@@ -232,7 +232,7 @@ def clip_table(batch=128):
     vocabulary = bpe.Tokenizer.train(cars.CAPTIONS, 4096).vocab_size
     ours = lambda bf16: training("clip", config, options, bf16)
     theirs = lambda bf16: open_clip(batch, bf16, config, vocabulary)
-    yield "open_clip", *compared(ours, theirs, batch, 8, default="bf16")
+    yield "open_clip", *compared(ours, theirs, batch, 20, default="bf16")
 
 
 def sampling_table(batch=8, steps=10):
