@@ -75,6 +75,9 @@ def merge(symbols, pair):
     return tuple(merged)
 
 
+NOT_MERGED = 256 + 256 + 2   # ids: bytes, bytes that end a word, start and end
+
+
 class Tokenizer:
     """Byte pair encoding: a word starts as its bytes, the last one marked </w>; then the most
     frequent pairs of neighbours, found in training, merge into longer symbols, in the order in
@@ -116,7 +119,7 @@ class Tokenizer:
         occurs, merges = list(counts.values()), []
         for i, count in enumerate(occurs):
             add(i, count)
-        while pairs and len(merges) < vocab_size - 514:   # 2 * 256 bytes, start, end
+        while pairs and len(merges) < vocab_size - NOT_MERGED:
             most = max(pairs.values())   # ties go by spelling, so that training is repeatable
             best = max(pair for pair, count in pairs.items() if count == most)
             merges.append(best)
@@ -135,7 +138,7 @@ class Tokenizer:
         like any other. There it becomes the end token, so that a prompt can cut itself short.
         """
         lines = gzip.decompress(Path(path).read_bytes()).decode("utf-8").split("\n")
-        return cls(line.split() for line in lines[1:49_408 - 514 + 1])
+        return cls(line.split() for line in lines[1:49_408 - NOT_MERGED + 1])
 
     @staticmethod
     def split(word):
