@@ -64,7 +64,7 @@ class CLIPConfig:
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017 eq. 1): softmax(q k^T / sqrt(D/heads)) v.
 
-    x: (B, L, D) -> (B, L, D)
+    x: (B, L, D) -> (B, n, D), of the first n tokens, who look at all; n = None is for all L.
     """
 
     def __init__(self, width, heads, causal):
@@ -74,17 +74,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x):
+    def forward(self, x, n=None):
         B, L, D = x.shape
         d = D // self.heads
         qkv = self.qkv(x).view(B, L, 3, self.heads, d)                        # (B, L, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # 3 x (B, heads, L, d)
-        scores = (q * d ** -0.5) @ k.transpose(-2, -1)                        # (B, heads, L, L)
+        scores = (q[:, :, :n] * d ** -0.5) @ k.transpose(-2, -1)              # (B, heads, n, L)
         if self.causal:   # a token sees itself and what stands before it
-            future = torch.ones(L, L, dtype=torch.bool, device=x.device).triu(1)
+            future = torch.ones(L, L, dtype=torch.bool, device=x.device).triu(1)[:n]
             scores = scores.masked_fill(future, -math.inf)
-        mixed = scores.softmax(dim=-1) @ v                                    # (B, heads, L, d)
-        return self.out(mixed.transpose(1, 2).reshape(B, L, D))
+        mixed = scores.softmax(dim=-1) @ v                                    # (B, heads, n, d)
+        return self.out(mixed.transpose(1, 2).reshape(B, -1, D))
 
 
 class QuickGELU(nn.Module):
@@ -97,7 +97,7 @@ class QuickGELU(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-LN: x + attention(LN(x)), then x + MLP(LN(x)).
 
-    x: (B, L, D) -> (B, L, D)
+    x: (B, L, D) -> (B, n, D), the first n tokens; n = None is for all L.
     """
 
     def __init__(self, width, heads, causal):
@@ -108,8 +108,8 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), QuickGELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x):
-        x = x + self.attention(self.ln_1(x))
+    def forward(self, x, n=None):
+        x = x[:, :n] + self.attention(self.ln_1(x), n)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -185,8 +185,10 @@ class ImageEncoder(nn.Module):
         patches = self.stem(x, time).flatten(2).transpose(1, 2)               # (B, grid^2, D)
         first = (self.class_token + time)[:, None]                            # (B, 1, D)
         tokens = torch.cat([first, patches], dim=1) + self.positions          # (B, 1 + grid^2, D)
-        tokens = self.blocks(self.ln_pre(tokens))                             # (B, 1 + grid^2, D)
-        return self.projection(self.ln_post(tokens[:, 0]))                    # (B, E)
+        tokens = self.blocks[:-1](self.ln_pre(tokens))                        # (B, 1 + grid^2, D)
+        # What the other tokens become in the last block nobody reads.
+        class_token = self.blocks[-1](tokens, n=1)[:, 0]                      # (B, D)
+        return self.projection(self.ln_post(class_token))                     # (B, E)
 
 
 # ---- the text encoder ----------------------------------------------------------------------------

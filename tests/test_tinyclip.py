@@ -21,6 +21,17 @@ def test_attention_against_torch():
         assert torch.allclose(attention(x), attention.out(expected), atol=1e-6)
 
 
+def test_the_first_tokens_alone_become_what_they_would_among_all():
+    torch.manual_seed(0)
+    for causal in (False, True):
+        block = tinyclip.TransformerBlock(24, 3, causal)
+        x = torch.randn(2, 5, 24)
+        whole = block(x)
+        assert whole.shape == x.shape and not torch.allclose(whole, x, atol=0.01)
+        for n in (1, 3, 5):
+            assert torch.allclose(block(x, n), whole[:, :n], atol=1e-6)
+
+
 def test_text_features_do_not_change_with_padding_or_company(clip):
     texts = ["a red car", "a white and red sports car"]
     with torch.no_grad():
