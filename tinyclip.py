@@ -64,7 +64,7 @@ class CLIPConfig:
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017 eq. 1): softmax(q k^T / sqrt(D/heads)) v.
 
-    x: (B, L, D) -> (B, n, D), of the first n tokens, who look at all; n = None is for all L.
+    x: (B, L, D) -> (B, n, D), of the first n tokens, which look at all L; n = None is for all.
     """
 
     def __init__(self, width, heads, causal):
@@ -97,7 +97,7 @@ class QuickGELU(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-LN: x + attention(LN(x)), then x + MLP(LN(x)).
 
-    x: (B, L, D) -> (B, n, D), the first n tokens; n = None is for all L.
+    x: (B, L, D) -> (B, n, D), the first n tokens; n = None is for all.
     """
 
     def __init__(self, width, heads, causal):
