@@ -230,7 +230,7 @@ def _folder(name, size, split):
     classes = np.arange(len(captions), dtype=np.int64)[:, None]
     caption_labels = classes[:, :len(attributes)]   # (K, 1), or (K, 0) if no classes are known
     return Dataset(folder.as_posix(), pictures, caption_of, captions, spellings, caption_labels,
-                   attributes, folders.report(listing, split, rows, good))
+                   attributes, folders.report(listing, split, rows, good, len(captions)))
 
 
 def without(dataset, pairs):
@@ -245,7 +245,7 @@ def without(dataset, pairs):
         raise UserError(f"--hold-out: {error}; write white+red,blue+yellow") from None
     if dataset.name != "cars" or any(len(pair) != 2 for pair in pairs):
         raise UserError("--hold-out is about the car world, and each of its pairs about two "
-                             "colours, such as white+red,blue+yellow")
+                        "colours, such as white+red,blue+yellow")
     kept = np.array([set(map(int, labels[1:])) not in pairs for labels in dataset.caption_labels])
     rows, new_index = kept[dataset.caption_of].nonzero()[0], kept.cumsum() - 1
     some = lambda texts: [text for text, keep in zip(texts, kept) if keep]
@@ -327,10 +327,8 @@ def save_checkpoint(path, content):
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with packing.to_the_disk(temporary.open("wb")) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:   # torch reports a full disk as a RuntimeError
         raise UserError(f"cannot write {path}: {error}") from None

@@ -181,14 +181,15 @@ def part_of(listing, split):
     return rows
 
 
-def report(listing, split, rows, good):
-    """One line on a split. rows: of the listing; good: which of those can be read."""
+def report(listing, split, rows, good, K):
+    """One line on a split. rows: of the listing; good: which of those can be read; K: how many
+    different captions there are."""
     text_of_object = {}   # that of its first picture
     for i in rows:
         text_of_object.setdefault(listing.objects[i], listing.texts[i])
     first = ", ".join(f"{name}: {text!r}" for name, text in list(text_of_object.items())[:3])
     line = (f"{split}: found {len(text_of_object):,} objects, {len(good):,} pictures, "
-            f"{len(captions(listing)[0]):,} captions ({listing.layout}); first three: {first}")
+            f"{K:,} captions ({listing.layout}); first three: {first}")
     if listing.left_out:
         line += f"; {listing.left_out:,} pictures of the folder have no caption and are left out"
     broken = sorted(set(range(len(rows))) - set(good.tolist()))
@@ -256,4 +257,5 @@ if __name__ == "__main__":   # a small folder of photographs, one of them broken
         for split in PARTS:
             rows = part_of(listing, split)
             _, numbers = read_some([listing.files[i] for i in rows], 32)
-            print(report(listing, split, rows, np.flatnonzero(np.array(numbers) == 0)))
+            good = np.flatnonzero(np.array(numbers) == 0)
+            print(report(listing, split, rows, good, len(captions(listing)[0])))

@@ -30,7 +30,8 @@ class JudgeConfig:
     def __post_init__(self):
         if self.net not in ("resnet", "plain"):
             raise ValueError(f"net must be resnet or plain, not {self.net!r}")
-        if self.width != 8 and (self.width % 16 or self.width < 1) or self.size < 8:
+        fits = self.width == 8 or (self.width > 0 and self.width % 16 == 0)   # see norm
+        if not fits or self.size < 8:
             raise ValueError("width must be 8 or a multiple of 16, and size at least 8")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be from 0 to less than 1, not {self.dropout}")

@@ -74,11 +74,9 @@ def _make_some(task):
     """One chunk, written to its place in the file -> its pictures' numbers."""
     make, items, size, part, first = task
     pictures, numbers = make(items, size)
-    with part.open("r+b") as file:
+    with to_the_disk(part.open("r+b")) as file:   # before the progress says that it is there
         file.seek(first * size * size * 3)
         file.write(np.ascontiguousarray(pictures).data)
-        file.flush()
-        os.fsync(file.fileno())   # the pictures are on the disk before the progress says so
     return np.asarray(numbers)
 
 
@@ -89,12 +87,12 @@ def _finish(part, path, progress, state, size):
         raise FileNotFoundError(part)
     temporary, readable, whole = path.with_suffix(f".{os.getpid()}.tmp"), state != UNREADABLE, part
     try:
-        with _to_the_disk(temporary) as file:
+        with to_the_disk(temporary.open("wb")) as file:
             np.save(file, state - KNOWN)
         os.replace(temporary, path.with_suffix(".npy"))
         if not readable.all():
             pictures = np.memmap(part, np.uint8, "r", shape=(len(state), size, size, 3))
-            with _to_the_disk(temporary) as file:
+            with to_the_disk(temporary.open("wb")) as file:
                 for first in range(0, len(state), CHUNK):
                     chunk = slice(first, first + CHUNK)
                     file.write(pictures[chunk][readable[chunk]].data)
@@ -108,9 +106,10 @@ def _finish(part, path, progress, state, size):
 
 
 @contextlib.contextmanager
-def _to_the_disk(path):
-    """A context with a new file that is on the disk at its end, not only on its way there."""
-    with path.open("wb") as file:
+def to_the_disk(file):
+    """A context with a file that is being written: at its end all of it is on the disk, not only on
+    its way there."""
+    with file:
         yield file
         file.flush()
         os.fsync(file.fileno())

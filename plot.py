@@ -49,8 +49,9 @@ def lines(path, curves, x_label, y_label, width=600, height=340):
         colour = PALETTE[i % len(PALETTE)]
         points = [(across(x), up(y)) for x, y in zip(xs, ys)]
         draw.line(points, colour, 2)
-        for x, y in points if len(points) <= 20 else ():   # few enough to be told apart
-            draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
+        if len(points) <= 20:   # few enough to be told apart
+            for x, y in points:
+                draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
         draw.text((right + 10, top + 16 * i), name, colour, font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     image.save(path)

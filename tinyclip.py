@@ -44,7 +44,7 @@ class CLIPConfig:
     def __post_init__(self):
         if min(self.patch, self.width, self.layers, self.heads, self.text_width, self.text_layers,
                self.text_heads, self.embed_dim, self.image_size) < 1:
-            raise ValueError("sizes and numbers of things must be at least 1")
+            raise ValueError("every size, and every number of layers or heads, must be at least 1")
         if self.stem not in ("conv", "patch"):
             raise ValueError(f"stem must be conv or patch, not {self.stem!r}")
         if self.stem == "conv" and (self.patch & (self.patch - 1) or self.width % 32):
