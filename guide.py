@@ -1,297 +1,294 @@
-"""Chapter 4: guidance. A guided denoiser is a denoiser.
+"""Chapter 3: guidance. A guided denoiser is a denoiser.
 
     Dhariwal, Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis" (classifier guidance)
         arxiv.org/abs/2105.05233
-    Nichol et al. 2021, "GLIDE", sec. 2.4 (with a noised CLIP)
+    Nichol et al. 2021, "GLIDE", sec. 2.4 (guidance by a noised CLIP)
         arxiv.org/abs/2112.10741
     Bansal et al. 2023, "Universal Guidance for Diffusion Models" (through x_0_hat)
         arxiv.org/abs/2302.07121
     Ho, Salimans 2022, "Classifier-Free Diffusion Guidance"
         arxiv.org/abs/2207.12598
+    Song et al. 2023, "Pseudoinverse-Guided Diffusion Models" (r_t)
+        openreview.net/forum?id=9_gsMA8MRKQ
     Crowson 2021, notebooks for CLIP-guided diffusion (the spherical distance)
 
-The diffusion model knows what cars look like, p(x); CLIP knows how well words fit a picture,
-p(text | x). Bayes' rule says p(x | text) ~ p(x) p(text | x), so the score of the one we want, the
-gradient of its logarithm, is the sum of two:
+The diffusion model has learned p(x), what cars look like; CLIP has learned p(text | x). By Bayes'
+rule p(x | text) is proportional to p(x) p(text | x). Scores, gradients of log-densities, add up:
 
-    grad log p(x_t | text) = grad log p(x_t) + grad log p(text | x_t)
+    grad log p(x_t | text) = grad log p(x_t) + grad log p(text | x_t).                           (1)
 
-and a score is an opinion about the clean picture:
+Tweedie's formula turns a score into a denoised image and back:
 
-    x_0_hat = (x_t + (1 - alpha_bar) score) / sqrt(alpha_bar)
+    score = (sqrt(alpha_bar) x_0_hat - x_t) / (1 - alpha_bar).                                   (2)
 
-So all that guidance does is move x_0_hat by (1 - alpha_bar) / sqrt(alpha_bar) times CLIP's
-gradient. `guided` does that and returns a denoiser again: the sampler never knows, and guidance
-composes with any sampler, any eta and any number of steps.
+(Why: for one x_0, log p(x_t | x_0) = -|x_t - sqrt(alpha_bar) x_0|^2 / (2 (1 - alpha_bar)) + const
+has the gradient (sqrt(alpha_bar) x_0 - x_t) / (1 - alpha_bar). p(x_t) is the mean of such densities
+over x_0, so the gradient of log p(x_t) is the mean of these gradients over p(x_0 | x_t), and the
+mean of x_0 over p(x_0 | x_t) is what the network was trained to predict: x_0_hat.)
+Insert (2) on both sides of (1) and solve:
 
-contrastive, clean, spherical, x0, ahead and x0_fast return log_p(x_t, t, x_0_hat) -> (B,):
-log p(text | x_t) up to a constant, or something that rises with it. Its gradient always points
-uphill: moving x_t along it raises log_p.
+    guided x_0_hat = x_0_hat + (1 - alpha_bar) / sqrt(alpha_bar) grad log p(text | x_t).         (3)
 
-Shapes: B pictures, K captions, E embedding width; x_t, x_0_hat, grad (B, 3, H, W); t (B,) int in
-1..T; text_features (K, E), of every caption that CLIP knows; target (B,) int in 0..K-1, the caption
-that each picture shall have; log_prior (K,), see contrastive.
+That is all that guidance does. `guided` is formula (3) and returns a denoiser again, so it works
+with any sampler, any eta and any number of steps.
+
+A method of guidance is a function log_p(x_t, t, x_0_hat) -> (B,): log p(text | x_t) up to a
+constant, or a surrogate for it. Its gradient is always an ascent direction.
+
+Shapes: B images, K captions, E embedding width; x_t, x_0_hat, grad (B, 3, H, W); t (B,) int in
+1..T, the same for the whole batch; text_features (K, E) of all captions; targets (B,) int in
+0..K-1, the caption that each image should have.
 """
-import functools
 import math
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from tinyddpm import at, cosine_alpha_bar, denoiser, noise_in, q_sample
+from tinyddpm import cosine_alpha_bar, denoiser, extract, predict_eps, q_sample
 
 
 def guided(denoise, log_p, alpha_bar, scale, interval=(1, math.inf), through_unet=False):
-    """-> a denoiser: x_0_hat + scale (1 - alpha_bar)/sqrt(alpha_bar) grad,
-    with grad = d sum(log_p) / d x_t.
+    """Guide a denoiser by the gradient of log_p -> a denoiser
 
-    The same statement as eps_hat - scale sqrt(1 - alpha_bar) grad (Dhariwal & Nichol 2021,
-    Alg. 2), in the form that stays well-conditioned near t = T.
+    x_0_hat + scale (1 - alpha_bar)/sqrt(alpha_bar) grad, grad = d sum(log_p) / d x_t: formula (3).
+    The same as eps_hat - scale sqrt(1 - alpha_bar) grad (Dhariwal & Nichol 2021, Alg. 2).
 
-    denoise(x_t, t) -> x_0_hat, log_p(x_t, t, x_0_hat) -> (B,), alpha_bar: (T + 1,).
-    scale: 0 is no guidance, 1 is Bayes' rule if log_p is calibrated, and more is about
-    p(x) p(text | x)^scale, where only the most typical pictures of that text are left.
-    interval: the times (lo, hi), both included, at which to guide. Near T the factor explodes (6
-    at t = 900, 13 at 950, 20,000 at 1000) while CLIP can see next to nothing. All pictures of a
-    batch must be at the same time.
-    through_unet: whether the gradient goes through denoise as well, by way of the x_0_hat that
-    log_p looks at. It costs the U-Net's backward pass. A denoiser that is guided already lets no
-    gradient through: where guidances are stacked, this one goes inside.
-
-    The batch may be summed before the derivative, because pictures do not interact: nothing
-    normalises across the batch.
+    scale: 0 is unguided; 1 is Bayes' rule if log_p is calibrated; more sharpens the distribution
+    towards p(x) p(text | x)^scale, the most typical images of the text, and overshoots (see below).
+    interval: (lo, hi), timesteps at which to guide, both included; t must be the same for the whole
+    batch. Near T the factor explodes (6 at t = 900, 13 at 950, 2e4 at 1000), and with it the errors
+    of a small gradient. (Kynkaanniemi et al. 2024, arXiv 2404.07724, on guiding in an interval.)
+    through_unet: back-propagate through denoise too, where log_p depends on x_0_hat. denoise must
+    then be unguided: a guided denoiser is detached.
+    Summing over the batch before the derivative is safe: no layer mixes images of a batch.
     """
     def guided_denoise(x_t, t):
         if not interval[0] <= int(t[0]) <= interval[1]:
             return denoise(x_t, t)
-        with torch.enable_grad():   # sample() has switched it off
+        with torch.enable_grad():
             x = x_t.detach().requires_grad_()
             with torch.set_grad_enabled(through_unet):
                 x_0_hat = denoise(x, t)
             grad, = torch.autograd.grad(log_p(x, t, x_0_hat).sum(), x)
-        a = at(alpha_bar, t)
+        a = extract(alpha_bar, t)
         return x_0_hat.detach() + scale * (1 - a) / a.sqrt() * grad
     return guided_denoise
 
 
 # ---- log p(text | x_t), in six ways --------------------------------------------------------------
 
-TEMPERATURE = 5.   # found by a sweep, and with it scale 16: RESULTS.md
+TEMPERATURE = 5.   # tuned; from 5 to 20 it matters little: experiments/LOG.md
 
 
-def contrastive(clip, text_features, target, log_prior=0., temperature=TEMPERATURE):
-    """-> log_p: CLIP's softmax over all captions, CLIP being told how noisy x_t is.
+def noise_aware(clip, text_features, targets, temperature=TEMPERATURE):
+    """Make log_p from CLIP's softmax over all captions, at the noise level of x_t (as GLIDE does).
 
-    log_p = temperature * log softmax(logits / temperature)[target], whose gradient is that of the
-    target's logit less the mean of all captions' logits, weighted by how probable each is.
+    log_p = temperature * log softmax(logits / temperature)[target]. Its gradient is that of the
+    target's logit minus the mean of all logits' gradients, weighted by their probabilities: what
+    counts is what distinguishes the target from similar captions.
 
-    All captions, so that what distinguishes the target from its nearest rivals is what counts.
-    Where noise leaves nothing visible, CLIP's logits are flat and the gradient vanishes.
-
-    At temperature 1 this is log p(text | x_t), Bayes' rule. But CLIP is sure of itself long before
-    the picture is good, and then that gradient vanishes too, with 1 - p. A softer opinion goes on
-    pulling, away from all rivals and not only from the last one left; RESULTS.md has what it
-    gains.
-
-    log_prior: log(pi_ddpm / pi_clip), how much more often the diffusion model has met each caption
-    than CLIP. p(text | x) is proportional to p(x | text) p(text), and CLIP knows its own p(text).
+    At temperature 1 this is log p(text | x_t), and scale 1 is Bayes' rule. But CLIP is confident
+    before the image is good, and the gradient vanishes with 1 - p. A softer softmax keeps pulling.
+    (The limit, the target's logit alone, as GLIDE has it, does nearly as well with lookahead.)
     """
     def log_p(x_t, t, x_0_hat):
-        logits = clip.logits(clip.encode_image(x_t, t), text_features, t) + log_prior     # (B, K)
-        log_softmax = (logits / temperature).log_softmax(dim=1)               # (B, K)
-        return temperature * log_softmax[torch.arange(len(x_t)), target]      # (B,)
+        logits = clip.logits(clip.encode_image(x_t, t), text_features, t)     # (B, K)
+        log_softmax = (logits / temperature).log_softmax(dim=1)
+        return temperature * log_softmax[torch.arange(len(x_t)), targets]     # (B,)
     return log_p
 
 
-def clean(clip, text_features, target, log_prior=0.):
-    """-> log_p: the same CLIP, told that the noisy x_t is a clean picture. Here for contrast.
+def noise_unaware(clip, text_features, targets):
+    """Make log_p from CLIP applied to x_t as if it were clean; for comparison.
 
-    That is what many a first attempt does. Its gradient is that of a network far outside of what
-    it was trained on: mostly noise, and large.
+    Many first attempts do this: the input is far from the training data, the gradient mostly noise.
     """
-    told_time = contrastive(clip, text_features, target, log_prior)
-    return lambda x_t, t, x_0_hat: told_time(x_t, torch.zeros_like(t), x_0_hat)
+    log_p = noise_aware(clip, text_features, targets)
+    return lambda x_t, t, x_0_hat: log_p(x_t, torch.zeros_like(t), x_0_hat)
 
 
-def spherical(clip, text_features, target, log_prior=0.):
-    """-> log_p = -logit_scale(t) theta^2 / 2, theta the angle between picture and target.
+def spherical(clip, text_features, targets):
+    """Make log_p = -logit_scale(t) theta^2 / 2, theta the angle between image and text features.
 
-    Crowson 2021 (the notebooks that made CLIP-guided diffusion known), where theta^2 / 2 is written
-    2 arcsin(chord / 2)^2. The target alone counts, no rival caption and no prior. With cos(theta)
-    instead the gradient would be as sin(theta), and fade at large angles.
+    Crowson 2021, where theta^2 / 2 is written 2 arcsin(distance / 2)^2. No other caption counts.
+    The gradient of cos(theta) instead would be as sin(theta), which vanishes near theta = pi.
     """
-    wanted = F.normalize(text_features.float(), dim=-1)[target]               # (B, E)
+    text = F.normalize(text_features.float(), dim=-1)[targets]                # (B, E)
 
     def log_p(x_t, t, x_0_hat):
-        seen = F.normalize(clip.encode_image(x_t, t).float(), dim=-1)         # (B, E)
-        theta = 2 * ((seen - wanted).norm(dim=1) / 2).asin()                  # (B,), from the chord
+        image = F.normalize(clip.encode_image(x_t, t).float(), dim=-1)        # (B, E)
+        theta = 2 * ((image - text).norm(dim=1) / 2).asin()                   # (B,)
         return -clip.logit_scale(t)[:, 0] * theta ** 2 / 2
     return log_p
 
 
-def x0(clip, text_features, target, log_prior=0.):
-    """-> log_p: CLIP, told that it is clean, looks at x_0_hat; the gradient is through the U-Net.
+def x0(clip, text_features, targets):
+    """Make log_p from CLIP applied to x_0_hat at t = 0; the gradient goes through the U-Net.
 
-    Bansal et al. 2023 eq. 6. By Tweedie's formula the U-Net's Jacobian d x_0_hat / d x_t is
-    sqrt(alpha_bar) / (1 - alpha_bar) times the covariance of x_0 given x_t, so the push in x_0_hat
-    is scale Cov(x_0 | x_t) d log_p / d x_0_hat: it goes where pictures can vary.
+    Universal guidance (Bansal et al. 2023 eq. 6). What that does: p(x_0 | x_t) is proportional to
+    p(x_0) exp(-|x_t - sqrt(alpha_bar) x_0|^2 / (2 (1 - alpha_bar))), so the derivative of its mean
+    x_0_hat with respect to x_t is sqrt(alpha_bar) / (1 - alpha_bar) Cov(x_0 | x_t). Times the
+    factor in `guided`, x_0_hat changes by scale Cov(x_0 | x_t) d log_p / d x_0_hat: it moves in
+    the directions in which images vary.
     """
-    of_picture = contrastive(clip, text_features, target, log_prior)
-    return lambda x_t, t, x_0_hat: of_picture(x_0_hat, torch.zeros_like(t), x_0_hat)
+    log_p = noise_aware(clip, text_features, targets)
+    return lambda x_t, t, x_0_hat: log_p(x_0_hat, torch.zeros_like(t), x_0_hat)
 
 
-def looking_ahead(log_p, alpha_bar, share, sigma_data=0.5):
-    """-> log_p that looks not at x_t but ahead, at where DDIM would be at the time share * t.
+def lookahead_log_p(log_p, alpha_bar, t_fraction, sigma_data=0.5):
+    """Apply log_p not to x_t but to the point that DDIM would reach at timestep t_fraction * t.
 
-    That is x_0_hat with the noise eps_hat put back, only less of it. At share = 0 it is x_0_hat
-    itself, as in x0; at share = 1 it is x_t. Between the two CLIP sees more than in x_t, and there
-    still is noise, in which it cannot be pleased by patterns that nobody else sees: RESULTS.md.
+    This project's own. That point is x_0_hat, noised again by eps_hat, but less: t_fraction = 0 is
+    x_0_hat itself, as in x0; 1 is x_t. In between CLIP is more accurate than on x_t, and the noise
+    that is left hides patterns that fool CLIP (adversarial examples).
 
-    The gradient does not go through the U-Net. The covariance in x0 is taken to be a number, so
-    that the push in x_0_hat is scale r_t^2 times its own derivative of log_p, with
-
+    The gradient does not go through the U-Net: Cov(x_0 | x_t) in x0 is replaced by a scalar,
         r_t^2 = s^2 (1 - alpha_bar) / (1 - alpha_bar + s^2 alpha_bar),
-
-    what that covariance would be if pixels were independent and normal with standard deviation
-    s = sigma_data. (Song et al. 2023, "Pseudoinverse-Guided Diffusion Models", choose their r_t so,
-    with s = 1.) It stays below s^2 where the factor in `guided` explodes, so that guidance may
-    begin at t = T, before any colour is settled.
+    its value if pixels were independent and normal with standard deviation s = sigma_data, about
+    that of our images (Song et al. 2023 choose r_t so, with s = 1). Then x_0_hat changes by
+    scale r_t^2 times the gradient of log_p with respect to x_0_hat, eps_hat held constant. r_t^2
+    never exceeds s^2, whereas the factor in `guided` explodes, so guidance can start at t = T.
     """
-    def look(x_t, t, x_0_hat):
-        a, sooner = at(alpha_bar, t), (share * t).long()
+    def lookahead(x_t, t, x_0_hat):
+        a, t_ahead = extract(alpha_bar, t), (t_fraction * t).long()
         r2 = sigma_data ** 2 * (1 - a) / (1 - a + sigma_data ** 2 * a)
-        jacobian = r2 * a.sqrt() / (1 - a)
-        # subtle: the value is x_0_hat; the derivative with respect to x_t is the jacobian.
-        moving = x_0_hat.detach() + jacobian * (x_t - x_t.detach())
-        eps_hat = noise_in(x_t, x_0_hat, a).detach()
-        return log_p(q_sample(moving, sooner, eps_hat, alpha_bar), sooner, x_0_hat)
-    return look
+        jacobian = r2 * a.sqrt() / (1 - a)   # `guided` multiplies by (1 - a) / sqrt(a)
+        # subtle: the value is x_0_hat; its derivative with respect to x_t is the jacobian.
+        surrogate = x_0_hat.detach() + jacobian * (x_t - x_t.detach())
+        eps_hat = predict_eps(x_t, x_0_hat, a).detach()
+        return log_p(q_sample(surrogate, t_ahead, eps_hat, alpha_bar), t_ahead, x_0_hat)
+    return lookahead
 
 
-AHEAD = 0.75   # found by a sweep: RESULTS.md
+T_FRACTION = 0.75   # found by a sweep: experiments/LOG.md
 
 
-def ahead(clip, text_features, target, log_prior=0., share=AHEAD):
-    """-> log_p: CLIP looks a quarter of the time ahead, and knows how noisy it is there. The
-    default."""
-    told_time = contrastive(clip, text_features, target, log_prior)
-    alpha_bar = cosine_alpha_bar(clip.config.T).to(text_features.device)
-    return looking_ahead(told_time, alpha_bar, share)
+def lookahead(clip, text_features, targets, t_fraction=T_FRACTION):
+    """Make log_p from noise-aware CLIP, applied at three quarters of the timestep. The default."""
+    log_p = noise_aware(clip, text_features, targets)
+    return lookahead_log_p(log_p, cosine_alpha_bar().to(text_features.device), t_fraction)
 
 
-def x0_fast(clip, text_features, target, log_prior=0.):
-    """-> log_p: CLIP looks all the way ahead, at x_0_hat: x0 without the U-Net's derivative."""
-    return ahead(clip, text_features, target, log_prior, share=0.)
+def x0_fast(clip, text_features, targets):
+    """Make log_p from CLIP applied to x_0_hat, with r_t^2 in place of the derivative of the U-Net.
+    """
+    return lookahead(clip, text_features, targets, t_fraction=0.)
 
 
 # ---- guidance without a CLIP ---------------------------------------------------------------------
 
-def classifier_free(unet, alpha_bar, target, scale, interval=(1, math.inf)):
-    """-> a denoiser: x_0_hat + scale (x_0_hat told the caption - x_0_hat told nothing).
+def text_condition(text_features):
+    """Scale text features to length sqrt(E), entries of unit size, as the U-Net's condition.
 
-    Ho & Salimans 2022 eq. 6, with scale = 1 + w: 0 is unguided, 1 is simply told the caption. By
-    Bayes' rule the difference is (1 - alpha_bar)/sqrt(alpha_bar) times the gradient of
-    log p(caption | x_t), the very push of `guided`, by a classifier that nobody had to train.
-    unet: one that is told captions (UNetConfig.text); it is evaluated twice a step.
+    text_features: (K, E) -> cond: (K, E)
     """
-    anything = denoiser(unet, alpha_bar)
-    told = denoiser(functools.partial(unet, caption=target + 1), alpha_bar)   # 0: told nothing
+    return F.normalize(text_features.float(), dim=-1) * text_features.shape[-1] ** 0.5
+
+
+def classifier_free(unet, alpha_bar, cond, scale, interval=(1, math.inf)):
+    """Guide by the difference of two estimates: x_0_hat + scale (x_0_hat_cond - x_0_hat)
+
+    cond: (B, cond_dim) -> a denoiser, which evaluates the U-Net twice a step
+
+    Ho & Salimans 2022 eq. 6 with scale = 1 + w: 0 is unconditional, 1 conditional. By (2) and (1)
+    the difference is (1 - alpha_bar)/sqrt(alpha_bar) grad log p(cond | x_t): formula (3), with a
+    classifier that nobody had to train.
+    """
+    unconditional = denoiser(unet, alpha_bar)
+    conditional = denoiser(unet, alpha_bar, cond)
 
     def denoise(x_t, t):
-        x_0_hat = anything(x_t, t)
+        x_0_hat = unconditional(x_t, t)
         if not interval[0] <= int(t[0]) <= interval[1]:
             return x_0_hat
-        return x_0_hat + scale * (told(x_t, t) - x_0_hat)
+        return x_0_hat + scale * (conditional(x_t, t) - x_0_hat)
     return denoise
 
 
 # ---- the methods by name -------------------------------------------------------------------------
 
+# Scales are far above 1. A car's pixels vary together, hundreds of them, so its Cov(x_0 | x_t) is
+# far larger than the variance r_t^2 of one pixel; and p(text | x)^scale asks for images that show
+# the caption beyond doubt, where Bayes' rule would accept whatever CLIP finds probable.
+
 class Method(NamedTuple):
-    log_p: Callable              # its maker; None if there is none
-    scale: float                 # found by a sweep: RESULTS.md
-    interval: tuple              # likewise, for T = 1000
+    make_log_p: Callable         # (clip, text_features, targets) -> log_p; None without CLIP
+    scale: float                 # default, found by a sweep: experiments/LOG.md
+    interval: tuple              # likewise
     through_unet: bool = False   # see guided
 
 
 METHODS = {
-    "contrastive": Method(contrastive, 16., (1, 950)),
+    "lookahead": Method(lookahead, 128., (1, 1000)),
+    "noise-aware": Method(noise_aware, 16., (1, 950)),
+    "noise-unaware": Method(noise_unaware, 16., (1, 950)),
     "spherical": Method(spherical, 8., (1, 950)),
-    "clean": Method(clean, 16., (1, 950)),
     "x0": Method(x0, 32., (1, 950), through_unet=True),
-    "ahead": Method(ahead, 128., (1, 1000)),
     "x0-fast": Method(x0_fast, 128., (1, 1000)),
     "classifier-free": Method(None, 2., (1, 1000)),
     "none": Method(None, 0., (1, 1000)),
 }
-DEFAULT = "ahead"   # see RESULTS.md
+DEFAULT = "lookahead"
 
 
-def guided_by(name, models, target, scale=None, interval=None):
-    """-> the denoiser of one of METHODS, with the method's own scale and interval unless given.
+def build_denoiser(name, models, targets, scale=None, interval=None):
+    """Build the denoiser of one of METHODS, with its own scale and interval unless given.
 
-    models: clip, unet, alpha_bar, text_features and log_prior, see checkpoints.Models.
+    models: has clip, unet, alpha_bar and text_features; targets: (B,) int
     """
-    method, unet, alpha_bar = METHODS[name], models.unet, models.alpha_bar
+    method, denoise = METHODS[name], denoiser(models.unet, models.alpha_bar)
     scale = method.scale if scale is None else scale
-    T = len(alpha_bar) - 1
-    interval = interval or tuple(round(t * T / 1000) for t in method.interval)
+    interval = interval or method.interval
     if name == "none":
-        return denoiser(unet, alpha_bar)
+        return denoise
     if name == "classifier-free":
-        return classifier_free(unet, alpha_bar, target, scale, interval)
-    log_p = method.log_p(models.clip, models.text_features, target, models.log_prior)
-    return guided(denoiser(unet, alpha_bar), log_p, alpha_bar, scale, interval, method.through_unet)
+        cond = text_condition(models.text_features)[targets]
+        return classifier_free(models.unet, models.alpha_bar, cond, scale, interval)
+    log_p = method.make_log_p(models.clip, models.text_features, targets)
+    return guided(denoise, log_p, models.alpha_bar, scale, interval, method.through_unet)
 
 
-def prior_ratio(ddpm_counts, clip_counts):
-    """How often each caption occurred in the two trainings -> log(pi_ddpm / pi_clip): (K,).
-
-    One is added to each count, so that what never occurred is improbable and not impossible.
-    """
-    ddpm, clip = (torch.tensor(counts) + 1. for counts in (ddpm_counts, clip_counts))
-    return (ddpm / ddpm.sum()).log() - (clip / clip.sum()).log()
-
-
-if __name__ == "__main__":   # two overlapping blobs in the plane: a world whose answer is known
-    from tinyddpm import noise, sample
+if __name__ == "__main__":   # a mixture of two Gaussians in the plane, where p(x | left) is known
+    from tinyddpm import randn_per_image, sample
 
     alpha_bar, means, var = cosine_alpha_bar(), torch.tensor([[-.4, 0.], [.4, 0.]]), 0.1
 
-    def fit(x_t, t):
-        """How well each blob explains x_t (B, 2, 1, 1): log density up to a constant, (B, 2)."""
+    def component_log_density(x_t, t):
+        """x_t: (B, 2, 1, 1) -> log density under each component, up to a constant: (B, 2)"""
         a = alpha_bar[t][:, None]
         distance2 = (x_t.view(-1, 1, 2) - a[:, :, None].sqrt() * means).square().sum(dim=2)
         return -distance2 / (2 * (a * var + 1 - a))
 
     def denoise(x_t, t):
-        """The exact x_0_hat: each blob's own, weighted by how probable the blob is."""
+        """The exact x_0_hat: each component's posterior mean, weighted by its probability."""
         a = alpha_bar[t].view(-1, 1, 1)
-        own = means + a.sqrt() * var / (a * var + 1 - a) * (x_t.view(-1, 1, 2) - a.sqrt() * means)
-        return (fit(x_t, t).softmax(1)[:, :, None] * own).sum(dim=1).view_as(x_t)
+        gain = a.sqrt() * var / (a * var + 1 - a)
+        posterior_mean = means + gain * (x_t.view(-1, 1, 2) - a.sqrt() * means)
+        p = component_log_density(x_t, t).softmax(dim=1)[:, :, None]
+        return (p * posterior_mean).sum(dim=1).view_as(x_t)
 
     def log_p(x_t, t, x_0_hat):
-        """log p(left blob | x_t), exactly."""
-        return fit(x_t, t).log_softmax(dim=1)[:, 0]
+        """The exact log p(left component | x_t)."""
+        return component_log_density(x_t, t).log_softmax(dim=1)[:, 0]
 
-    # Scale 1 is Bayes' rule. Beyond, p(x_t) p(left | x_t)^scale holds at every t, but is not what
-    # noise makes of p(x) p(left | x)^scale: the samples overshoot.
-    across = torch.linspace(-3, 3, 2001)   # where the exact answer can be summed
-    line = torch.stack([across, torch.zeros(2001)], dim=1).view(-1, 2, 1, 1)
-    blobs = fit(line, torch.zeros(2001, dtype=torch.long))
-    print("x of the left blob:   mean, standard deviation")
+    # Scale 1 is Bayes' rule. With more, the score used at t is that of p(x_t) p(left | x_t)^scale,
+    # which is not the noised p(x) p(left | x)^scale: the samples overshoot.
+    grid = torch.linspace(-3, 3, 2001)   # along x, to sum the exact answer
+    line = torch.stack([grid, torch.zeros(2001)], dim=1).view(-1, 2, 1, 1)
+    components = component_log_density(line, torch.zeros(2001, dtype=torch.long))
+    print("x of the samples, and of the exact answer:   mean, standard deviation")
     for scale in (0., 1., 4.):
         generators = [torch.Generator().manual_seed(i) for i in range(500)]
-        x = sample(guided(denoise, log_p, alpha_bar, scale), noise(generators, (2, 1, 1)),
+        x = sample(guided(denoise, log_p, alpha_bar, scale), randn_per_image(generators, (2, 1, 1)),
                    generators, alpha_bar, 100, clamp=False)[:, 0, 0, 0]
-        weight = (blobs.logsumexp(1) + scale * blobs.log_softmax(1)[:, 0]).softmax(0)
-        mean = (weight * across).sum()
-        std = (weight * (across - mean) ** 2).sum().sqrt()
+        weight = (components.logsumexp(1) + scale * components.log_softmax(1)[:, 0]).softmax(0)
+        mean = (weight * grid).sum()
+        std = (weight * (grid - mean) ** 2).sum().sqrt()
         print(f"scale {scale:g}   sampled {x.mean():5.2f}, {x.std():.2f}   "
               f"p(x) p(left | x)^scale: {mean:5.2f}, {std:.2f}")
 
-# x of the left blob:   mean, standard deviation
+# x of the samples, and of the exact answer:   mean, standard deviation
 # scale 0   sampled -0.02, 0.52   p(x) p(left | x)^scale:  0.00, 0.51
 # scale 1   sampled -0.42, 0.33   p(x) p(left | x)^scale: -0.40, 0.32
 # scale 4   sampled -0.68, 0.26   p(x) p(left | x)^scale: -0.53, 0.25

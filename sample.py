@@ -1,235 +1,326 @@
-"""python sample.py "white and red car": pictures from words.
+"""python sample.py "white and red car": images from a prompt.
 
-    python sample.py "a blue van" -n 4 --gif      four of them, and how they came to be
+    python sample.py "a blue van" -n 4 --gif      four of them, and an animation from noise to image
     python sample.py "red bus" "blue bus"         one file for each prompt, from the same noise
-    python sample.py -n 64                        no prompt: whatever the diffusion model draws
+    python sample.py -n 64                        no prompt: unguided
 
-Uses runs/clip and runs/ddpm if both were trained, else the models that come with the source. Writes
-one PNG with prompt, seed and settings in its metadata, and says how probable CLIP finds the prompt
-in what came out, and what the independent judge sees there.
+Uses runs/clip and runs/ddpm if both were trained, else the models in weights/. Writes one PNG with
+prompt, seed and settings in its metadata, and prints CLIP's probability of the prompt and the
+judge's prompt accuracy. From Python:
+
+    import data, sample
+    models = sample.load_models()
+    images = sample.generate(models, "a blue van", n=16)          # (16, 3, 32, 32) in [-1, 1]
+    data.save_grid("vans.png", data.to_uint8(images), columns=4, zoom=3)
 """
 import argparse
+import dataclasses
 import math
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-import bpe
-import checkpoints
 import data
 import guide
 import judge
+import tinyclip
 import tinyddpm
+from infra import checkpoint, cli
+from tinyclip import normalize_prompt
+
+SHIPPED = Path(__file__).resolve().parent / "weights"
 
 
-# ---- the command line ----------------------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------------
 
-def parse(arguments):
-    parser = data.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("prompts", nargs="*", metavar="prompt",
-        help="what to draw, each in a file of its own; without one, sampling is unguided")
-    add("-n", type=int, default=16, help="how many pictures")
-    add("--method", default=guide.DEFAULT, choices=guide.METHODS)
-    add("--scale", type=float, help="guidance scale; default: the method's own")
-    add("--interval", type=int, nargs=2, metavar=("LO", "HI"),
-        help="guide only at these times, 1 to T; default: the method's own")
-    add("--steps", type=int, default=25, help="denoising steps, 1 to 1000")
-    add("--eta", type=float, default=1., help="0 is DDIM, deterministic with --recurrence 1; 1 is "
-        "as noisy as DDPM")
-    add("--recurrence", type=int, default=2, help="take every step so many times, with fresh noise")
-    add("--seed", type=int, default=0)
-    add("--out", help="the PNG to write, or the folder if there are several prompts; default out")
-    add("--gif", action="store_true", help="also the way there, as a GIF: x_t above, x_0_hat below")
-    add("--clip", help="a CLIP's weights.pt")
-    add("--ddpm", help="a DDPM's weights.pt")
-    add("--judge", help="a judge's weights.pt")
-    add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
-    add("--batch", type=int, default=64, help="pictures at a time")
-    args = parser.parse_intermixed_args(arguments)   # prompts and flags in any order
-    check(args)
-    if not args.prompts:
-        args.prompts, args.method = [None], "none"
-    if args.scale is None or args.method == "none":
-        args.scale = guide.METHODS[args.method].scale
-    return args
+class Models(NamedTuple):
+    """A matching CLIP and diffusion model."""
+    clip: tinyclip.CLIP
+    unet: tinyddpm.UNet
+    alpha_bar: torch.Tensor       # (T + 1,)
+    captions: list                # K, those that CLIP was trained on
+    templates: list               # S lists of K texts: ways to write each caption
+    text_features: torch.Tensor   # (K, E), of the captions
+    data: str                     # the name of the data set
+    description: str              # files and device
 
 
-def check(args):
-    """Refuse what cannot be drawn."""
-    data.check_drawing(args)
-    data.check_range("-n", args.n, 1, 10_000)
-    if args.scale is not None and not math.isfinite(args.scale):
-        raise data.UserError(f"--scale must be a finite number, not {args.scale}")
-    if not all(bpe.canonical(prompt) for prompt in args.prompts):
-        raise data.UserError("the prompt is empty; leave it out to sample without guidance")
+def find_weights(clip=None, ddpm=None):
+    """Pick the two models' paths: as given, else both of runs/, else both of weights/."""
+    trained = [Path("runs") / kind / "weights.pt" for kind in ("clip", "ddpm")]
+    shipped = [SHIPPED / f"{kind}.pt" for kind in ("clip", "ddpm")]
+    default = trained if all(path.exists() for path in trained) else shipped
+    return Path(clip or default[0]), Path(ddpm or default[1])
 
 
-# ---- what is wanted ------------------------------------------------------------------------------
+@torch.no_grad()
+def load_models(clip=None, ddpm=None, device="cpu"):
+    """Load the two models that find_weights picks -> Models
 
-def find_target(prompt, models):
-    """-> the models, with the prompt among their captions if it is a new one, and its index.
-
-    Warns of words that CLIP has never read, and of those that it will not read.
+    UserError if they do not fit: guidance is meaningless if CLIP was trained on other images.
     """
-    target = checkpoints.find_caption(prompt, models)
-    if target is not None:
-        return models, target
-    read = sorted({word for texts in models.spellings for text in texts
-                   for word in bpe.canonical(text).split()})
-    words = dict.fromkeys(bpe.canonical(prompt).split())
-    strange = [word[:30] for word in words if word not in read]
-    if strange:
-        print(f"CLIP never read {first_of(map(repr, strange))}; it knows: {first_of(read, 50)}",
-              file=sys.stderr)
+    device, (clip_path, ddpm_path) = torch.device(device), find_weights(clip, ddpm)
+    clip, clip_content = checkpoint.load_model(clip_path, "clip", tinyclip.CLIP)
+    unet, ddpm_content = checkpoint.load_model(ddpm_path, "ddpm", tinyddpm.UNet)
+    for name, a, b in (
+            ("data", clip_content["data"], ddpm_content["data"]),
+            ("image_size", clip.config.image_size, unet.config.image_size)):
+        if a != b:
+            raise cli.UserError(f"these CLIP and DDPM do not fit together: {name} is {a} for CLIP "
+                                f"and {b} for the DDPM; train both alike")
+    if ddpm_content.get("clip") not in (None, checkpoint.weights_checksum(clip)):
+        raise cli.UserError(f"{ddpm_path} is conditional on the text features of another CLIP; "
+                            "give that one with --clip")
+    clip, unet = (m.to(device, memory_format=torch.channels_last) for m in (clip, unet))
+    captions = clip_content["captions"]
+    with cli.autocast(device):
+        text_features = clip.encode_captions(captions)
+    return Models(clip, unet, tinyddpm.cosine_alpha_bar().to(device), captions,
+                  clip_content["templates"], text_features, clip_content["data"],
+                  f"CLIP from {clip_path}, DDPM from {ddpm_path}, on {device}")
+
+
+def load_judge(data_name, path=None, device="cpu"):
+    """Load the judge of a data set: the given one, else that of runs/, else that of weights/.
+
+    -> (judge, content), (None, None) if there is none
+    """
+    for candidate in [path] if path else [Path("runs/judge/weights.pt"), SHIPPED / "judge.pt"]:
+        if path or candidate.exists():
+            model, content = checkpoint.load_model(candidate, "judge", judge.Judge)
+            if content["data"] == data_name:
+                return model.to(device), content
+    if path:
+        raise cli.UserError(f"--judge {path} is for {content['data']}, the models for {data_name}")
+    return None, None
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+def normalized(prompt):
+    """normalize_prompt; UserError if nothing is left."""
+    text = normalize_prompt(prompt)
+    if not text:
+        raise cli.UserError("the prompt is empty; leave it out to sample without guidance")
+    return text
+
+
+def resolve_prompt(prompt, models):
+    """Find a prompt (normalised) among the captions -> (models, its index)
+
+    Whatever its template, a known caption is found. Another prompt becomes one more caption, and
+    is encoded alone; words that CLIP was not trained on are named, and so is a prompt that exceeds
+    the context length.
+    """
+    index_of = {normalize_prompt(text): i for texts in models.templates
+                for i, text in enumerate(texts)}
+    if prompt in index_of:
+        return models, index_of[prompt]
+    known = sorted({word for text in index_of for word in text.split()})
+    unknown = [word[:30] for word in dict.fromkeys(prompt.split()) if word not in known]
+    if unknown:
+        print(f"CLIP was not trained on {enumerate_words(map(repr, unknown))}; its words: "
+              f"{enumerate_words(known, 50)}", file=sys.stderr)
     longest = models.clip.config.context_length - 2   # start and end
     if len(models.clip.tokenizer.encode(prompt)) > longest:
         print(f"the prompt is too long: CLIP reads its first {longest} tokens", file=sys.stderr)
-    captions = [*models.captions, prompt]
-    return checkpoints.with_captions(models, captions), len(models.captions)
+    text_features = torch.cat([models.text_features, models.clip.encode_captions([prompt])])
+    return models._replace(captions=[*models.captions, prompt], text_features=text_features), \
+        len(models.captions)
 
 
-def first_of(words, most=5):
-    """"a, b, c and 7 more" """
+def enumerate_words(words, most=5):
+    """-> "a, b, c and 7 more" """
     words = list(words)
     more = f" and {len(words) - most:,} more" if len(words) > most else ""
     return ", ".join(words[:most]) + more
 
 
-def understand(prompt, args, models):
-    """As find_target; without a prompt the index is None. UserError if the method cannot do it."""
-    if prompt is None:
-        return models, None
-    known = len(models.captions)
-    models, target = find_target(prompt, models)
-    if args.method == "classifier-free":
-        checkpoints.check_told(models.unet)
-        if target == known:
-            raise data.UserError(f"{prompt!r} is none of the {known} captions that this DDPM is "
-                                 "told, and only CLIP understands others; use another --method")
-    return models, target
+# ---- sampling ------------------------------------------------------------------------------------
+
+@dataclass
+class SamplingConfig:
+    n: int = 16                   # images
+    method: str = guide.DEFAULT   # one of guide.METHODS
+    scale: float = None           # guidance scale; None becomes the method's own
+    interval: tuple = None        # timesteps (lo, hi) at which to guide; None: the method's own
+    steps: int = 25
+    eta: float = 1.               # 0 is deterministic as DDIM, 1 as noisy as DDPM
+    recurrence: int = 2           # times that each step but the last is taken
+    seed: int = 0
+    batch: int = 64               # images at a time
+
+    def __post_init__(self):
+        if self.method not in guide.METHODS:
+            raise cli.UserError(f"method must be one of {', '.join(guide.METHODS)}, not "
+                                f"{self.method!r}")
+        if self.scale is None:
+            self.scale = guide.METHODS[self.method].scale
+        for name, low, high in (("n", 1, 10_000), ("steps", 1, tinyddpm.T), ("eta", 0, 1),
+                                ("recurrence", 1, 100), ("batch", 1, 10_000),
+                                ("seed", 0, 2 ** 63 - 1)):
+            cli.check_range("-n" if name == "n" else f"--{name}", getattr(self, name), low, high)
+        lo, hi = self.interval or (1, tinyddpm.T)
+        if not 1 <= lo <= hi <= tinyddpm.T:
+            raise cli.UserError(f"--interval must be LO <= HI in 1 to {tinyddpm.T}, not {lo} {hi}")
+        if not math.isfinite(self.scale):
+            raise cli.UserError(f"--scale must be a finite number, not {self.scale}")
 
 
-# ---- drawing -------------------------------------------------------------------------------------
+def generate(models, prompt=None, callback=None, **options):
+    """Sample images for a prompt, or unguided without one -> x_0: (n, 3, H, W) in [-1, 1]
 
-def draw(args, models, target):
-    """-> x_0 (n, 3, H, W) in [-1, 1], and the GIF's frames, none if no GIF is wanted."""
-    unet, alpha_bar, device = models.unet, models.alpha_bar, models.alpha_bar.device
-    size, pictures, frames = unet.config.image_size, [], []
-    shown = min(8, args.n, args.batch)   # of the first batch: more would make a GIF of megabytes
-
-    def watch(t, x_t, x_0_hat):
-        frames.append(data.to_uint8(torch.cat([x_t[:shown], x_0_hat[:shown]])))
-
-    for first in range(0, args.n, args.batch):
-        indices = range(first, min(first + args.batch, args.n))
-        denoise = tinyddpm.denoiser(unet, alpha_bar)
-        if target is not None:
-            targets = torch.full((len(indices),), target, device=device)
-            denoise = guide.guided_by(args.method, models, targets, args.scale, args.interval)
-        generators = [data.generator(args.seed, i) for i in indices]
-        x_T = tinyddpm.noise(generators, (3, size, size), device)
-        pictures.append(tinyddpm.sample(
-            denoise, x_T, generators, alpha_bar, args.steps, args.eta,
-            recurrence=args.recurrence, watch=watch if args.gif and first == 0 else None))
-    return torch.cat(pictures), frames
+    options: fields of SamplingConfig; callback: see tinyddpm.sample, of the first batch
+    """
+    target = None
+    with torch.no_grad(), cli.autocast(models.alpha_bar.device):
+        if prompt is not None:
+            models, target = resolve_prompt(normalized(prompt), models)
+        return sample_images(models, target, SamplingConfig(**options), callback)
 
 
-def paths(args):
-    """-> the PNG of each prompt, all different; their folders are made, or refused, now."""
-    chosen = []
-    for prompt in args.prompts:
-        out = Path(args.out or "out")
-        if not args.out or len(args.prompts) > 1:
-            out = out / f"{file_name(prompt)}.png"
-        if out.suffix.lower() != ".png":
-            raise data.UserError(f"--out {out}: the pictures are written as PNG; end it in .png")
-        stem, number = out.stem, 2
-        while out in chosen:   # "red bus" and "a red bus"
-            out, number = out.with_stem(f"{stem}-{number}"), number + 1
-        out.parent.mkdir(parents=True, exist_ok=True)
-        chosen.append(out)
-    return chosen
-
-
-def save(args, where, prompt, out, pictures, frames):
-    """The PNG, with all that it takes to draw it again in its metadata, and the GIF."""
-    about = {key: value for key, value in vars(args).items()
-             if value is not None and key not in ("prompts", "out", "device", "gif")}
-    about["models"] = where
-    if prompt is not None:
-        about["prompt"] = prompt
-    columns = max(1, min(8, round(args.n ** 0.5)))
-    zoom = max(1, 96 // pictures.shape[1])   # small pictures get up to 96 pixels on the screen
-    data.save_grid(out, pictures, columns, zoom, **about)
-    if frames:   # one row of x_t, below it one of x_0_hat
-        data.save_gif(out.with_suffix(".gif"), frames, columns=len(frames[0]) // 2, zoom=zoom)
-
-
-def file_name(prompt):
-    """"A white and red car!" -> "white-and-red-car"."""
-    if prompt is None:
-        return "unguided"
-    name = "-".join(bpe.canonical(prompt).split())[:80]
-    return "".join(c for c in name if c.isalnum() or c == "-") or "prompt"
+def sample_images(models, target, config, callback=None):
+    """Sample config.n images of the caption with index target, None: unguided."""
+    size, device, images = models.unet.config.image_size, models.alpha_bar.device, []
+    method = config.method if target is not None else "none"
+    if method == "classifier-free" and not models.unet.config.cond_dim:
+        raise cli.UserError("this DDPM is unconditional; train a conditional one with: python "
+                            "train.py ddpm --clip FILE --out runs/conditional")
+    for start in range(0, config.n, config.batch):
+        indices = range(start, min(start + config.batch, config.n))
+        targets = torch.full((len(indices),), target or 0, device=device)   # unused if unguided
+        denoise = guide.build_denoiser(method, models, targets, config.scale, config.interval)
+        generators = [data.generator(config.seed, i) for i in indices]   # one an image
+        x_T = tinyddpm.randn_per_image(generators, (3, size, size), device)
+        images.append(tinyddpm.sample(
+            denoise, x_T, generators, models.alpha_bar, config.steps, config.eta,
+            recurrence=config.recurrence, callback=callback if start == 0 else None))
+    return torch.cat(images)
 
 
 # ---- reporting -----------------------------------------------------------------------------------
 
-def report_belief(models, target, x_0):
-    """What the CLIP that guided thinks, which is not what to grade it by."""
-    belief = checkpoints.beliefs(models, x_0)[:, target].mean()
-    caption = models.captions[target]
-    caption = caption if len(caption) < 80 else caption[:80] + "..."
-    print(f"CLIP gives {caption!r} a probability of {belief:.0%} on average, among "
-          f"{len(models.captions)} captions")
+@torch.no_grad()
+def caption_probs(models, x, t=None):
+    """Compute CLIP's probabilities of the captions -> (N, K)
 
-
-def report_verdict(grader, content, x_0, caption):
-    """What the judge sees, if its attributes can say the caption.
-
-    content: of the judge's checkpoint, which says what each caption promises.
+    x: (N, 3, H, W), noised up to t: (N,) int; None: clean. The product of the features is in fp32,
+    because bf16 could reorder captions of nearly equal probability.
     """
-    if caption not in content["captions"]:
+    t = torch.zeros(len(x), dtype=torch.long, device=x.device) if t is None else t
+    features = torch.cat([models.clip.encode_image(images, ts)
+                          for images, ts in zip(x.split(250), t.split(250))])
+    with torch.autocast(x.device.type, enabled=False):
+        logits = models.clip.logits(features.float(), models.text_features.float(), t)
+    return logits.softmax(dim=1)
+
+
+def report(models, target, x_0, judge_model, content):
+    """Print CLIP's mean probability of the caption and the judge's prompt accuracy.
+
+    The probability is optimistic if CLIP guided. judge_model, content: see load_judge; a judge can
+    only judge captions whose attributes it was trained on.
+    """
+    caption = models.captions[target]
+    short = caption if len(caption) < 80 else caption[:80] + "..."
+    p = caption_probs(models, x_0)[:, target].mean()
+    print(f"CLIP's mean probability of {short!r}: {p:.0%}, among {len(models.captions)} captions")
+    if judge_model is None or caption not in content["captions"]:
         return
-    promise = torch.tensor(content["caption_labels"][content["captions"].index(caption)])   # (A,)
-    right = judge.verdict(grader, x_0).cpu() == promise                                  # (N, A)
-    shares = zip(content["attributes"], right.float().mean(0))
-    parts = ", ".join(f"{name} {share:.0%}" for name, share in shares)
-    print(f"the judge finds all of it right in {int(right.all(1).sum())} of {len(x_0)} pictures "
-          f"({parts})")
+    labels = torch.tensor(content["caption_labels"][content["captions"].index(caption)])   # (A,)
+    right = judge.predict(judge_model, x_0).cpu() == labels                                # (N, A)
+    each = ", ".join(f"{name} {fraction:.0%}" for name, fraction in
+                     zip(content["attributes"], right.float().mean(dim=0)))
+    print(f"prompt accuracy by the judge: {int(right.all(dim=1).sum())} of {len(x_0)} ({each})")
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+def parse(arguments):
+    """-> args, with args.normalized (one text a prompt, or [None]), SamplingConfig"""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, default = parser.add_argument, SamplingConfig()
+    add("prompts", nargs="*", metavar="prompt", help="one file each; without a prompt: unguided")
+    add("-n", type=int, default=default.n, help="how many images")
+    add("--method", default=default.method, choices=guide.METHODS)
+    add("--scale", type=float, help="guidance scale; default: the method's own")
+    add("--interval", type=int, nargs=2, metavar=("LO", "HI"),
+        help="guide only at these timesteps, 1 to 1000; default: the method's own")
+    add("--steps", type=int, default=default.steps, help="sampling steps, 1 to 1000")
+    add("--eta", type=float, default=default.eta,
+        help="fresh noise in each step: 0 is none (DDIM), 1 as much as in DDPM")
+    add("--recurrence", type=int, default=default.recurrence,
+        help="take each step but the last this many times, with fresh noise in between")
+    add("--seed", type=int, default=default.seed)
+    add("--batch", type=int, default=default.batch, help="images at a time")
+    add("--out", help="the PNG to write, or the folder if there are several prompts; default out")
+    add("--gif", action="store_true", help="also an animation: x_t above, x_0_hat below")
+    add("--clip", help="a CLIP's weights.pt")
+    add("--ddpm", help="a DDPM's weights.pt")
+    add("--judge", help="a judge's weights.pt")
+    add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
+    args = parser.parse_intermixed_args(arguments)   # prompts and flags in any order
+    args.normalized = [normalized(prompt) for prompt in args.prompts] or [None]
+    if not args.prompts:
+        args.prompts, args.method = [None], "none"
+    fields = {field.name for field in dataclasses.fields(SamplingConfig)}
+    return args, SamplingConfig(**{k: v for k, v in vars(args).items() if k in fields})
+
+
+def output_paths(args):
+    """Choose the PNG of each prompt, all different, and make their folders."""
+    paths = []
+    for prompt in args.normalized:
+        name = "unguided" if prompt is None else "-".join(prompt.split())[:80]
+        path = Path(args.out or "out")
+        if not args.out or len(args.normalized) > 1:
+            path /= ("".join(c for c in name if c.isalnum() or c == "-") or "prompt") + ".png"
+        if path.suffix.lower() != ".png":
+            raise cli.UserError(f"--out {path}: images are written as PNG; end it in .png")
+        stem, number = path.stem, 2
+        while path in paths:   # "red bus" and "a red bus"
+            path, number = path.with_stem(f"{stem}-{number}"), number + 1
+        path.parent.mkdir(parents=True, exist_ok=True)
+        paths.append(path)
+    return paths
 
 
 @torch.no_grad()
 def main(arguments=None):
-    args = parse(arguments)
-    device, out = data.pick_device(args.device), paths(args)
-    with data.autocast(device):
-        models = checkpoints.load_pair(args.clip, args.ddpm, device)
-        print(models.where)
-        T = models.unet.config.T
-        if args.steps > T:
-            raise data.UserError(f"--steps {args.steps}: this DDPM has {T} times")
-        grader, content = checkpoints.load_judge(models.data, args.judge, device)
+    args, config = parse(arguments)
+    device, paths = cli.pick_device(args.device), output_paths(args)
+    models = load_models(args.clip, args.ddpm, device)
+    print(models.description)
+    judge_model, content = load_judge(models.data, args.judge, device)
+    with cli.autocast(device):
+        resolved = [resolve_prompt(prompt, models) if prompt else (models, None)
+                    for prompt in args.normalized]
+        for prompt, (extended, target), path in zip(args.prompts, resolved, paths):
+            frames, start = [], time.perf_counter()
+            shown = min(8, config.n, config.batch)   # in the GIF
 
-        wishes = [understand(prompt, args, models) for prompt in args.prompts]
-        for prompt, (models, target), path in zip(args.prompts, wishes, out):
-            start = time.perf_counter()
-            x_0, frames = draw(args, models, target)
-            pictures = data.to_uint8(x_0)   # (n, H, W, 3); waits for the device: the time is true
+            def keep_frame(t, x_t, x_0_hat):
+                frames.append(data.to_uint8(torch.cat([x_t[:shown], x_0_hat[:shown]])))
+
+            x_0 = sample_images(extended, target, config, keep_frame if args.gif else None)
+            images = data.to_uint8(x_0)   # waits for the device, so the time is right
             seconds = time.perf_counter() - start
-            save(args, models.where, prompt, path, pictures, frames)
-            if prompt is not None:
-                report_belief(models, target, x_0)
-            if prompt is not None and grader:
-                report_verdict(grader, content, x_0, models.captions[target])
-            print(f"{args.n} pictures in {seconds:.1f} s "
-                  f"({args.steps} x {args.recurrence} steps, {args.method}, scale "
-                  f"{args.scale:g}) -> {path}")
+            zoom = max(1, 96 // images.shape[1])   # small images get up to 96 pixels on the screen
+            metadata = {**dataclasses.asdict(config), "models": models.description}
+            if prompt:
+                metadata["prompt"] = prompt
+            data.save_grid(path, images, max(1, min(8, round(config.n ** 0.5))), zoom, **metadata)
+            if frames:   # one row of x_t, one of x_0_hat
+                data.save_gif(path.with_suffix(".gif"), frames, columns=shown, zoom=zoom)
+            if target is not None:
+                report(extended, target, x_0, judge_model, content)
+            print(f"{config.n} images in {seconds:.1f} s ({config.steps} x {config.recurrence} "
+                  f"steps, {config.method}, scale {config.scale:g}) -> {path}")
 
 
 if __name__ == "__main__":
-    data.command(main)
+    cli.run_command(main)

@@ -1,22 +1,23 @@
 """python train.py clip | ddpm | judge: train one model.
 
-    python train.py clip                    the tiny preset: 32 px, two CPU cores, minutes
+    python train.py clip                    a CLIP for 32 x 32 pixels, in minutes on two CPU cores
     python train.py ddpm --minutes 10       stop cleanly after ten minutes (so does Ctrl-C)
-    python train.py ddpm                    the same run again: it goes on where it stopped
-    torchrun --nproc_per_node 2 train.py ddpm       by two processes, on two GPUs or two cores
+    python train.py ddpm                    the same run again: it resumes where it stopped
+    python train.py ddpm --clip FILE        conditional, for classifier-free guidance
+    torchrun --nproc_per_node 2 train.py ddpm       data-parallel, on two GPUs
     python train.py ddpm -h                 every field of a config is a flag, such as --channels 48
 
-A run's folder (runs/clip, ...) gets checkpoint.pt, to go on from; weights.pt, what sample.py reads;
-loss.png and previews. Step n draws its pictures, times and noise from (seed, n): it is a function
-of them and of the step before, so on one machine a run that was interrupted, or killed, ends with
-the same weights as one that ran through.
+A run's folder (runs/clip, ...) gets checkpoint.pt, to resume from; weights.pt, what sample.py uses;
+loss.png and previews. Step n draws its images, timesteps and noise from (seed, n, rank): it is a
+function of these and of the step before. So a run that was interrupted, or killed, ends with the
+same weights, bit for bit, as one that ran through (on one machine, with as many ranks and
+micro-batches).
 """
 import argparse
-import contextlib
 import copy
 import dataclasses
+import functools
 import math
-import signal
 import time
 import zlib
 from dataclasses import dataclass
@@ -27,141 +28,264 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import cars
 import data
-import jobs
+import guide
 import judge
-import muon
-import parallel
-import plot
 import tinyclip
 import tinyddpm
-from unet import UNetConfig
+from infra import checkpoint, cli, distributed, muon, plot
 
 
 @dataclass
 class TrainConfig:
     steps: int = 1000            # the length of the whole run; the learning rate reaches zero there
-    batch: int = 128             # pictures per step, of all processes together
-    accumulate: int = 1          # pieces that a batch is dealt with in: less memory, more time
+    batch: int = 128             # images per step, over all ranks
+    accumulate: int = 1          # micro-batches per step (gradient accumulation): less memory
     lr: float = 1e-3             # the highest learning rate, of both optimizers
-    warmup: float = 0.03         # of the run, in which the learning rate climbs from zero
-    weight_decay: float = 0.05   # of Muon's matrices; what AdamW trains does not decay
-    pictures: int = 50_000       # how many of the car world are rendered; a folder gives all it has
-    labels: str = "balanced"     # how often which car occurs: "balanced", or as in "shapenet"
-    hold_out: str = ""           # pairs of colours never shown, such as "white+red,blue+yellow"
-    shuffle: bool = False        # deal the captions out at random, to see what that mistake does
+    warmup: float = 0.03         # fraction of the run in which the learning rate rises from zero
+    weight_decay: float = 0.05   # of Muon's matrices; AdamW's parameters do not decay
+    images: int = 50_000         # built-in cars to render; of a folder all images are used
 
 
-@dataclass
-class CLIPTrainConfig(TrainConfig):
-    clean: float = 0.125         # the share of a batch that carries no noise
-    most_captions: int = 1024    # that one step compares a picture with
+DEFAULTS = {   # kind -> the model's config and its training's
+    "clip": (tinyclip.CLIPConfig(), TrainConfig(steps=1500, lr=2e-3)),
+    "ddpm": (tinyddpm.UNetConfig(), TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
+    "judge": (judge.JudgeConfig(), TrainConfig(steps=800))}
 
 
-# What a preset means for each kind of model: the model's config, and that of its training.
-PRESETS = {
-    "tiny": {   # 32 x 32 pixels, two CPU cores
-        "clip": (tinyclip.CLIPConfig(), CLIPTrainConfig(steps=1500, lr=2e-3)),
-        "ddpm": (UNetConfig(), TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
-        "judge": (judge.JudgeConfig(), TrainConfig(steps=800)),
-    },
-    "small": {   # 64 x 64 pixels, a GPU
-        "clip": (tinyclip.CLIPConfig(image_size=64, patch=8, width=192, heads=6),
-                 CLIPTrainConfig(steps=3000, lr=2e-3)),
-        "ddpm": (UNetConfig(image_size=64, channels=64, multipliers=(1, 2, 2, 4),
-                            attention=(2, 3)),
-                 TrainConfig(steps=20_000, batch=64, lr=2e-3, weight_decay=0.01)),
-        "judge": (judge.JudgeConfig(size=64), TrainConfig(steps=800)),
-    },
-    "base": {   # 128 x 128 pixels, the size of ShapeNet's pictures, a GPU
-        "clip": (tinyclip.CLIPConfig(image_size=128, patch=16, width=256, heads=8, layers=4),
-                 CLIPTrainConfig(steps=5000, lr=1e-3)),
-        "ddpm": (UNetConfig(image_size=128, channels=64, multipliers=(1, 1, 2, 2, 4), blocks=2,
-                            attention=(3, 4)),
-                 TrainConfig(steps=50_000, batch=64, lr=1e-3, weight_decay=0.01)),
-        "judge": (judge.JudgeConfig(size=128), TrainConfig(steps=800)),
-    },
-}
+# ---- what each model is trained for --------------------------------------------------------------
+
+CLOSED_SET = 1024   # most captions that a step encodes; beyond, only those of the batch
 
 
-# ---- a run: begin, go on, save -------------------------------------------------------------------
+def clip_objective(clip, x_0, caption_ids, tokens, alpha_bar, generator, clean_fraction=0.125):
+    """Compute the loss of matching noised images with captions -> scalar
+
+    x_0: (B, 3, H, W), caption_ids: (B,) int in 0..K-1, tokens: (S, K, L), each caption in all its
+    templates; clean_fraction of the images get t = 0, for guidance by x_0_hat and for the
+    text-to-image term of the loss, the others a timestep in 1..T
+    """
+    (B, *_), (S, K, _) = x_0.shape, tokens.shape
+    t = tinyddpm.stratified_timesteps(B, generator)
+    shuffled = torch.randperm(B, generator=generator, device=x_0.device)
+    t[shuffled[:round(clean_fraction * B)]] = 0
+    eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+    x_t = tinyddpm.q_sample(x_0, t, eps, alpha_bar)
+
+    closed = K <= CLOSED_SET   # else the captions of this micro-batch, as in the paper
+    compared = torch.arange(K, device=x_0.device) if closed else caption_ids
+    template = torch.randint(S, compared.shape, generator=generator, device=x_0.device)
+    text_features = clip.encode_text(tokens[template, compared])              # (K or B, E)
+    logits = clip.logits(clip.encode_image(x_t, t), text_features, t)         # (B, K or B)
+    if closed:
+        return tinyclip.closed_set_loss(logits, caption_ids, is_clean=t == 0)
+    return tinyclip.contrastive_loss(logits, caption_ids)
+
+
+def ddpm_objective(unet, x_0, cond, alpha_bar, generator):
+    """Compute the loss of denoising -> scalar
+
+    x_0: (B, 3, H, W), cond: (B, cond_dim), or None for an unconditional model
+    """
+    t = tinyddpm.stratified_timesteps(len(x_0), generator)
+    eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+    if cond is not None:   # drop one in ten, to train unconditionally too (Ho & Salimans 2022)
+        drop = torch.rand(len(cond), 1, generator=generator, device=x_0.device) < 0.1
+        cond = cond.masked_fill(drop, 0.)
+    return tinyddpm.ddpm_loss(unet, x_0, t, eps, alpha_bar, cond).mean()
+
+
+class Task(NamedTuple):
+    """A model and how it is trained; kind is "clip", "ddpm" or "judge"."""
+    kind: str
+    model: torch.nn.Module
+    objective: Callable   # (model, x_0, indices into the data set, generator) -> scalar loss
+    preview: Callable     # (averaged model, folder) -> a line to print; may draw into the folder
+    content: dict         # what weights.pt holds of this kind, besides what it always holds
+    note: str             # printed before the first step: what to compare the loss with
+
+
+def clip_task(config, options, dataset, validation, device):
+    K = len(dataset.captions)
+    if K < 2:
+        raise cli.UserError(f"all images have the caption {dataset.captions[0]!r}; CLIP learns "
+                            "from differences")
+    alpha_bar = tinyddpm.cosine_alpha_bar().to(device)
+    caption_ids = torch.from_numpy(dataset.caption_ids).to(device)
+    tokenizer = tinyclip.Tokenizer.train(sum(dataset.templates, []), vocab_size=4096)
+    tokens = torch.stack([tokenizer.batch(texts, config.context_length)
+                          for texts in dataset.templates]).to(device)         # (S, K, L)
+
+    def objective(model, x_0, indices, generator):
+        return clip_objective(model, x_0, caption_ids[indices], tokens, alpha_bar, generator)
+
+    def preview(model, folder):
+        accuracy = accuracy_by_timestep(model, tokens[0], validation, alpha_bar)
+        curve = list(accuracy), list(accuracy.values())
+        plot.line_plot(folder / "accuracy.png", {"top-1": curve}, "t", f"accuracy, {K} captions")
+        shown = ", ".join(f"{accuracy[t]:.1%} at t = {t}" for t in (0, 300, 500, 700))
+        return f"top-1 on held-out images: {shown}"
+
+    note = f"chance is a loss of ln({options.batch}) = {math.log(options.batch):.2f}"
+    if K <= CLOSED_SET:
+        note = f"chance is a loss of ln({K}) = {math.log(K):.2f}, plus .1 to .3 for text to image"
+    content = {"captions": dataset.captions, "templates": dataset.templates,
+               "merges": tokenizer.merges}
+    return Task("clip", tinyclip.CLIP(config, tokenizer), objective, preview, content, note)
+
+
+@torch.no_grad()
+def accuracy_by_timestep(clip, tokens, validation, alpha_bar):
+    """Measure top-1 accuracy on 500 held-out images, the same in each call -> {t: accuracy}
+
+    tokens: (K, L)
+    """
+    device = alpha_bar.device
+    x_0, indices = data.batch(validation, 0, 0, 500, device)
+    eps = torch.randn(x_0.shape, generator=data.generator(0, 0, device=device), device=device)
+    caption_ids = torch.from_numpy(validation.caption_ids[indices]).to(device)
+    text_features, accuracy = clip.encode_text(tokens), {}
+    for timestep in range(0, tinyddpm.T, 100):
+        t = torch.full((len(x_0),), timestep, device=device)
+        x_t = tinyddpm.q_sample(x_0, t, eps, alpha_bar)
+        logits = clip.logits(clip.encode_image(x_t, t), text_features, t)
+        accuracy[timestep] = (logits.argmax(dim=1) == caption_ids).float().mean().item()
+    return accuracy
+
+
+def ddpm_task(config, options, dataset, validation, device, clip=None):
+    """clip: a trained CLIP, whose text features become the condition; None: unconditional"""
+    alpha_bar = tinyddpm.cosine_alpha_bar().to(device)
+    caption_ids, cond = torch.from_numpy(dataset.caption_ids).to(device), None
+    content = {}
+    if clip is not None:
+        content = {"clip": checkpoint.weights_checksum(clip)}   # sample.py needs the same one
+        config = dataclasses.replace(config, cond_dim=clip.config.embed_dim)
+        cond = guide.text_condition(clip.to(device).encode_captions(dataset.captions))   # (K, E)
+
+    def objective(model, x_0, indices, generator):
+        own = None if cond is None else cond[caption_ids[indices]]
+        return ddpm_objective(model, x_0, own, alpha_bar, generator)
+
+    @torch.no_grad()
+    def preview(model, folder):   # unconditional
+        x_0, _ = data.batch(validation, 0, 0, 500, device)
+        generator = data.generator(0, 0, device=device)
+        loss = ddpm_objective(model, x_0, None, alpha_bar, generator)
+        generators = [data.generator(0, i) for i in range(16)]
+        x_T = tinyddpm.randn_per_image(
+            generators, (3, config.image_size, config.image_size), device)
+        images = tinyddpm.sample(tinyddpm.denoiser(model, alpha_bar), x_T, generators, alpha_bar)
+        data.save_grid(folder / "samples.png", data.to_uint8(images), zoom=2)
+        return f"loss on held-out images {loss:.4f}, {len(images)} samples in samples.png"
+
+    x_0, _ = data.batch(dataset, 0, 0, 500)
+    a = alpha_bar[1:].mean().item()   # E[v^2] = E[alpha_bar] + E[1 - alpha_bar] E[x_0^2]
+    note = f"v_hat = 0 has a loss of {a + (1 - a) * x_0.square().mean().item():.2f}"
+    return Task("ddpm", tinyddpm.UNet(config), objective, preview, content, note)
+
+
+def judge_task(config, options, dataset, validation, device):
+    if not dataset.attributes:
+        raise cli.UserError("a judge needs the built-in cars or class folders; other captions name "
+                            "no attributes that it could learn")
+    labels = torch.from_numpy(dataset.labels).to(device)
+    sizes = {name: len(values) for name, values in dataset.attributes.items()}
+
+    def objective(model, x_0, indices, generator):
+        return judge.judge_loss(model, x_0, labels[indices])
+
+    def preview(model, folder):
+        x = data.to_float(validation.images).to(device)
+        predictions = judge.predict(model, x).cpu()
+        right = predictions == torch.from_numpy(validation.labels)            # (N, A)
+        each = ", ".join(f"{name} {x:.2%}" for name, x in zip(sizes, right.float().mean(dim=0)))
+        return f"on {len(right)} held-out images: all {right.all(1).float().mean():.2%}, {each}"
+
+    content = {"attributes": dataset.attributes, "captions": dataset.captions,
+               "caption_labels": dataset.caption_labels.tolist()}
+    note = f"chance is a loss of {sum(math.log(n) for n in sizes.values()):.2f}"
+    return Task("judge", judge.Judge(config, sizes), objective, preview, content, note)
+
+
+TASKS = {"clip": clip_task, "ddpm": ddpm_task, "judge": judge_task}
+
+
+# ---- a run: start, resume, save ------------------------------------------------------------------
 
 class Run(NamedTuple):
-    """One run on its way. What training changes are the last four, all in place."""
-    job: jobs.Job
+    """The state of one run. Training changes the last four, all in place."""
+    task: Task
+    options: TrainConfig
+    dataset: data.Dataset
     folder: Path
-    settings: dict           # all that must be the same when a run goes on
+    settings: dict           # all that must be the same when a run is resumed
     device: torch.device
-    bf16: bool               # whether to compute in bfloat16; a run that goes on does as before
-    loss: Callable           # the job's, of the model: (own x_0, rows, generator) -> scalar
-    model: torch.nn.Module   # the job's, on the device
+    bf16: bool               # mixed precision; a resumed run keeps it
+    model: torch.nn.Module
     ema: torch.nn.Module     # its moving average: what previews show and weights.pt holds
-    optimizers: tuple        # one for weight matrices, one for everything else
-    history: list            # of (step, mean loss of the steps since the entry before)
+    optimizers: tuple        # Muon for weight matrices, AdamW for everything else
+    history: list            # of (step, mean loss since the entry before)
 
 
-def begin(job, folder, settings, options, device, saved=None):
-    """-> a Run before its first step, or where a saved one was."""
-    model = job.model.to(device, memory_format=torch.channels_last)
+def start_run(task, options, dataset, folder, settings, device, saved=None):
+    """Set up a Run before its first step, or in the state of a saved one."""
+    model = task.model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
+    # Muon sets all singular values of a weight's update to about 1, so rare directions count too:
+    # less than half of AdamW's steps to the same loss (infra/muon.py).
     matrices, others = muon.split(model)
     optimizers = (
         muon.Muon(matrices, options.lr, options.weight_decay),
         torch.optim.AdamW(others, options.lr, betas=(0.9, 0.99), weight_decay=0., fused=True))
-    bf16, = parallel.in_any(data.bf16_is_fast(device))
+    bf16, = distributed.any_rank(cli.bf16_is_fast(device))
     history = []
     if saved:
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        history = saved["history"]
-        if saved["device"] == device.type:
-            bf16 = saved["bf16"]
-    loss = parallel.with_mean_gradients(job.loss, model)
-    return Run(job, folder, settings, device, bf16, loss, model, ema, optimizers, history)
+        history, bf16 = saved["history"], saved["bf16"]
+    return Run(task, options, dataset, folder, settings, device, bf16, model, ema, optimizers,
+               history)
 
 
-def load(folder, kind, settings):
-    """-> what checkpoint.pt in the folder holds, None if there is none. UserError if it is of
-    another run."""
+def load_run(folder, kind, settings):
+    """Load checkpoint.pt, None if there is none; UserError if it is of another run."""
     path = folder / "checkpoint.pt"
     if not path.exists():
         return None
-    saved = data.load_checkpoint(path, f"{kind} run")
-    if "bf16" not in saved:
-        raise data.UserError(f"{path} is of an older version; start over with --fresh")
+    saved = checkpoint.load(path, f"{kind} run")
     for key, now in settings.items():
-        old = saved["settings"].get(key)
-        if old != now:
-            raise data.UserError(f"{folder} holds a run with another {key} ({old}, now {now}): "
-                                 "choose another --out, or start over with --fresh")
+        before = saved["settings"].get(key)
+        if before != now:
+            raise cli.UserError(f"{folder} holds a run with another {key} ({before}, now {now}): "
+                                "choose another --out, or start over with --fresh")
     return saved
 
 
-def save(run, step):
-    """weights.pt, to use; checkpoint.pt, to go on from; loss.png, to look at.
+def save_run(run, step):
+    """Write weights.pt, to use; checkpoint.pt, to resume from; loss.png, to look at.
 
     checkpoint.pt comes after weights.pt: if it says that the run is finished, so are the weights.
     """
-    data.save_checkpoint(run.folder / "weights.pt", {
-        "kind": run.job.kind, "config": dataclasses.asdict(run.model.config),
-        "data": run.settings["data"], "schedule": "cosine", "steps": step,
-        "weights": data.fp16(run.ema), **run.job.content})
-    data.save_checkpoint(run.folder / "checkpoint.pt", {
-        "kind": f"{run.job.kind} run", "settings": run.settings, "step": step,
-        "device": run.device.type, "bf16": run.bf16,
-        "history": run.history, "model": run.model.state_dict(), "ema": run.ema.state_dict(),
+    checkpoint.save(run.folder / "weights.pt", {
+        "kind": run.task.kind, "config": dataclasses.asdict(run.model.config),
+        "data": run.settings["data"], "steps": step,
+        "weights": checkpoint.fp16_weights(run.ema), **run.task.content})
+    checkpoint.save(run.folder / "checkpoint.pt", {
+        "kind": f"{run.task.kind} run", "settings": run.settings, "step": step,
+        "bf16": run.bf16, "history": run.history,
+        "model": run.model.state_dict(), "ema": run.ema.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]})
-    curve = tuple(zip(*run.history))   # all steps, all losses
-    plot.lines(run.folder / "loss.png", {"loss": curve}, "step", "training loss")
+    steps, losses = zip(*run.history)
+    plot.line_plot(run.folder / "loss.png", {"loss": (steps, losses)}, "step", "training loss")
 
 
 # ---- the loop ------------------------------------------------------------------------------------
 
 def learning_rate(step, options):
-    """Linear warm-up, then half a cosine down to zero. step counts from 1."""
+    """Linear warm-up, then half a cosine down to zero; step = 1, 2, ..."""
     warmup = max(1, round(options.warmup * options.steps))
     if step <= warmup:
         return options.lr * step / warmup
@@ -169,242 +293,192 @@ def learning_rate(step, options):
     return options.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train_step(run, step, dataset, options):
-    """One update of the model and of its average -> the loss and the gradient's norm, (2,)."""
+def train_step(run, step):
+    """Update the model and its moving average once -> (2,) loss and gradient norm"""
+    options, seed, device, rank = run.options, run.settings["seed"], run.device, distributed.rank()
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
-    seed, device = run.settings["seed"], run.device
-    x_0, rows = data.batch(dataset, seed, step, options.batch, device, parallel.own)
-    # Dropout draws from torch's own generator, in every process something else; 1 +, because to
-    # data.generator a 0 at the end would be nothing.
-    torch.manual_seed(data.generator(seed, step, 1 + parallel.rank()).initial_seed())
-    with data.autocast(device, run.bf16):
-        loss = run.loss(x_0, rows, data.generator(seed, step, device=device))
-    loss.backward()
+
+    size = options.batch // distributed.world_size()
+    x_0, indices = data.batch(run.dataset, seed, step, size, device, rank)
+    generator = data.generator(seed, step, rank, device=device)
+    torch.manual_seed(data.generator(seed, step, rank, 1).initial_seed())   # for dropout
+    total = 0.
+    for x, i in zip(x_0.chunk(options.accumulate), np.array_split(indices, options.accumulate)):
+        with cli.autocast(device, run.bf16):
+            loss = run.task.objective(run.model, x, i, generator) / options.accumulate
+        loss.backward()
+        total += loss.detach()
+
+    distributed.average_gradients(run.model)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad()
     tinyddpm.ema_update(run.ema, run.model, step)
-    return torch.stack([loss.detach(), norm])
-
-
-@contextlib.contextmanager
-def watch_for_signals():
-    """A context with a list that gets the number of every Ctrl-C and of every request to terminate,
-    so that the step at hand can end and be saved.
-
-    Python's own way would break off anywhere, even between the model and its average. A second
-    Ctrl-C does just that.
-    """
-    received = []
-
-    def on_signal(number, frame):
-        if number in received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, on_signal)
-              for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return torch.stack([total, norm])
 
 
 def record(run, step, measured):
-    """Add the mean of the losses since the last entry to the history -> that mean.
-
-    measured: what train_step returned, of the steps up to this one. UserError if any of it is not
-    finite, so that nothing of it gets into a checkpoint.
-    """
-    measured = parallel.mean(torch.stack(measured)).cpu()   # (steps, 2): loss, gradient norm
-    finite = measured.isfinite().all(dim=1)
-    if not finite.all():
-        first = step - len(measured) + 1 + int((~finite).nonzero()[0])
-        raise data.UserError(
-            f"the loss or its gradient is not finite at step {first:,}; {run.folder} keeps what it "
-            "held before; try --fresh with half the --lr, or look for what is odd in the data")
+    """Append the mean loss of the last steps to the history; UserError if any is not finite."""
+    measured = distributed.mean_over_ranks(torch.stack(measured)).cpu()   # (steps, 2)
+    finite = measured.isfinite().all(dim=1).tolist()
+    if not all(finite):   # so nothing of it gets into a checkpoint
+        bad_step = step - len(finite) + 1 + finite.index(False)
+        raise cli.UserError(
+            f"the loss or its gradient is not finite at step {bad_step:,}; {run.folder} keeps what "
+            "it held before; try --fresh with half the --lr, or look for odd values in the data")
     run.history.append((step, measured[:, 0].mean().item()))
-    return run.history[-1][1]
 
 
-def train(run, done, dataset, options, args):
-    """From step done + 1 to the last one, or to where --minutes or a signal stops it."""
-    last, preview_every = options.steps, max(50, options.steps // 10)   # a preview takes a while
-    deadline = time.monotonic() + 60 * (args.minutes or math.inf)
-    measured, saved_at = [], time.monotonic()
-    first_process = parallel.rank() == 0
-    bar = tqdm(total=last * options.batch, initial=done * options.batch, desc=run.job.kind,
-               unit="picture", unit_scale=True, disable=not first_process)
-    with watch_for_signals() as received, bar:
-        for step in range(done + 1, last + 1):
-            measured.append(train_step(run, step, dataset, options))
-            bar.update(options.batch)
-            now = time.monotonic()
-            stop, due = parallel.in_any(step == last or bool(received) or now > deadline,
-                                        now > saved_at + args.save_every)
-
-            if step % 50 == 0 or stop or due:   # not at every step: it waits for the device
-                loss, measured = record(run, step, measured), []
-                bar.set_postfix_str(f"loss {loss:.3f}")
-            if stop or due:
-                saved_at = now
-                if first_process:
-                    save(run, step)
-            if first_process and (step % preview_every == 0 or step == last):
-                with torch.no_grad(), data.autocast(run.device, run.bf16):
-                    bar.write(f"step {step:,}: {run.job.preview(run.ema, run.folder)}")
-            if stop:
-                break
-
-    if step == last:
-        print(f"finished: {run.folder}/weights.pt")
-        return
-    again = "the same command without --fresh" if args.fresh else "the same command"
-    print(f"stopped at step {step:,} of {last:,}; {again} goes on")
-    if received:   # all is saved; the caller shall know why it ended
-        raise SystemExit(128 + received[0])
-
-
-# ---- the command line ----------------------------------------------------------------------------
-
-def parse(arguments):
-    """-> args, the model's config and the training's: those of the preset, changed by flags."""
-    parser = data.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind in jobs.JOBS:
-        add_flags(kinds.add_parser(kind, help=f"python train.py {kind} -h lists its flags"), kind)
-    args = parser.parse_args(arguments)
-    args.out = args.out or f"runs/{args.kind}"
-    try:
-        config, options = (changed(config, args) for config in PRESETS[args.preset][args.kind])
-    except ValueError as error:   # a config refuses what cannot be built
-        raise data.UserError(str(error)) from None
-    check(args, options)
-    return args, config, options
-
-
-def add_flags(parser, kind):
-    parser.add_argument("--data", default="cars",
-                        help="cars, the built-in world, or a folder with pictures and captions")
-    parser.add_argument("--preset", default="tiny", choices=list(PRESETS))
-    parser.add_argument("--minutes", type=float, help="stop after so many, to go on later")
-    parser.add_argument("--save-every", type=float, default=120., metavar="SECONDS",
-                        help="between checkpoints; default 120")
-    parser.add_argument("--out", help=f"the run's folder; default runs/{kind}")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto is the first of cuda, mps, cpu")
-    parser.add_argument("--fresh", action="store_true", help="start over, even if there is a run")
-    # A default lives once, in its dataclass or its preset: a flag that is not given sets nothing.
-    for config in PRESETS["tiny"][kind]:
-        for name, value in dataclasses.asdict(config).items():
-            several = isinstance(value, tuple)
-            how = {"action": "store_true"} if value is False else {
-                "nargs": "+" if several else None, "type": type(value[0] if several else value)}
-            parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
-                                help=f"tiny: {value}", **how)
-
-
-def changed(config, args):
-    """-> the config with the values of those of its fields that were given as flags."""
-    given = {name: type(value)(getattr(args, name))   # type: argparse makes lists of our tuples
-             for name, value in dataclasses.asdict(config).items() if name in args}
-    return dataclasses.replace(config, **given)
-
-
-def check(args, options):
-    """Refuse numbers with which nothing could be trained."""
-    for name in ("steps", "batch", "accumulate", "pictures"):
-        if getattr(options, name) < 1:
-            raise data.UserError(f"--{name} must be at least 1, not {getattr(options, name)}")
-    for name, value in (("lr", options.lr), ("minutes", args.minutes)):
-        if value is not None and not value > 0:   # so that NaN is refused too
-            raise data.UserError(f"--{name} must be more than 0, not {value}")
-    parts = parallel.processes() * options.accumulate
-    if options.batch % parts:
-        raise data.UserError(f"--batch {options.batch} cannot be divided evenly among "
-                             f"{parallel.processes()} processes x {options.accumulate} pieces")
-    data.check_range("--save-every", args.save_every, 0, math.inf)
-    for name in ("warmup", "clean", "weight-decay"):
-        data.check_range(f"--{name}", getattr(options, name.replace("-", "_"), 0), 0, 1)
-    if options.labels not in cars.FREQUENCIES:
-        raise data.UserError(f"--labels must be one of {', '.join(cars.FREQUENCIES)}, not "
-                             f"{options.labels}")
-    data.check_range("--seed", args.seed, 0, 2 ** 63 - 1)
-
-
-def pick_device(name):
-    """data.pick_device; of several GPUs, each process has its own."""
-    several, gpus = parallel.processes() > 1, torch.cuda.device_count()
-    if several and gpus and name in ("auto", "cuda"):
-        if parallel.local_rank() >= gpus:
-            raise data.UserError(f"there are {gpus} GPUs; start no more processes a machine, or "
-                                 "use --device cpu")
-        torch.cuda.set_device(parallel.local_rank())   # from here on it is what "cuda" means
-    device = data.pick_device(name)
-    if several and (device.type == "mps" or device.index is not None):
-        raise data.UserError("several processes cannot share one GPU; use --device cpu")
-    return device
-
-
-def load_data(args, config, options):
-    """-> the data sets to learn from and to look at on the way."""
-    if args.kind == "judge":   # which never meets what CLIP and the diffusion model learn from
-        second = config.net == "plain" and args.data == "cars"   # no folder has enough for two
-        size, held_out = config.size, min(5000, options.pictures)
-        splits = ("judge-2" if second else "judge"), "judge-test"
-    else:
-        size, held_out = config.image_size, min(2000, options.pictures)
-        splits = "train", "validation"
-    dataset, validation = (data.load(args.data, size, count, split, options.labels)
-                           for split, count in zip(splits, (options.pictures, held_out)))
-    if options.hold_out:
-        dataset, validation = (data.without(part, options.hold_out)
-                               for part in (dataset, validation))
-    if options.shuffle:
-        dealt = np.random.default_rng(args.seed).permutation(dataset.caption_of)
-        dataset = dataset._replace(caption_of=dealt)
-    return dataset, validation
-
-
-def main(arguments=None):
-    parallel.start()
-    args, config, options = parse(arguments)
-    device, folder = pick_device(args.device), Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)   # or refuse now, not after the first save
-    with parallel.one_at_first():
-        dataset, validation = load_data(args, config, options)
-    print(dataset.report, validation.report, sep="\n")
-    torch.manual_seed(args.seed)   # for the initial weights
-    job = jobs.JOBS[args.kind](config, options, dataset, validation, device)
-    checksum = zlib.crc32(repr(dataset.spellings).encode() + dataset.caption_of.tobytes())
+def train(task, options, dataset, folder, seed=0, device=torch.device("cpu"), minutes=None,
+          save_every=120., fresh=False):
+    """Train a task, or resume it, until its last step or until minutes or a signal stop it."""
+    checksum = zlib.crc32(repr(dataset.templates).encode() + dataset.caption_ids.tobytes())
     settings = {"data": dataset.name, "data set": dataset.report, "captions' checksum": checksum,
-                "seed": args.seed, **dataclasses.asdict(config), **dataclasses.asdict(options)}
-    del settings["accumulate"]   # it is a matter of memory
-    saved = None if args.fresh else parallel.from_first(
-        lambda: load(folder, args.kind, settings))
-    run = begin(job, folder, settings, options, device, saved)
-
+                "CLIP": task.content.get("clip"), "seed": seed,
+                **dataclasses.asdict(task.model.config), **dataclasses.asdict(options)}
+    del settings["accumulate"]   # a resumed run may use another one
+    saved = None if fresh else distributed.broadcast(
+        lambda: load_run(folder, task.kind, settings))
+    run = start_run(task, options, dataset, folder, settings, device, saved)
     done = saved["step"] if saved else 0
     if done == options.steps:
         print(f"{folder} is finished ({done:,} steps); --fresh starts over")
         return
     if done:
-        print(f"going on in {folder} at step {done + 1:,} of {options.steps:,}")
-    if parallel.rank() == 0:
-        # What a run leaves that is killed while it saves.
-        for file in [*folder.glob("weights.*.tmp"), *folder.glob("checkpoint.*.tmp")]:
+        print(f"resuming {folder} at step {done + 1:,} of {options.steps:,}")
+    if distributed.rank() == 0:   # files of a run that was killed while it saved, or is replaced
+        for file in folder.glob("checkpoint.*" if fresh else "*.tmp"):
             file.unlink()
-        if args.fresh:   # lest the next command goes on with what this one replaces
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
-    print(f"{millions:.2f} million parameters on {device}; {job.note}")
-    train(run, done, dataset, options, args)
+    print(f"{millions:.2f} million parameters on {device}; {task.note}")
+
+    stopped, signals = loop(run, done, time.monotonic() + 60 * (minutes or math.inf), save_every)
+    if stopped == options.steps:
+        print(f"finished: {folder}/weights.pt")
+        return
+    print(f"stopped at step {stopped:,} of {options.steps:,}; the same command resumes"
+          + fresh * " (without --fresh)")
+    if signals:   # all is saved; the caller should know why it ended
+        raise SystemExit(128 + signals[0])
+
+
+def loop(run, done, deadline, save_every):
+    """Take steps from done + 1 on -> the last step taken, the signals received"""
+    options, rank_0 = run.options, distributed.rank() == 0
+    preview_every = max(50, options.steps // 10)
+    measured, saved_at = [], time.monotonic()
+    bar = tqdm(total=options.steps * options.batch, initial=done * options.batch,
+               desc=run.task.kind, unit="image", unit_scale=True, disable=not rank_0)
+    with cli.catch_signals() as signals, bar:
+        for step in range(done + 1, options.steps + 1):
+            measured.append(train_step(run, step))
+            bar.update(options.batch)
+            now = time.monotonic()
+            last = step == options.steps
+            stop, save_due = distributed.any_rank(last or bool(signals) or now > deadline,
+                                                  now > saved_at + save_every)
+            if step % 50 == 0 or stop or save_due:   # not every step: it waits for the device
+                record(run, step, measured)
+                measured = []
+                bar.set_postfix_str(f"loss {run.history[-1][1]:.3f}")
+            if stop or save_due:
+                saved_at = now
+                if rank_0:
+                    save_run(run, step)
+            if rank_0 and (step % preview_every == 0 or last):
+                with cli.autocast(run.device, run.bf16):
+                    bar.write(f"step {step:,}: {run.task.preview(run.ema, run.folder)}")
+            if stop:
+                return step, signals
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+def parse(arguments):
+    """-> args, the model's config and the training's: DEFAULTS, changed by flags"""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for kind in TASKS:
+        add_flags(kinds.add_parser(kind, help=f"python train.py {kind} -h lists its flags"), kind)
+    args = parser.parse_args(arguments)
+    args.out = args.out or f"runs/{args.kind}"
+    try:
+        config, options = (replace_fields(config, args) for config in DEFAULTS[args.kind])
+    except ValueError as error:   # a config refuses what cannot be built
+        raise cli.UserError(str(error)) from None
+    for name in ("steps", "batch", "accumulate", "images"):
+        cli.check_range(f"--{name}", getattr(options, name), 1, math.inf)
+    cli.check_range("--seed", args.seed, 0, 2 ** 63 - 1)
+    for name, value in (("lr", options.lr), ("minutes", args.minutes)):
+        if value is not None and not value > 0:   # NaN is refused too
+            raise cli.UserError(f"--{name} must be more than 0, not {value}")
+    if options.batch % (distributed.world_size() * options.accumulate):
+        raise cli.UserError(f"--batch {options.batch} is no multiple of {distributed.world_size()} "
+                            f"ranks x {options.accumulate} micro-batches")
+    return args, config, options
+
+
+def add_flags(parser, kind):
+    add = parser.add_argument
+    add("--data", default="cars", help="cars, the built-in data set, or a folder of your own")
+    add("--minutes", type=float, help="stop after this many, to resume later")
+    add("--save-every", type=float, default=120., metavar="SECONDS", help="default 120")
+    add("--out", help=f"the run's folder; default runs/{kind}")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
+    add("--fresh", action="store_true", help="start over, even if there is a run")
+    if kind == "ddpm":
+        add("--clip", help="a CLIP's weights.pt: condition on its text features, for "
+            "sample.py --method classifier-free")
+    # A default lives once, in DEFAULTS: a flag that is not given sets nothing.
+    for config in DEFAULTS[kind]:
+        for name, value in dataclasses.asdict(config).items():
+            several = isinstance(value, tuple)
+            if name not in ("cond_dim", "in_channels"):   # they follow from other choices
+                add("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
+                    nargs="+" if several else None, type=type(value[0] if several else value),
+                    help=f"default: {value}")
+
+
+def replace_fields(config, args):
+    """Replace the fields of a config that were given as flags."""
+    given = {name: type(value)(getattr(args, name))   # argparse makes lists of our tuples
+             for name, value in dataclasses.asdict(config).items() if name in args}
+    return dataclasses.replace(config, **given)
+
+
+def load_data(args, config, options):
+    """Load the data sets for training and for previews."""
+    splits, held_out = ("train", "validation"), 2000
+    if args.kind == "judge":   # trained on other images than CLIP and the diffusion model
+        splits, held_out = ("judge", "judge-test"), 5000
+    with distributed.local_rank_0_first():
+        return [data.load(args.data, config.image_size, min(count, options.images), split)
+                for count, split in zip((options.images, held_out), splits)]
+
+
+def main(arguments=None):
+    distributed.init()
+    args, config, options = parse(arguments)
+    device, folder = distributed.pick_device(args.device), Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)   # or fail now, not after the first save
+    dataset, validation = load_data(args, config, options)
+    print(dataset.report, validation.report, sep="\n")
+    make_task = TASKS[args.kind]
+    if args.kind == "ddpm" and args.clip:
+        clip, content = checkpoint.load_model(args.clip, "clip", tinyclip.CLIP)
+        if (content["data"], clip.config.image_size) != (dataset.name, config.image_size):
+            raise cli.UserError(f"--clip {args.clip} was trained on {content['data']} at "
+                                f"{clip.config.image_size} pixels; train both alike")
+        make_task = functools.partial(ddpm_task, clip=clip)
+    torch.manual_seed(args.seed)   # for the initial weights
+    task = make_task(config, options, dataset, validation, device)
+    train(task, options, dataset, folder, args.seed, device, args.minutes, args.save_every,
+          args.fresh)
 
 
 if __name__ == "__main__":
-    data.command(main)
+    cli.run_command(main)

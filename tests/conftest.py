@@ -1,4 +1,4 @@
-"""Small pictures, small models, and a folder of their own for every test that writes."""
+"""Small models, random in every parameter, that the test files share."""
 import sys
 from pathlib import Path
 
@@ -9,14 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import bpe, cars, tinyclip, tinyddpm   # noqa: E402,E401
-from unet import UNet, UNetConfig   # noqa: E402
+import cars   # noqa: E402
+import tinyclip   # noqa: E402
+import tinyddpm   # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 class NoFloat64(TorchDispatchMode):
-    """A context in which no operation may have a result in float64, which MPS does not know."""
+    """A context in which no operation may have a result in float64, which MPS does not support."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -37,24 +38,23 @@ def alpha_bar():
 
 @pytest.fixture
 def clip():
-    """An untrained CLIP that takes H != W where its stem does not care; 16 px, every parameter
-    random."""
+    """An untrained CLIP for 16 x 16 pixels, or as many patches in another shape, as in 8 x 32."""
     torch.manual_seed(0)
-    tokenizer = bpe.Tokenizer.train(cars.CAPTIONS, 4096)
+    tokenizer = tinyclip.Tokenizer.train(cars.CAPTIONS, 4096)
     config = tinyclip.CLIPConfig(width=32, layers=1, heads=2, text_width=32, text_layers=1,
                                  text_heads=2, embed_dim=16, image_size=16)
     clip = tinyclip.CLIP(config, tokenizer).eval()
-    torch.nn.init.normal_(clip.log_scale_of_time.weight, std=0.1)
+    torch.nn.init.normal_(clip.log_scale_time.weight, std=0.1)
     return clip
 
 
 @pytest.fixture
 def unet():
-    """An untrained U-Net whose zero-initialised layers are random too, so that every path shows in
-    the output."""
+    """An untrained U-Net with a condition of width 16; its zero-initialised layers are random too,
+    so that every path shows in the output."""
     torch.manual_seed(0)
-    unet = UNet(UNetConfig(
-        channels=16, multipliers=(1, 2), blocks=1, attention=(1,), image_size=16)).eval()
+    unet = tinyddpm.UNet(tinyddpm.UNetConfig(
+        channels=16, multipliers=(1, 2), attention=(1,), cond_dim=16, image_size=16)).eval()
     for p in unet.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.05)
@@ -64,4 +64,4 @@ def unet():
 @pytest.fixture
 def text_features(clip):
     with torch.no_grad():
-        return clip.encode_text(clip.tokenizer.batch(cars.CAPTIONS, 16))
+        return clip.encode_captions(cars.CAPTIONS)

@@ -1,164 +1,184 @@
+"""Data sets, batches, and images on disk."""
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import cars
-import checkpoints
 import data
-import judge
-import packing
+import toys
+from infra import cache, cli
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_uint8_and_float_are_inverse():
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
-    x = data.to_float(pictures)
-    assert x.shape == (2, 3, 5, 7) and x.min() >= -1 and x.max() <= 1
-    assert (data.to_uint8(x) == pictures).all()
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder, with the cache in it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+def test_to_uint8_is_the_inverse_of_to_float():
+    """Every byte comes back; floats beyond [-1, 1] are clipped; channels stay last in memory."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
+    x = data.to_float(images)
+    assert x.shape == (2, 3, 5, 7) and x.dtype == torch.float32
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(x, data.to_float(torch.from_numpy(images)))
+    assert (data.to_uint8(x) == images).all()
+    assert data.to_float(np.array([[[[0, 255, 51]]]], np.uint8)).flatten().tolist() == (
+        pytest.approx([-1, 1, -0.6]))
     assert (data.to_uint8(torch.full((1, 3, 2, 2), 7.)) == 255).all()
-
-
-def test_a_data_set_is_rendered_once_and_says_the_truth(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CACHE", tmp_path)
-    dataset = data.load("cars", 16, 230, "validation")
-    pictures, labels = cars.render(
-        0, range(data.SPLITS["validation"], data.SPLITS["validation"] + 230), 16)
-    assert (isinstance(dataset.pictures, np.memmap) and (dataset.pictures == pictures).all()
-            and (dataset.labels == labels).all())
-    assert dataset.captions[dataset.caption_of[3]] == cars.caption(*labels[3])
-    monkeypatch.setattr(packing, "pack", None)
-    again = data.load("cars", 16, 230, "validation")
-    assert (again.pictures == pictures).all()
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_a_batch_is_a_function_of_seed_and_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CACHE", tmp_path)
-    dataset = data.load("cars", 8, 100)
-    x, rows = data.batch(dataset, 0, 7, 12)
-    again, rows_again = data.batch(dataset, 0, 7, 12)
-    assert torch.equal(x, again) and (rows == rows_again).all()
-    assert ((data.batch(dataset, 0, 8, 12)[1] != rows).any()
-            and (data.batch(dataset, 1, 7, 12)[1] != rows).any())
-    assert (data.to_uint8(x) == dataset.pictures[rows]).all()
+    assert (data.to_uint8(torch.full((1, 3, 2, 2), -7., dtype=torch.bfloat16)) == 0).all()
 
 
 def test_generators_are_unrelated():
+    """Neighbouring seeds and indices have streams without correlation, equal ones the same."""
     draw = lambda *entropy: torch.randn(1000, generator=data.generator(*entropy))
-    assert torch.equal(draw(0, 1), draw(0, 1))
+    assert torch.equal(draw(0, 1), draw(0, 1)) and torch.equal(draw(3), draw(3, 0))
     for other in ((1, 0), (0, 2), (1, 1), (2, 0)):
         assert abs(torch.corrcoef(torch.stack([draw(0, 1), draw(*other)]))[0, 1]) < 0.15
 
 
-def test_grid_png_and_gif(tmp_path):
-    pictures = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
-    data.save_grid(tmp_path / "a" / "grid.png", pictures, columns=3,
-                   prompt="white and red car", seed=3)
-    image = Image.open(tmp_path / "a" / "grid.png")
-    assert image.text["prompt"] == "white and red car" and image.text["seed"] == "3"
-    assert image.size == (3 * 8 + 2, 2 * 6 + 2)
-    assert (np.asarray(image)[8:12, 2:8] == pictures[3]).all()
-    data.save_gif(tmp_path / "a.gif", [pictures, pictures[::-1]], columns=3)
-    assert Image.open(tmp_path / "a.gif").n_frames == 2
+# ---- the built-in cars ---------------------------------------------------------------------------
+
+def test_cars_have_the_captions_of_their_images(here, monkeypatch):
+    """They are what cars.render makes of the split's indices, and are rendered once."""
+    dataset = data.load("cars", 16, 230, "validation")
+    first = data.SPLITS["validation"]
+    images, labels = cars.render(0, range(first, first + 230), 16)
+    assert isinstance(dataset.images, np.memmap) and (dataset.images == images).all()
+    assert (dataset.labels == labels).all()
+    assert dataset.captions[dataset.caption_ids[3]] == cars.caption(*labels[3])
+    assert [f"a {text}" for text in dataset.templates[1]] == dataset.templates[0] == cars.CAPTIONS
+    monkeypatch.setattr(cache, "pack", None)
+    assert (data.load("cars", 16, 230, "validation").images == images).all()
+    assert sorted(path.suffix for path in Path("cache").iterdir()) == [".npy", ".raw"]
 
 
-def test_checkpoints_are_plain_and_checked(tmp_path):
-    path = tmp_path / "x.pt"
-    data.save_checkpoint(path, {"kind": "clip", "w": torch.arange(3.), "note": ["a", 1, 2.5, None]})
-    assert torch.equal(data.load_checkpoint(path, "clip")["w"], torch.arange(3.))
-    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
-    for damage, message in ((None, "clip"), (path.read_bytes()[:200], "readable"),
-                            (b"", "readable"), (np.random.default_rng(0).bytes(999), "readable")):
-        if damage is not None:
-            path.write_bytes(damage)
-        with pytest.raises(data.UserError, match=message):
-            data.load_checkpoint(path, "ddpm" if damage is None else "clip")
-    with pytest.raises(data.UserError, match="train.py ddpm"):
-        data.load_checkpoint(tmp_path / "none.pt", "ddpm")
+def test_a_change_of_the_renderer_makes_other_files(here, monkeypatch):
+    """Images of an older cars.py are not used again."""
+    data.load("cars", 8, 3)
+    render = cars.render
+    monkeypatch.setattr(cars, "render", lambda *args: (255 - render(*args)[0], render(*args)[1]))
+    dataset = data.load("cars", 8, 3)
+    assert (dataset.images == 255 - render(0, range(3), 8)[0]).all()
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path):
-    path = tmp_path / "x.pt"
-    data.save_checkpoint(path, {"kind": "clip"})
-    before = path.read_bytes()
-    with pytest.raises(Exception):
-        data.save_checkpoint(path, {"kind": "clip", "bad": lambda: 0})
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+def test_splits_of_the_cars_are_disjoint():
+    """Ten million images of each split come before the next one begins."""
+    assert sorted(data.SPLITS.values()) == [10_000_000 * i for i in range(5)]
 
 
-def test_models_that_do_not_fit_are_refused_by_name():
-    clip = {"data": "cars", "schedule": "cosine", "config": {"image_size": 32, "T": 1000},
-            "captions": ["a", "b"]}
-    checkpoints.check_fit(clip, dict(clip))
-    checkpoints.check_fit(clip, {**clip, "captions": ["b"]})   # one was held out: no harm
-    for key, value in (("data", "photos"), ("schedule", "linear"),
-                       ("config", {"image_size": 64, "T": 1000}), ("captions", ["a", "c"])):
-        with pytest.raises(data.UserError, match="image_size|data|schedule|captions"):
-            checkpoints.check_fit(clip, {**clip, key: value})
+def test_cars_where_workers_are_spawned(here):
+    """As on Windows and macOS: rendering works from a script with the usual guard."""
+    Path("script.py").write_text(f"""if __name__ == "__main__":
+    import multiprocessing, sys
+    sys.path.insert(0, {str(ROOT)!r})
+    multiprocessing.set_start_method("spawn")
+    import data
+    print(len(data.load("cars", 8, 20).images))
+""")
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True)
+    assert done.stdout == "20\n", done.stderr
 
 
-@pytest.fixture
-def small_judge():
-    """A judge, and the content of its checkpoint."""
-    torch.manual_seed(0)
-    config, attributes = judge.JudgeConfig(width=8), {"body": list("abcdef"), "main": list("xyz")}
-    model = judge.Judge(config, {name: len(v) for name, v in attributes.items()}).eval()
-    return model, {"kind": "judge", "config": vars(config), "data": "cars", "captions": ["a"],
-                   "caption_labels": [[0, 0]], "attributes": attributes,
-                   "weights": data.fp16(model)}
+# ---- folders -------------------------------------------------------------------------------------
+
+def test_a_class_folder_is_a_data_set(here):
+    """Each image has the caption of its class in all templates, and the class is its attribute;
+    what cannot be read is left out."""
+    toys.write_class_folders(here / "photos", 40)
+    for i in range(0, 40, 3):
+        (here / "photos" / "airplane" / f"{i}.png").write_bytes(b"damaged")
+    dataset, other = (data.load("photos", 8, 5, split) for split in ("train", "judge"))
+    assert dataset.name == (here / "photos").as_posix() and len(dataset.images) > 30   # not 5
+    assert dataset.captions == ["a photo of an airplane", "a photo of a fire truck"]
+    assert dataset.templates[1] == ["an airplane", "a fire truck"]
+    assert dataset.attributes == {"class": ["airplane", "fire truck"]}
+    blue = dataset.images[..., 2] > dataset.images[..., 0]
+    assert (blue.all(axis=(1, 2)) == (dataset.caption_ids == 0)).all()
+    assert (dataset.labels == dataset.caption_ids[:, None]).all()
+    assert "cannot be read" in dataset.report and dataset.report.startswith("train: found")
+    images = lambda dataset: {image.tobytes() for image in dataset.images}
+    assert not images(dataset) & images(other)
 
 
-def test_fp16_weights_come_back(tmp_path, small_judge):
-    model, content = small_judge
-    data.save_checkpoint(tmp_path / "judge.pt", content)
-    back, _ = checkpoints.load_model(tmp_path / "judge.pt", "judge")
-    x = torch.rand(2, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.allclose(back(x)["main"], model(x)["main"], atol=1e-2)
+def test_captions_in_text_files_have_no_attributes(here):
+    """So no judge can be trained; the table of labels has no columns."""
+    for i in range(12):
+        Image.new("RGB", (8, 8)).save(f"{i}.png")
+        Path(f"{i}.txt").write_text(f"thing  {'AB'[i % 2]}")
+    dataset = data.load(".", 8, 0)
+    assert dataset.captions == ["thing a", "thing b"] and dataset.attributes == {}
+    assert dataset.labels.shape == (len(dataset.images), 0) and len(dataset.images) > 0
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda c: c["weights"].pop("heads.main.bias"), "heads.main.bias"),
-    (lambda c: c["weights"].update(more=torch.zeros(1)), "more"),
-    (lambda c: c["weights"].update({"heads.main.bias": torch.zeros(4)}), "heads.main.bias"),
-    (lambda c: c["config"].update(colour=1), "colour"),
-    (lambda c: c.pop("captions"), "holds no 'captions'"),
-    (lambda c: c.update(weights=None), "does not fit")])
-def test_weights_that_do_not_fit_are_named(tmp_path, small_judge, spoil, message):
-    """A missing, an extra and a misshapen tensor, and what else can be wrong inside."""
-    _, content = small_judge
-    spoil(content)
-    data.save_checkpoint(tmp_path / "judge.pt", content)
-    with pytest.raises(data.UserError, match=message) as error:
-        checkpoints.load_model(tmp_path / "judge.pt", "judge")
+@pytest.mark.parametrize("make, message", [
+    (lambda: None, "--data photos: there is no such folder"),
+    (lambda: Path("photos").mkdir(), "--data photos: "),
+    (lambda: (Path("photos/a").mkdir(parents=True), Path("photos/a/1.png").write_bytes(b"")),
+     "--data photos: (none of 1 images can be read|1 images are too few)"),
+    (lambda: (Path("photos/a").mkdir(parents=True),
+              [Path(f"photos/a/{i}.png").write_bytes(b"") for i in range(50)]),
+     r"--data photos: none of \d+ images can be read, such as .*\.png")])
+def test_a_folder_that_cannot_be_used_is_one_line(here, make, message):
+    """The flag is named, and what is wrong."""
+    make()
+    with pytest.raises(cli.UserError, match=message) as error:
+        data.load("photos", 8, 0)
     assert "\n" not in str(error.value)
 
 
-class Evil:
-    """Unpickled, it would leave a file."""
+# ---- batches -------------------------------------------------------------------------------------
 
-    def __reduce__(self):
-        return open, ("was-here", "w")
-
-
-def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"kind": "clip", "note": Evil()}, tmp_path / "x.pt")
-    with pytest.raises(data.UserError, match="not a readable checkpoint"):
-        data.load_checkpoint(tmp_path / "x.pt", "clip")
-    assert not (tmp_path / "was-here").exists()
+def test_a_batch_is_a_function_of_seed_step_and_rank(here):
+    """Equal ones give the same images, any other seed, step or rank gives others."""
+    dataset = data.load("cars", 8, 100)
+    x_0, indices = data.batch(dataset, 0, 7, 12)
+    again, indices_again = data.batch(dataset, 0, 7, 12)
+    assert torch.equal(x_0, again) and (indices == indices_again).all()
+    for seed, step, rank in ((1, 7, 0), (0, 8, 0), (0, 7, 1), (1, 6, 0), (0, 6, 1), (7, 0, 0)):
+        assert (data.batch(dataset, seed, step, 12, rank=rank)[1] != indices).any()
+    assert (data.to_uint8(x_0) == dataset.images[indices]).all()
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "x.pt"
-    data.save_checkpoint(path, {"kind": "clip"})
-    before = path.read_bytes()
+def test_every_image_is_drawn_equally_often():
+    """Of eight images each gets its eighth of 8,000 draws, within five standard errors."""
+    dataset = toys.squares(8, seed=0)
+    counts = np.bincount(data.batch(dataset, 0, 1, 8000)[1], minlength=8)
+    assert len(counts) == 8 and abs(counts - 1000).max() < 5 * 30
 
-    def full(content, to):
-        to.write(b"half")
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(data.UserError, match="cannot write .*No space left"):
-        data.save_checkpoint(path, {"kind": "clip"})
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+# ---- grids and GIFs ------------------------------------------------------------------------------
+
+def test_a_grid_has_every_image_at_its_place(tmp_path):
+    """Row by row on white, and the metadata comes back from the file, in any script."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
+    path = tmp_path / "a" / "grid.png"
+    data.save_grid(path, images, columns=3, prompt="white and red car, 赤い車", seed=3)
+    with Image.open(path) as image:
+        assert image.text["prompt"] == "white and red car, 赤い車" and image.text["seed"] == "3"
+        assert image.size == (3 * 8 + 2, 2 * 6 + 2)
+        pixels = np.asarray(image)
+    assert (pixels[8:12, 2:8] == images[3]).all() and (pixels[2:6, 18:24] == images[2]).all()
+    assert (pixels[8:, 18:] == 255).all() and (pixels[:2] == 255).all()
+    large = np.asarray(data.image_grid(images, columns=3, zoom=2))
+    assert (large == pixels.repeat(2, axis=0).repeat(2, axis=1)).all()
+
+
+def test_a_gif_has_a_grid_for_every_frame(tmp_path):
+    """It is endless, and rests on the last frame."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
+    data.save_gif(tmp_path / "a.gif", [images, images[::-1]], columns=3, zoom=2)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 2 and gif.size == (2 * 26, 2 * 14) and gif.info["loop"] == 0
+        gif.seek(1)
+        assert gif.info["duration"] == 2000

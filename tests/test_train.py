@@ -1,124 +1,611 @@
-"""The optimizer and the run, in-process; test_commands.py has the command."""
-import numpy as np
+"""Objectives, learning, and runs that stop, resume or fail, as users start them."""
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 
 import data
-import jobs
-import muon
+import guide
+import judge
+import tinyclip
+import tinyddpm
+import toys
 import train
-from unet import UNet
+from infra import checkpoint, cli, distributed, muon
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+CONFIGS = {
+    "clip": tinyclip.CLIPConfig(width=32, layers=1, heads=2, text_width=32, text_layers=1,
+                                text_heads=2, embed_dim=16, image_size=16),
+    "ddpm": tinyddpm.UNetConfig(channels=16, multipliers=(1, 2), attention=(1,), image_size=16),
+    "judge": judge.JudgeConfig(width=8, image_size=16)}
 
 
-@pytest.mark.parametrize("shape", [(24, 80), (80, 24), (32, 32)])
-def test_orthogonalized_keeps_directions_and_equalises_their_lengths(shape):
-    """U S V^T becomes U S' V^T with S' near 1, whatever S was, from 1 down to 0.05."""
+def command(kind, more=""):
+    return f"{kind} {toys.FLAGS[kind]} {more}".split()
+
+
+def load(path, part="model"):
+    """-> a part of a checkpoint: name -> tensor"""
+    return torch.load(path, weights_only=True)[part]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def here(folder, monkeypatch):
+    """A folder that all these tests share: the images are rendered once."""
+    monkeypatch.chdir(folder)
+    return folder
+
+
+# ---- objectives ----------------------------------------------------------------------------------
+
+class RecordingCLIP:
+    """Stands in for a CLIP; keeps what it is given, and returns random features."""
+    logits = staticmethod(lambda image_features, text_features, t: image_features @ text_features.T)
+
+    def encode_image(self, x_t, t):
+        self.x_t, self.t, self.image_features = x_t, t, torch.randn(len(t), 4)
+        return self.image_features
+
+    def encode_text(self, tokens):
+        self.tokens, self.text_features = tokens, torch.randn(len(tokens), 4)
+        return self.text_features
+
+
+@pytest.mark.parametrize("fraction, clean", [(0.125, 4), (0.5, 16), (0., 0), (1., 32)])
+def test_clip_objective_has_clean_and_noised_images(alpha_bar, fraction, clean):
+    """As many images as asked for are clean; all others are noised up to a timestep in 1..T."""
+    x_0, caption_ids = torch.randn(32, 3, 4, 6), torch.arange(32) % 5
+    tokens, clip, which = torch.arange(2 * 5 * 3).view(2, 5, 3), RecordingCLIP(), []
+    for seed in range(80):
+        torch.manual_seed(seed)
+        loss = train.clip_objective(clip, x_0, caption_ids, tokens, alpha_bar,
+                                    data.generator(seed), fraction)
+        is_clean = clip.t == 0
+        assert is_clean.sum() == clean and clip.t.min() >= 0 and clip.t.max() <= tinyddpm.T
+        assert torch.equal(clip.x_t[is_clean], x_0[is_clean])
+        noise = clip.x_t - alpha_bar[clip.t].sqrt().view(-1, 1, 1, 1) * x_0
+        sigma = noise.square().mean(dim=(1, 2, 3)).sqrt()
+        ratio = (sigma / (1 - alpha_bar[clip.t]).sqrt())[~is_clean]
+        assert ((ratio > 0.5) & (ratio < 1.5)).all()
+        logits = clip.image_features @ clip.text_features.T
+        assert loss == tinyclip.closed_set_loss(logits, caption_ids, is_clean)
+        which.append(is_clean)
+    if 0 < clean < 32:   # any image may be a clean one, not only the first ones
+        assert torch.stack(which).any(dim=0).all() and not torch.stack(which).all(dim=0).any()
+
+
+def test_clip_objective_draws_a_template_for_each_caption(alpha_bar):
+    """All captions of a small closed set, each in one of its templates, all templates in turn."""
+    tokens, clip, drawn = torch.arange(2 * 5 * 3).view(2, 5, 3), RecordingCLIP(), []
+    for seed in range(20):
+        train.clip_objective(clip, torch.zeros(8, 3, 2, 2), torch.zeros(8, dtype=torch.long),
+                             tokens, alpha_bar, data.generator(seed))
+        rows = (clip.tokens[None] == tokens).all(dim=2)                       # (S, K)
+        assert (rows.sum(dim=0) == 1).all()
+        drawn.append(rows)
+    assert torch.stack(drawn).any(dim=0).all()
+
+
+def test_clip_objective_is_the_papers_loss_if_captions_are_many(alpha_bar):
+    """Beyond CLOSED_SET captions each image is compared with the captions of its batch only."""
+    K = train.CLOSED_SET + 1
+    tokens, clip = torch.arange(2 * K).view(2, K, 1), RecordingCLIP()
+    caption_ids = torch.tensor([3, K - 1, 3, 0])
+    loss = train.clip_objective(clip, torch.randn(4, 3, 2, 2), caption_ids, tokens, alpha_bar,
+                                data.generator(0))
+    assert torch.equal(clip.tokens[:, 0] % K, caption_ids)
+    logits = clip.image_features @ clip.text_features.T
+    assert loss == tinyclip.contrastive_loss(logits, caption_ids)
+    train.clip_objective(clip, torch.randn(4, 3, 2, 2), caption_ids % 1000, tokens[:, :-1],
+                         alpha_bar, data.generator(0))
+    assert len(clip.tokens) == train.CLOSED_SET
+
+
+def test_ddpm_objective_drops_a_tenth_of_the_conditions(alpha_bar):
+    """They become zero; the others stay at their images, and the caller's tensor as it was."""
+    cond, seen = torch.rand(4000, 3) + 1, []
+
+    def unet(x_t, t, cond):
+        seen.append((x_t, t, cond))
+        return torch.zeros_like(x_t)
+
+    before, x_0 = cond.clone(), torch.zeros(4000, 3, 2, 2)
+    loss = train.ddpm_objective(unet, x_0, cond, alpha_bar, data.generator(0))
+    (x_t, t, given), = seen
+    dropped = (given == 0).all(dim=1)
+    assert torch.equal(given[~dropped], cond[~dropped]) and torch.equal(cond, before)
+    assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.02)
+    assert t.min() >= 1 and t.max() <= tinyddpm.T and x_t.shape == x_0.shape
+    # Of x_0 = 0 and v_hat = 0 the loss is the mean of alpha_bar eps^2.
+    assert loss.item() == pytest.approx(alpha_bar[1:].mean().item(), rel=0.03)
+
+
+def test_ddpm_objective_without_a_condition(alpha_bar):
+    """An unconditional U-Net is called without one."""
+    unet = lambda x_t, t: torch.zeros_like(x_t)
+    assert train.ddpm_objective(unet, torch.zeros(8, 3, 2, 2), None, alpha_bar,
+                                data.generator(0)).isfinite()
+
+
+def test_a_conditional_ddpm_gets_the_text_features_of_each_image(monkeypatch):
+    """The condition is text_condition of the image's own caption, as sample.py uses it."""
+    dataset, conds = toys.squares(20, seed=0), []
+    clip = tinyclip.CLIP(CONFIGS["clip"], tinyclip.Tokenizer.train(dataset.captions, 512))
+    clip.requires_grad_(False)
+    task = train.ddpm_task(CONFIGS["ddpm"], train.TrainConfig(), dataset, dataset, CPU, clip)
+    assert task.model.config.cond_dim == 16 and CONFIGS["ddpm"].cond_dim == 0
+    assert task.content == {"clip": checkpoint.weights_checksum(clip)}
+    monkeypatch.setattr(train, "ddpm_objective", lambda model, x_0, cond, *rest: conds.append(cond))
+    x_0, indices = data.batch(dataset, 0, 1, 8)
+    task.objective(task.model, x_0, indices, data.generator(0))
+    captions = [dataset.captions[i] for i in dataset.caption_ids[indices]]
+    assert torch.allclose(conds[0], guide.text_condition(clip.encode_captions(captions)), atol=1e-5)
+
+
+def test_what_cannot_be_trained_is_named():
+    """A CLIP of one caption, and a judge of captions without attributes."""
+    dataset = toys.squares(20, seed=0)
+    one = dataset._replace(captions=["a car"], templates=[["a car"]])
+    with pytest.raises(cli.UserError, match="all images have the caption 'a car'"):
+        train.clip_task(CONFIGS["clip"], train.TrainConfig(), one, one, CPU)
+    none = dataset._replace(attributes={}, caption_labels=dataset.caption_labels[:, :0])
+    with pytest.raises(cli.UserError, match="name no attributes"):
+        train.judge_task(CONFIGS["judge"], train.TrainConfig(), none, none, CPU)
+
+
+# ---- learning ------------------------------------------------------------------------------------
+
+def learn(kind, folder, **options):
+    """Train a toy on squares through train.train -> its task, the averaged model of weights.pt"""
+    dataset, held_out = toys.squares(400, seed=1), toys.squares(200, seed=2)
+    options = train.TrainConfig(**options)
     torch.manual_seed(0)
-    U, _, Vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
-    matrix = U * torch.logspace(0, -1.3, len(Vt)) @ Vt
-    stack = torch.stack([torch.randn(shape), 5. * matrix])
-    inside = U.T @ muon.orthogonalized(stack)[1] @ Vt.T          # S', if the directions are kept
-    assert torch.allclose(inside, inside.diag().diag(), atol=1e-4)
-    assert inside.diag().min() > 0.67 and inside.diag().max() < 1.15
+    task = train.TASKS[kind](CONFIGS[kind], options, dataset, held_out, CPU)
+    train.train(task, options, dataset, folder, device=CPU)
+    cls = {"clip": tinyclip.CLIP, "ddpm": tinyddpm.UNet, "judge": judge.Judge}[kind]
+    return task, checkpoint.load_model(folder / "weights.pt", kind, cls)[0]
 
 
-def test_matrices_of_one_shape_do_not_mix():
-    """A stack of them takes the steps that each would take alone, as kernels or as matrices."""
-    torch.manual_seed(0)
-    shapes = [(32, 48), (32, 48), (48, 32), (32, 16, 3, 3), (32, 48)]
-    together = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    alone = [torch.nn.Parameter(weight.detach().clone()) for weight in together]
-    optimizers = [muon.Muon([weight], 0.1, 0.1) for weight in alone] + [
-        muon.Muon(together, 0.1, 0.1)]
-    for _ in range(3):
-        for a, b in zip(together, alone):
-            a.grad = torch.randn(a.shape)
-            b.grad = a.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(together, alone))
+def test_clip_learns(tmp_path, alpha_bar, capsys):
+    """Held-out images find their captions among six: nearly all clean ones, few in much noise."""
+    task, clip = learn("clip", tmp_path, steps=80, batch=32, lr=2e-3)
+    held_out = toys.squares(200, seed=2)
+    tokens = clip.tokenizer.batch(held_out.captions, clip.config.context_length)
+    accuracy = train.accuracy_by_timestep(clip, tokens, held_out, alpha_bar)
+    assert accuracy[0] > 0.9 and accuracy[200] > 0.8 and 0.1 < accuracy[900] < 0.8
+    assert "top-1 on held-out images: " in capsys.readouterr().out
 
 
-def test_a_muon_step_is_as_large_as_one_of_adamw_usually_is():
-    """The root mean square of an update is about 0.2 lr, for any shape and any gradient's size."""
-    torch.manual_seed(0)
-    for shape in ((64, 32, 3, 3), (96, 32), (32, 128)):
-        weight = torch.nn.Parameter(torch.zeros(shape))
-        weight.grad = 1e-6 * torch.randn(shape)
-        muon.Muon([weight], lr=0.1, weight_decay=0.).step()
-        assert weight.detach().square().mean().sqrt() == pytest.approx(0.02, rel=0.25)
-        assert (weight * weight.grad).sum() < 0                   # downhill
+def test_ddpm_learns(tmp_path, alpha_bar):
+    """On held-out images the error of v is far below that of v_hat = 0."""
+    task, unet = learn("ddpm", tmp_path, steps=80, batch=16, lr=4e-3, weight_decay=0.)
+    x_0, _ = data.batch(toys.squares(200, seed=2), 0, 0, 200)
+    zero = lambda x_t, t: torch.zeros_like(x_t)
+    with torch.no_grad():
+        loss, loss_of_zero = (
+            train.ddpm_objective(model, x_0, None, alpha_bar, data.generator(0)).item()
+            for model in (unet, zero))
+    assert loss < 0.35 * loss_of_zero
+    assert task.note == f"v_hat = 0 has a loss of {loss_of_zero:.2f}"
 
 
-def test_muon_remembers_gradients_for_a_while():
-    """When gradients turn round and are small, the next step still goes the old way; after 100
-    steps it has turned too."""
-    weight = torch.nn.Parameter(torch.zeros(32, 32))
-    optimizer, path = muon.Muon([weight], lr=0.1, weight_decay=0.), []
-    for gradient in [1.] * 20 + [-0.01] * 100:
-        weight.grad = gradient * torch.eye(32)
-        optimizer.step()
-        path.append(weight.detach().diag().clone())
-    assert (path[20] < path[19]).all() and (path[-1] > path[-2]).all()
+def test_the_judge_learns(tmp_path):
+    """Both attributes of held-out images are predicted."""
+    _, model = learn("judge", tmp_path, steps=60, batch=32, lr=4e-3)
+    held_out = toys.squares(200, seed=2)
+    predictions = judge.predict(model, data.to_float(held_out.images))
+    accuracy = (predictions == torch.from_numpy(held_out.labels)).float().mean(dim=0)
+    assert (accuracy > 0.95).all()
 
 
-def test_muon_decays_weights():
-    weight = torch.nn.Parameter(torch.eye(32))
-    weight.grad = torch.zeros(32, 32)
-    muon.Muon([weight], lr=0.1, weight_decay=0.5).step()
-    assert torch.allclose(weight, 0.95 * torch.eye(32))           # 1 - lr * decay
+def test_weights_are_the_moving_average(tmp_path):
+    """weights.pt holds the averaged model in fp16, checkpoint.pt that and the last one."""
+    learn("judge", tmp_path, steps=20, batch=8)
+    content = torch.load(tmp_path / "weights.pt", weights_only=True)
+    ema, model = (load(tmp_path / "checkpoint.pt", part) for part in ("ema", "model"))
+    assert equal(content["weights"], {name: p.half() for name, p in ema.items()})
+    assert not equal(ema, model) and ema.keys() == model.keys()
+    assert content["kind"] == "judge" and content["data"] == "squares" and content["steps"] == 20
+    assert content["config"] == dataclasses.asdict(CONFIGS["judge"])
 
 
-def test_every_parameter_has_one_optimizer_and_only_wide_matrices_have_muon():
-    """The U-Net begins and ends in colours: its first and last layer are left to AdamW."""
-    unet = UNet(train.PRESETS["tiny"]["ddpm"][0])
-    job = jobs.Job("ddpm", unet, lambda model: None, None, {}, "")
-    run = train.begin(job, None, {}, train.TrainConfig(), torch.device("cpu"))
-    matrices, others = ([id(p) for group in optimizer.param_groups for p in group["params"]]
-                        for optimizer in run.optimizers)
-    parameters = {id(p): p for p in unet.parameters()}
-    assert len(matrices + others) == len(parameters)
-    assert set(matrices + others) == set(parameters)
-    assert all(parameters[i].ndim > 1 for i in matrices)
-    wide = [parameters[i] for i in others if parameters[i].ndim > 1]
-    assert [id(p) for p in wide] == [id(unet.first.weight), id(unet.last[2].weight)]
-
-
-@pytest.mark.parametrize("K, most, batch", [(5, 9, 4), (50, 20, 8), (50, 20, 200), (50, 2, 8)])
-def test_some_captions_stand_for_all(K, most, batch):
-    """The batch's own are always among them, and the weighted sum over them is, on average, the
-    sum over all."""
-    needed = torch.from_numpy(np.random.default_rng(0).integers(K, size=batch))
-    values, sums = torch.arange(1., K + 1), []
-    for seed in range(300):
-        chosen, weight = jobs.some_captions(K, needed, most, torch.Generator().manual_seed(seed))
-        own = torch.searchsorted(chosen, needed)
-        assert (chosen[own] == needed).all() and (weight[own] == 1).all()
-        assert len(set(chosen.tolist())) == len(chosen) <= max(most, len(needed))
-        sums.append((weight * values[chosen]).sum())
-    if most > batch:   # otherwise there may be no others to stand for the rest
-        assert torch.stack(sums).mean() == pytest.approx(values.sum().item(), rel=0.02)
-
-
-def test_what_is_held_out_is_gone_in_all_spellings(monkeypatch, tmp_path):
-    """Its pictures, its captions in both orders and for all bodies; all others keep their own."""
-    monkeypatch.setattr(data, "CACHE", tmp_path)
-    whole = data.load("cars", 8, 300)
-    some = data.without(whole, "white+red, blue+yellow")
-    assert len(some.captions) == 294 - 2 * 2 * 6 and len(some.pictures) < 300
-    assert not any("white and red" in text or "red and white" in text or "yellow and blue" in text
-                   for texts in some.spellings for text in texts)
-    assert "a white car" in some.captions and "a white and blue car" in some.captions
-    truth = {picture.tobytes(): whole.captions[k]
-             for picture, k in zip(whole.pictures, whole.caption_of)}
-    assert [truth[picture.tobytes()] for picture in some.pictures] == [
-        some.captions[k] for k in some.caption_of]
-    for mistake in ("white", "white+pink", "white+white", ""):
-        with pytest.raises(data.UserError, match="--hold-out"):
-            data.without(whole, mistake)
-
+# ---- steps ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("step, expected", [(1, 0.1), (10, 1.), (55, 0.5), (100, 0.)])
 def test_learning_rate_climbs_and_falls_to_zero(step, expected):
+    """Linearly up, then half a cosine."""
     options = train.TrainConfig(steps=100, lr=1., warmup=0.1)
     assert train.learning_rate(step, options) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("steps, warmup", [(1, 0.03), (1, 1.), (4, 1.), (4, 0.)])
+def test_learning_rate_of_odd_runs(steps, warmup):
+    """A run of one step, or one that only warms up, is no division by zero."""
+    options = train.TrainConfig(steps=steps, lr=1., warmup=warmup)
+    rates = [train.learning_rate(step, options) for step in range(1, steps + 1)]
+    assert all(0 <= rate <= 1 for rate in rates) and max(rates) > 0
+
+
+def start(kind, task=None, size=16, **options):
+    """-> a Run of a toy before its first step, on squares, in float32, without dropout"""
+    dataset, options = toys.squares(64, seed=0, size=size), train.TrainConfig(**options)
+    torch.manual_seed(0)
+    config = CONFIGS[kind]
+    if hasattr(config, "dropout"):
+        config = dataclasses.replace(config, dropout=0.)
+    task = task or train.TASKS[kind](config, options, dataset, dataset, CPU)
+    for p in task.model.parameters():   # what starts at zero would hide what lies behind it
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.05)
+    run = train.start_run(task, options, dataset, Path("unused"), {"seed": 0}, CPU)
+    return run._replace(bf16=False)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_parameter_has_one_optimizer(kind):
+    """Muon the wide matrices, AdamW all others: the U-Net's first and last layer have 3 channels on
+    one side, and are left to AdamW."""
+    run = start(kind)
+    in_muon, in_adamw = (
+        {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in run.optimizers)
+    assert isinstance(run.optimizers[0], muon.Muon)
+    assert not in_muon & in_adamw
+    assert in_muon | in_adamw == {id(p) for p in run.model.parameters()}
+    assert all(p.ndim > 1 for p in run.model.parameters() if id(p) in in_muon) and in_muon
+    if kind == "ddpm":
+        ends = [run.model.conv_in.weight, *(p for p in run.model.conv_out.parameters())]
+        assert {id(p) for p in ends} <= in_adamw
+    if kind == "clip":
+        assert id(run.model.log_scale) in in_adamw
+
+
+def gradient(monkeypatch, run, steps=1):
+    """-> the mean gradient of so many steps at a learning rate of zero, the mean loss"""
+    grads, losses = [], []
+    monkeypatch.setattr(distributed, "average_gradients", lambda model: grads.append(
+        torch.cat([p.grad.flatten() for p in model.parameters()])))
+    monkeypatch.setattr(train, "learning_rate", lambda step, options: 0.)
+    for step in range(1, steps + 1):
+        losses.append(train.train_step(run, step)[0])
+    return torch.stack(grads).mean(dim=0), torch.stack(losses).mean()
+
+
+def test_a_step_follows_the_gradient_of_its_batch(monkeypatch):
+    """The gradient and loss of a step are those of its batch, which (seed, step) determines."""
+    run = start("judge", batch=8)
+    grad, loss = gradient(monkeypatch, run)
+    x_0, indices = data.batch(run.dataset, 0, 1, 8)
+    expected = judge.judge_loss(run.model, x_0, torch.from_numpy(run.dataset.labels[indices]))
+    grads = torch.autograd.grad(expected, list(run.model.parameters()))
+    assert torch.allclose(grad, torch.cat([g.flatten() for g in grads]), atol=1e-6)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and grad.any()
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 8])
+def test_micro_batches_have_the_gradient_of_the_whole_batch(monkeypatch, accumulate):
+    """Exactly, for the judge, whose loss is a mean over images without random numbers."""
+    whole, parts = (gradient(monkeypatch, start("judge", batch=8, accumulate=n))
+                    for n in (1, accumulate))
+    assert torch.allclose(whole[0], parts[0], rtol=1e-4, atol=1e-6) and whole[0].any()
+    assert whole[1].item() == pytest.approx(parts[1].item(), rel=1e-5)
+
+
+def test_micro_batches_of_the_ddpm_have_the_same_gradient_on_average(monkeypatch):
+    """Each draws its own timesteps and noise; over many steps the mean gradients and losses
+    agree."""
+    whole, parts = (gradient(monkeypatch, start("ddpm", size=8, batch=16, accumulate=n), steps=30)
+                    for n in (1, 4))
+    assert (whole[0] - parts[0]).norm() < 0.2 * whole[0].norm()   # 0.06 here
+    assert whole[1].item() == pytest.approx(parts[1].item(), rel=0.02)
+
+
+def test_a_large_gradient_is_clipped(monkeypatch):
+    """The optimizers get one of norm 1 at most; the norm before is what is measured."""
+    run, norms = start("judge", batch=4), []
+    task = run.task._replace(objective=lambda model, x_0, indices, generator: (
+        1e6 * sum(logits.square().sum() for logits in model(x_0).values())))
+    monkeypatch.setattr(run.optimizers[0], "step", lambda: norms.append(torch.cat(
+        [p.grad.flatten() for p in run.model.parameters()]).norm().item()))
+    loss, norm = train.train_step(run._replace(task=task), 1)
+    assert norms == [pytest.approx(1., rel=1e-3)] and norm > 1e3 and loss.isfinite()
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+def test_a_run_leaves_its_files(here, capsys, recwarn):
+    """Curves, previews, weights and a checkpoint; the same command again says that it is
+    finished. Nothing warns."""
+    torch.set_warn_always(True)   # not only the first time
+    for kind, files in (("clip", ["accuracy.png", "loss.png"]), ("judge", ["loss.png"]),
+                        ("ddpm", ["loss.png", "samples.png"])):
+        train.main(command(kind, "--steps 3"))
+        assert "finished: " in capsys.readouterr().out
+        run = Path("runs") / kind
+        assert sorted(path.name for path in run.iterdir()) == sorted(
+            ["checkpoint.pt", "weights.pt", *files])
+        for file in files:
+            with Image.open(run / file) as image:
+                assert image.width > 100
+        before = (run / "checkpoint.pt").read_bytes()
+        train.main(command(kind, "--steps 3"))
+        assert "is finished (3 steps); --fresh starts over" in capsys.readouterr().out
+        assert (run / "checkpoint.pt").read_bytes() == before
+    torch.set_warn_always(False)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.mark.parametrize("kind, more", [
+    ("clip", ""), ("ddpm", "--dropout 0.2"), ("judge", "--dropout 0.5")])
+def test_a_resumed_run_has_the_same_bits(here, capsys, kind, more):
+    """Stopped by --minutes after its first step and started again, a run ends where one that ran
+    through ends: model, average, optimizers; with dropout too."""
+    arguments = command(kind, f"--steps 4 {more} --out")
+    train.main([*arguments, f"{kind}/whole"])
+    train.main([*arguments, f"{kind}/parts", "--minutes", "0.00001"])
+    assert "stopped at step 1 of 4; the same command resumes" in capsys.readouterr().out
+    train.main([*arguments, f"{kind}/parts"])
+    assert f"resuming {kind}/parts at step 2 of 4" in capsys.readouterr().out
+    whole, parts = (torch.load(f"{kind}/{out}/checkpoint.pt", weights_only=True)
+                    for out in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 4
+    for part in ("model", "ema"):
+        assert equal(whole[part], parts[part])
+        assert all(p.isfinite().all() for p in whole[part].values())
+    for ours, theirs in zip(whole["optimizers"], parts["optimizers"]):
+        assert all(equal(state, theirs["state"][i]) for i, state in ours["state"].items())
+    assert equal(load(f"{kind}/whole/weights.pt", "weights"),
+                 load(f"{kind}/parts/weights.pt", "weights"))
+    train.main([*arguments, f"{kind}/other", "--seed", "1"])
+    assert not equal(load(f"{kind}/other/checkpoint.pt"), whole["model"])
+
+
+def test_other_settings_are_another_run(here, capsys):
+    """They are refused, by name, unless --fresh starts over; --accumulate is none of them."""
+    train.main(command("judge", "--steps 4 --out settings --minutes 0.00001"))
+    for flags, message in (("--steps 4 --batch 16", r"another batch \(8, now 16\)"),
+                           ("--steps 5", r"another steps \(4, now 5\)"),
+                           ("--steps 4 --seed 1", "another seed"),
+                           ("--steps 4 --width 16", "another width"),
+                           ("--steps 4 --images 50", "another data set")):
+        with pytest.raises(cli.UserError, match=f"{message}.*another --out.*--fresh") as error:
+            train.main(command("judge", f"--out settings {flags}"))
+        assert "\n" not in str(error.value)
+    with pytest.raises(cli.UserError, match="of kind 'ddpm run' is needed"):
+        train.main(command("ddpm", "--out settings"))
+    train.main(command("judge", "--steps 4 --out settings --accumulate 2"))
+    assert "resuming settings at step 2" in capsys.readouterr().out
+    train.main(command("judge", "--steps 5 --out settings --fresh --minutes 0.00001"))
+    out = capsys.readouterr().out   # the same command would start over again
+    assert "stopped at step 1 of 5; the same command" in out and "without --fresh" in out
+
+
+def test_another_clip_is_another_run(here):
+    """A conditional DDPM cannot go on with the text features of another CLIP."""
+    for seed in (0, 1):
+        train.main(command("clip", f"--steps 1 --seed {seed} --out clip{seed}"))
+    train.main(command("ddpm", "--steps 4 --clip clip0/weights.pt --out cond --minutes 0.00001"))
+    with pytest.raises(cli.UserError, match="another"):
+        train.main(command("ddpm", "--steps 4 --clip clip1/weights.pt --out cond"))
+    with pytest.raises(cli.UserError, match=r"another CLIP \(\d+, now None\)"):
+        train.main(command("ddpm", "--steps 4 --out cond"))
+    train.main(command("ddpm", "--steps 4 --clip clip0/weights.pt --out cond"))
+
+
+def test_a_clip_of_other_images_is_refused(here):
+    """Before the training, not by sample.py after it: other data, or another size."""
+    small = toys.FLAGS["clip"].replace("--image-size 16", "--image-size 8")
+    train.main(f"clip --steps 1 {small} --out small".split())
+    content = torch.load("small/weights.pt", weights_only=True)
+    checkpoint.save("photos.pt", {**content, "data": "/photos"})
+    for clip in ("photos.pt", "small/weights.pt"):
+        with pytest.raises(cli.UserError, match="/photos|at 8 pixels"):
+            train.main(command("ddpm", f"--steps 1 --clip {clip} --out misfit"))
+
+
+def test_other_captions_are_another_run(tmp_path, monkeypatch):
+    """Even if there are as many of them, and the first ones are the same."""
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for i in range(60):
+        Image.new("RGB", (16, 16)).save(f"photos/{i:02d}.png")
+        Path(f"photos/{i:02d}.txt").write_text(f"a thing of number {i}")
+    train.main(command("clip", "--data photos --steps 2"))
+    Path("photos/59.txt").write_text("what is this?")
+    with pytest.raises(cli.UserError, match="another captions' checksum"):
+        train.main(command("clip", "--data photos --steps 2"))
+
+
+def interrupt_step(monkeypatch, number, *signals):
+    """Send these signals in the middle of that step."""
+    train_step = train.train_step
+
+    def interrupted(run, step):
+        for one in signals if step == number else ():
+            signal.raise_signal(one)
+        return train_step(run, step)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_the_current_step(here, monkeypatch, capsys, number, code):
+    """The step is finished and saved, the exit code is the signal's, and its handler is as
+    before."""
+    interrupt_step(monkeypatch, 3, number)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit, match=str(code)):
+        train.main(command("judge", f"--steps 9 --out {number.name}"))
+    assert "stopped at step 3 of 9; the same command resumes" in capsys.readouterr().out
+    assert load(f"{number.name}/checkpoint.pt", "step") == 3
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_ctrl_c_ends_at_once(here, monkeypatch):
+    """Without waiting for the step, and without a checkpoint of half of it."""
+    interrupt_step(monkeypatch, 3, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(command("judge", "--steps 9 --out twice"))
+    assert not Path("twice/checkpoint.pt").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
+def test_a_terminated_command_says_how_to_resume(here):
+    """After its first preview: the signal's exit code, one line, and a checkpoint of its last
+    step."""
+    running = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *command("clip", "--steps 500 --out terminated")],
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"})
+    while "step 50:" not in (line := running.stdout.readline()):
+        assert line, running.stderr.read()
+    running.terminate()
+    out, error = running.communicate(timeout=100)
+    step = load("terminated/checkpoint.pt", "step")
+    assert running.returncode == 143 and 50 <= step < 500 and "Traceback" not in error
+    assert out.strip() == f"stopped at step {step} of 500; the same command resumes"
+
+
+@pytest.mark.parametrize("save_every, kept", [(0, 5), (1000, None)])
+@pytest.mark.parametrize("measured", [(math.nan, 1.), (0.5, math.inf)])
+def test_a_loss_that_is_not_finite_ends_the_run(here, monkeypatch, save_every, kept, measured):
+    """The step is named, for a bad loss and a bad gradient; what was saved before stays."""
+    train_step = train.train_step
+
+    def diverging(run, step):
+        result = train_step(run, step)
+        return torch.tensor(measured) if step == 6 else result
+
+    monkeypatch.setattr(train, "train_step", diverging)
+    out = Path(f"diverging-{save_every}-{measured[1]}")
+    with pytest.raises(cli.UserError, match="not finite at step 6; diverging.* half the --lr"):
+        train.main(command("judge", f"--steps 9 --out {out} --save-every {save_every}"))
+    path = out / "checkpoint.pt"
+    assert (load(path, "step") if path.exists() else None) == kept
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_a_full_disk_ends_the_run(here, monkeypatch, capsys):
+    """One line; what was saved before is whole, and the run resumes from it."""
+    import resource
+    train.main(command("judge", "--steps 9 --out full --minutes 0.00001"))
+    before, save_run = Path("full/checkpoint.pt").read_bytes(), train.save_run
+
+    def on_a_full_disk(run, step):
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))   # bytes per file
+        try:
+            save_run(run, step)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_run", on_a_full_disk)
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        with pytest.raises(cli.UserError, match="cannot write full/") as error:
+            train.main(command("judge", "--steps 9 --out full"))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "\n" not in str(error.value)
+    assert Path("full/checkpoint.pt").read_bytes() == before
+    assert not list(Path("full").glob("*.tmp"))
+    train.main(command("judge", "--steps 9 --out full"))
+    assert "resuming full at step 2" in capsys.readouterr().out
+
+
+def test_a_cut_off_checkpoint_is_one_line(here):
+    """It is named, with a way out."""
+    train.main(command("judge", "--steps 2 --out cut"))
+    path = Path("cut/checkpoint.pt")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(cli.UserError, match="cut/checkpoint.pt is not a readable .*judge --fresh"):
+        train.main(command("judge", "--steps 2 --out cut"))
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+def test_flags_change_the_defaults(capsys):
+    """Given flags replace their fields and no others; -h lists the fields of both configs."""
+    args, config, options = train.parse(
+        "ddpm --channels 48 --multipliers 1 2 --attention 1 --lr 0.002".split())
+    default_config, default_options = train.DEFAULTS["ddpm"]
+    assert config == dataclasses.replace(default_config, channels=48, multipliers=(1, 2),
+                                         attention=(1,))
+    assert options == dataclasses.replace(default_options, lr=0.002)
+    assert (args.out, args.data, args.seed) == ("runs/ddpm", "cars", 0)
+    assert train.parse(["clip"])[1:] == train.DEFAULTS["clip"]
+    with pytest.raises(SystemExit, match="0"):
+        train.parse(["ddpm", "-h"])
+    out = capsys.readouterr().out
+    for name in ("--channels", "--weight-decay", "--images", "--clip"):
+        assert name in out
+    assert "--cond-dim" not in out and "--in-channels" not in out   # they follow from others
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("clip --minutes 0", "--minutes must be more than 0, not 0.0"),
+    ("clip --minutes nan", "--minutes must be"), ("clip --steps 0", "--steps must be"),
+    ("clip --batch 0", "--batch must be"), ("clip --images -5", "--images must be"),
+    ("clip --accumulate 0", "--accumulate must be"),
+    ("clip --batch 9 --accumulate 2", "--batch 9 is no multiple of 1 ranks x 2 micro-batches"),
+    ("clip --lr nan", "--lr must be"), ("clip --seed -1", "--seed must be"),
+    ("clip --preset small", "--preset"), ("clip --steps many", "'many'"),
+    ("clip --hold-out white", "--hold-out"), ("clip --clip clip.pt", "--clip"),
+    ("clip --stem foo", "stem must be"), ("clip --heads 3", "multiple of heads"),
+    ("clip --heads 0", "at least 1"), ("clip --image-size 30", "no multiple of patch"),
+    ("clip --patch 3 --image-size 33", "power of two"),
+    ("ddpm --channels 40", "multiple of 16"), ("ddpm --attention 7", "levels 0 to 2"),
+    ("ddpm --image-size 30", "cannot be halved 2 times"),
+    ("ddpm --channels 16 --multipliers 1 --attention 0", "of 32 where there is attention"),
+    ("judge --width 56", "multiple of 16"), ("judge --width 0", "multiple of 16"),
+    ("nothing", "invalid choice: 'nothing'"), ("", "kind")])
+def test_mistakes_are_named_before_anything_is_done(flags, message):
+    """In one line, by the parser."""
+    with pytest.raises(cli.UserError, match=message) as error:
+        train.parse(flags.split())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("ddpm --clip none.pt", "there is no file none.pt"),
+    ("ddpm --clip runs/judge/weights.pt", "holds 'judge'"),
+    ("ddpm --out file/a", "file"), ("clip --device gpu7", "--device gpu7"),
+    ("clip --data nowhere", "--data nowhere: there is no such folder")])
+def test_other_mistakes_are_named_too(here, monkeypatch, capsys, flags, message):
+    """In one line, with exit code 2, as run_command prints it."""
+    Path("file").write_text("no folder")
+    if not Path("runs/judge/weights.pt").exists():
+        train.main(command("judge", "--steps 2"))
+    kind, *rest = flags.split()
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *command(kind), *rest])
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        cli.run_command(train.main)
+    *progress, last = capsys.readouterr().err.strip().splitlines()
+    assert last.startswith("train.py: ") and message in last and "Traceback" not in str(progress)
+
+
+def test_the_command_answers_in_one_line(tmp_path):
+    """A mistake leaves nothing behind: no folder, no cache, no traceback."""
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "ddpm", "--minutes", "nan"],
+                          cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
+    assert done.stderr == "train.py: --minutes must be more than 0, not nan\n"

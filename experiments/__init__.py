@@ -1,0 +1,1 @@
+"""Measurements, comparisons and ablations: `python -m experiments NAME`. Nothing imports these."""

@@ -1,0 +1,68 @@
+"""python -m experiments NAME: measure what README.md and experiments/README.md claim.
+
+Prints a Markdown table, and writes it to --out/NAME.json with commit, machine, seed and flags.
+With flags of their own (-h): second_judge, benchmark, interruptions; tables has none.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+import guide
+import sample
+from experiments import (ablations, benchmark, clip, ddpm, evaluator, figures, guidance,
+                         interruptions, second_judge, tables)
+from infra import cli
+
+EXPERIMENTS = {   # (models, args) -> rows of a table
+    "clip": clip.zero_shot, "ddpm": ddpm.unguided_quality, "judges": second_judge.judges,
+    "guidance": guidance.compare_methods, "sweep": guidance.sweep, "failures": guidance.failures,
+    "ablations": ablations.ablations, "composition": ablations.composition,
+    "figures": figures.figures}
+STANDALONE = {   # list of arguments -> None
+    "second_judge": second_judge.train_second_judge, "benchmark": benchmark.main,
+    "interruptions": interruptions.main, "tables": tables.write_tables}
+SETTINGS = "steps", "eta", "recurrence", "seed", "batch"   # of sample.SamplingConfig
+
+
+def parse_args(arguments):
+    names = "".join(f"    {name:13}{function.__doc__.splitlines()[0]}\n"
+                    for name, function in EXPERIMENTS.items())
+    parser = cli.Parser("python -m experiments", description=f"{__doc__}\n{names}",
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, default = parser.add_argument, sample.SamplingConfig(batch=49)
+    add("name", choices=EXPERIMENTS)
+    add("--methods", nargs="+", choices=[*evaluator.METHODS, *guidance.BEST_OF], metavar="METHOD",
+        default=["none", "noise-unaware", "noise-aware", guide.DEFAULT], help="of guidance")
+    add("--scales", type=float, nargs="+", help="of guidance; default: each method's own")
+    add("--prompts", default="all", choices=guidance.PROMPTS, help="tune on half of the captions")
+    add("--each", type=int, default=1, help="samples of each caption")
+    add("--interval", type=int, nargs=2, metavar=("LO", "HI"), help="timesteps with guidance")
+    for name in SETTINGS:
+        value = getattr(default, name)
+        add(f"--{name}", type=type(value), default=value, help=f"see sample.py; default {value}")
+    for kind in ("clip", "ddpm", "judge"):
+        add(f"--{kind}", help="its weights.pt; default: as sample.py")
+    add("--out", type=Path, default="out", help="folder for tables and images")
+    add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
+    args = parser.parse_args(arguments)
+    sample.SamplingConfig(interval=args.interval, **{k: getattr(args, k) for k in SETTINGS})
+    return args   # that has checked them
+
+
+def main(arguments):
+    if arguments and arguments[0] in STANDALONE:
+        return STANDALONE[arguments[0]](arguments[1:])
+    args = parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = cli.pick_device(args.device)
+    with torch.no_grad(), cli.autocast(device):
+        models = sample.load_models(args.clip, args.ddpm, device)
+        print(models.description)
+        tables.record(EXPERIMENTS[args.name](models, args), args.out / f"{args.name}.json", args,
+                      device)
+
+
+if __name__ == "__main__":
+    cli.run_command(lambda: main(sys.argv[1:]))

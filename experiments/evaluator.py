@@ -1,0 +1,199 @@
+"""Samples for hundreds of captions and their scores, of which most experiments are made.
+
+N images, K captions, A attributes, F features; models is a sample.Models, args the flags. An index
+i stands for one image: of caption i % K, from noise of its own, whatever the method.
+"""
+import hashlib
+import math
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import guide
+import sample
+import tinyclip
+import tinyddpm
+from experiments import metrics, second_judge, variants
+from infra import checkpoint, cli
+from judge import predict
+
+HELD_OUT = 2000   # images of the validation split for experiments without samples
+REAL = 4000       # rendered cars for each sample of a caption, to have real images of all captions
+POOL = 2000       # unguided images from which best_of chooses
+METHODS = {**guide.METHODS, **variants.VARIANTS}
+# The source code as it was imported: a file may be edited while an experiment runs.
+SOURCE = [Path(module.__file__).read_bytes() for module in (guide, tinyclip, tinyddpm, variants)]
+
+
+def with_captions(models, captions):
+    """The models with other captions."""
+    return models._replace(captions=captions, templates=[captions],
+                           text_features=models.clip.encode_captions(captions))
+
+
+def images_and_noise(models, seed):
+    """Held-out images, evenly spaced because a folder is in order of its classes, and noise.
+
+    -> the Dataset, caption_ids (N,), x_0 (N, 3, H, W), eps like x_0
+    """
+    device = models.alpha_bar.device
+    dataset = data.load(models.data, models.unet.config.image_size, HELD_OUT, "validation")
+    total = len(dataset.images)
+    indices = np.linspace(0, total - 1, min(total, HELD_OUT)).astype(int)
+    x_0 = data.to_float(dataset.images[indices]).to(device)
+    eps = torch.randn(x_0.shape, generator=data.generator(seed, device=device), device=device)
+    return dataset, torch.from_numpy(dataset.caption_ids[indices]).to(device), x_0, eps
+
+
+# ---- samples -------------------------------------------------------------------------------------
+
+class Samples(NamedTuple):
+    """N images and their cost."""
+    images: np.ndarray      # (N, H, W, 3) uint8
+    unet_evaluations: int   # forward passes of the U-Net for each image
+    unet_backwards: int     # backward passes
+    seconds: float          # for all images, without loading the models
+
+
+def build_denoiser(name, models, targets, scale, interval):
+    """guide.build_denoiser for METHODS."""
+    if name == "classifier-free" and not models.unet.config.cond_dim:
+        raise cli.UserError("classifier-free guidance needs a DDPM of: python train.py ddpm --clip")
+    if name in guide.METHODS:
+        return guide.build_denoiser(name, models, targets, scale, interval)
+    log_p = METHODS[name].make_log_p(models.clip, models.text_features, targets)
+    denoise = tinyddpm.denoiser(models.unet, models.alpha_bar)
+    return guide.guided(denoise, log_p, models.alpha_bar, scale, interval)
+
+
+def sample_cached(method, indices, models, args, scale=None):
+    """Samples with these indices (N,) by one of METHODS, with its own scale unless given.
+
+    From the cache if they were made before: an interrupted experiment resumes. The seconds are
+    those of the first time.
+    """
+    scale = METHODS[method].scale if scale is None else scale
+    guidance = method, scale, tuple(args.interval or METHODS[method].interval)
+    path = cache_path(guidance, indices, models, args)
+    if not path.exists():
+        samples = generate(guidance, indices, models, args)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with checkpoint.write_atomic(path) as file:
+            np.savez(file, **samples._asdict())
+    content = np.load(path)
+    return Samples(content["images"], *(content[key].item() for key in Samples._fields[1:]))
+
+
+def cache_path(guidance, indices, models, args):
+    """A file name that depends on all that determines the samples, source code included."""
+    device = models.alpha_bar.device.type
+    settings = (device, torch.is_autocast_enabled(device), torch.__version__, guidance, args.steps,
+                args.eta, args.recurrence, args.seed, indices.tolist(), models.captions, SOURCE,
+                *((m.config, checkpoint.weights_checksum(m)) for m in (models.clip, models.unet)))
+    return data.CACHE / f"samples-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}.npz"
+
+
+def generate(guidance, indices, models, args):
+    """What sample_cached stores; guidance: method, scale, interval."""
+    unet, size, device = models.unet, models.unet.config.image_size, models.alpha_bar.device
+    calls, images, start = Counter(), [], time.perf_counter()
+    hooks = [unet.register_forward_hook(lambda *_: calls.update(["forward"])),
+             unet.conv_out.register_full_backward_hook(lambda *_: calls.update(["backward"]))]
+    method, *scale_and_interval = guidance
+    for part in tqdm(indices.split(args.batch), desc=method, leave=False):
+        denoise = build_denoiser(method, models, part % len(models.captions), *scale_and_interval)
+        generators = [data.generator(args.seed, i) for i in part.tolist()]
+        x_T = tinyddpm.randn_per_image(generators, (3, size, size), device)
+        images.append(data.to_uint8(tinyddpm.sample(   # waits for the device: the time is correct
+            denoise, x_T, generators, models.alpha_bar, args.steps, args.eta,
+            recurrence=args.recurrence)))
+    for hook in hooks:
+        hook.remove()
+    return Samples(np.concatenate(images), calls["forward"] // len(images),
+                   calls["backward"] // len(images), time.perf_counter() - start)
+
+
+def unguided(models, args, count):
+    """Samples without guidance, of indices that nothing else uses while --each is below 34."""
+    start = 10_000 // len(models.captions) * len(models.captions)
+    indices = torch.arange(start, start + count, device=models.alpha_bar.device)
+    return sample_cached("none", indices, models, args)
+
+
+def best_of(n, targets, models, args):
+    """For each target the one of n unguided images with the highest probability by CLIP; the n are
+    random ones of one pool, the cost is that of n new ones."""
+    pool, best = unguided(models, args, POOL), []
+    x = data.to_float(pool.images).to(models.alpha_bar.device)
+    probs = sample.caption_probs(models, x).cpu()                             # (POOL, K)
+    for i, k in enumerate(targets.tolist()):
+        subset = torch.randperm(POOL, generator=data.generator(args.seed, n, i))[:n]
+        best.append(subset[probs[subset, k].argmax()].item())
+    seconds = n * len(targets) * pool.seconds / POOL
+    return Samples(pool.images[best], n * pool.unet_evaluations, 0, seconds)
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+class Evaluator(NamedTuple):
+    """Judges, and real images to compare with."""
+    judge: torch.nn.Module
+    second_judge: torch.nn.Module   # None if there is none
+    target_labels: torch.Tensor     # (K, A) int, the attributes of an image of each caption
+    attributes: dict                # A names -> values
+    real: torch.Tensor              # (N, F), the judge's features of real images of the captions
+
+
+def make_evaluator(models, targets, args):
+    """Evaluator for images of these captions, targets (N,); UserError if there is no judge."""
+    judge, content, second = second_judge.load_judges(models, args)
+    labels = dict(zip(content["captions"], content["caption_labels"]))
+    real = data.to_float(real_images(models, targets, args)).to(models.alpha_bar.device)
+    return Evaluator(judge, second, torch.tensor([labels[text] for text in models.captions]),
+                     content["attributes"], metrics.judge_features(judge, real))
+
+
+def real_images(models, targets, args, skip=0):
+    """Held-out images of these captions, targets (N,) -> (N, H, W, 3) uint8; all different while
+    there are enough of a caption, without the first `skip` of each."""
+    dataset = data.load(models.data, models.unet.config.image_size, REAL * args.each, "validation")
+    used, indices = Counter(), []
+    for caption in [models.captions[k] for k in targets.tolist()]:
+        of_caption = np.flatnonzero(dataset.caption_ids == dataset.captions.index(caption))
+        if not len(of_caption):
+            raise cli.UserError(f"no held-out image of {caption!r}")
+        indices.append(of_caption[(skip + used[caption]) % len(of_caption)])
+        used[caption] += 1
+    return dataset.images[indices]
+
+
+def score(images, targets, models, evaluator):
+    """Scores of images (N, H, W, 3) uint8 of captions targets (N,) -> a row of a table
+
+    prompt_accuracy: the judge predicts all attributes of the caption; second_judge: the other one
+    does; disagree: one of the two does. clip_prob: CLIP's mean probability of the caption
+    (optimistic: it guided). diversity: within a caption, relative to real images.
+    """
+    x = data.to_float(images).to(models.alpha_bar.device)
+    labels, second = evaluator.target_labels[targets.cpu()], (None, None)                 # (N, A)
+    correct = predict(evaluator.judge, x).cpu() == labels                                 # (N, A)
+    if evaluator.second_judge:
+        also = (predict(evaluator.second_judge, x).cpu() == labels).all(1)
+        second = metrics.mean(also), metrics.mean(also != correct.all(1))
+    probs = sample.caption_probs(models, x)[torch.arange(len(x)), targets]
+    features, real = metrics.judge_features(evaluator.judge, x), evaluator.real
+    order = torch.randperm(len(x), generator=data.generator(0))   # both are in order of captions
+    kid, error = metrics.kid(real[order], features[order])
+    std = real.std(dim=0) + 1e-6
+    spread, real_spread = (metrics.diversity(f / std, targets) for f in (features, real))
+    return {**metrics.accuracy_row(correct.all(1)),
+            **dict(zip(evaluator.attributes, correct.float().mean(0).tolist())),
+            "second_judge": second[0], "disagree": second[1], "clip_prob": metrics.mean(probs),
+            "kid": kid, "kid_error": error,
+            "diversity": None if math.isnan(spread) else spread / real_spread}

@@ -1,0 +1,1 @@
+"""What lies below the chapters: commands, checkpoints, caches, image folders, ranks, plots."""

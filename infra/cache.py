@@ -1,0 +1,100 @@
+"""Images made once by all cores, cached in one file, resumed after an interruption.
+
+It holds raw bytes and may be larger than memory. Chunks are made in parallel, each a file in
+NAME.chunks/, and concatenated at the end; the next command makes those that are missing.
+"""
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+from tqdm import tqdm
+
+from infra.checkpoint import write_atomic
+
+CHUNK = 200   # images that one process makes at a time
+
+
+def load_packed(items, make, size, path):
+    """Load the images of the items, made by `pack` now or earlier.
+
+    -> images: (N, size, size, 3) uint8, memory-mapped; numbers: (len(items),), N of them >= 0
+    """
+    if not path.exists():
+        pack(items, make, size, path)
+    numbers = np.load(path.with_suffix(".npy"))
+    shape = (int((numbers >= 0).sum()), size, size, 3)
+    if not shape[0]:   # an empty file cannot be mapped
+        return np.empty(shape, np.uint8), numbers
+    return np.memmap(path, np.uint8, "r", shape=shape), numbers
+
+
+def pack(items, make, size, path):
+    """Make an image of each item, all of them into `path`, and a number for each into its .npy.
+
+    make(some items, size), a function at the top level of a module, -> images: (n, size, size, 3)
+    uint8; numbers: (n,) int, -1 for an item that cannot be read and is left out
+    """
+    folder = path.with_suffix(".chunks")
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [(make, items[start:start + CHUNK], size, folder / f"{start // CHUNK:05}.npz")
+             for start in range(0, len(items), CHUNK)]
+    files = [file for *_, file in tasks]
+    try:
+        _make_chunks([task for task in tasks if not task[-1].exists()], path.stem)
+        with write_atomic(path.with_suffix(".npy")) as out:
+            np.save(out, np.concatenate([np.load(file)["numbers"] for file in files]))
+        with write_atomic(path) as out:   # last: where path is, all is done
+            for file in files:
+                out.write(np.load(file)["images"].data)
+    except OSError:   # another command has made the same file meanwhile and removed the chunks
+        if not path.exists():
+            raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_chunks(tasks, name):
+    with ProcessPoolExecutor(initializer=_start_worker) as pool:
+        try:
+            list(tqdm(pool.map(_make_chunk, tasks), f"packing {name}", len(tasks), unit="chunk"))
+        except BrokenProcessPool:
+            raise OSError("a process that makes images has died, perhaps for lack of memory; the "
+                          "same command resumes") from None
+        finally:
+            pool.shutdown(cancel_futures=True)   # after Ctrl-C, do not make all the rest
+
+
+def _make_chunk(task):
+    make, items, size, file = task
+    images, numbers = make(items, size)
+    with write_atomic(file) as chunk:
+        np.savez(chunk, images=images[np.asarray(numbers) >= 0], numbers=numbers)
+
+
+def _start_worker():
+    """Leave Ctrl-C to the parent process, and end when it ends: if it is killed, too."""
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def read_rows(images, indices):
+    """images[indices], read from the file if there is one: the memory map would read neighbours
+    too, twenty times slower, and count as memory of this process."""
+    if not isinstance(images, np.memmap) or images.nbytes != os.path.getsize(images.filename):
+        return images[indices]   # in memory, or a part of a file
+    rows = np.empty((len(indices), *images.shape[1:]), np.uint8)
+    with open(images.filename, "rb", buffering=0) as file:
+        for row, index in zip(rows, indices):
+            file.seek(index * row.nbytes)
+            if file.readinto(row) < row.nbytes:
+                raise OSError(f"{images.filename} has become shorter")
+    return rows

@@ -1,0 +1,114 @@
+"""What all commands share: errors in one line, signals, devices, autocast."""
+import argparse
+import contextlib
+import functools
+import math
+import signal
+import sys
+import time
+import timeit
+from pathlib import Path
+
+import torch
+
+OUT_OF_MEMORY = "out of memory", "allocate memory", "DefaultCPUAllocator"   # parts of error texts
+
+
+class UserError(Exception):
+    """An error that the user can fix: commands print it in one line and exit with code 2."""
+
+
+class DatasetError(UserError):
+    """A data set that cannot be used."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are UserErrors."""
+
+    def error(self, message):
+        raise UserError(f"{message}; -h explains")
+
+
+def check_range(name, value, low, high):
+    """Raise UserError unless low <= value <= high; NaN is refused too."""
+    if not low <= value <= high:
+        raise UserError(f"{name} must be from {low} to {high}, not {value}")
+
+
+def run_command(main):
+    """Run main(), print errors that the user can fix in one line, and set the exit code."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:   # OSError: a full disk, ...
+        text = str(error)
+        if isinstance(error, MemoryError) or any(part in text for part in OUT_OF_MEMORY):
+            text = "memory is full; try a smaller --batch, or, in training, --accumulate 2"
+        elif isinstance(error, RuntimeError):
+            raise
+        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Collect SIGINT (Ctrl-C) and SIGTERM in a list, so that the current step can end and be saved;
+    a second signal of the same kind raises KeyboardInterrupt at once."""
+    received = []
+
+    def on_signal(number, frame):
+        if number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def pick_device(name="auto"):
+    """Pick a torch.device by name; "auto" is the first available of cuda, mps, cpu."""
+    if name == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
+    try:
+        torch.empty(1, device=name)   # torch accepts names of devices that this machine lacks
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here: {reason}") from None
+    return torch.device(name)
+
+
+def autocast(device, bf16=None):
+    """Context: matrix products and convolutions in bfloat16; None: where it is faster. Never in
+    float16: gradients and losses can exceed 65504."""
+    bf16 = bf16_is_fast(device) if bf16 is None else bf16
+    # cache_enabled would keep a copy of each tensor that requires a gradient, such as every x_t of
+    # a guided trajectory, until the command ends; weights are cast once a step either way.
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+
+def bf16_is_fast(device):
+    """Whether the device computes faster in bfloat16 than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and cpu_is_fast_in_bf16()
+
+
+@functools.cache
+def cpu_is_fast_in_bf16():
+    """Measure it, because feature names mislead: of two CPUs with "AVX512-BF16" one multiplies
+    matrices five times faster in it than in float32, the other slower."""
+    matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    least, start = [math.inf, math.inf], time.monotonic()   # seconds a product
+    for rounds in range(1, 41):   # in turns, and the minimum counts: other programs may be running
+        least = [min(seconds, timeit.timeit(lambda: m @ m, number=1))
+                 for seconds, m in zip(least, matrices)]
+        ratio = least[1] / least[0]
+        if rounds >= 5 and (not 0.2 < ratio < 1.8 or time.monotonic() > start + 2):
+            break   # the answer is clear by a factor of three, or it takes too long
+    return ratio < 0.6   # convolutions gain less, and casting costs: a clear gain or none

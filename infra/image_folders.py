@@ -1,0 +1,209 @@
+"""Image folders with captions, in one of four layouts.
+
+    SRN cars        cars_train/ID/rgb/*.png and cars.txt, its line i the caption of the i-th ID in
+                    sorted order (an assumption: the file itself does not say)
+    captions.csv    a table with the columns image (a path from the folder) and caption
+    text files      image.png with its caption beside it in image.txt, at any depth
+    class folders   CLASS/*.png at any depth, captioned "a photo of a CLASS"
+
+Any image that can be read becomes square RGB; what cannot be read is left out and reported.
+"""
+import csv
+import errno
+import io
+import os
+import warnings
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from infra.cli import DatasetError
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+TEMPLATES = ("a photo of {}", "{}", "a picture of {}", "a blurry photo of {}",
+             "a close-up photo of {}", "a small photo of {}")   # of class names
+# Which of 20 equal parts of the objects belong to which split.
+SPLITS = {"train": range(5, 20), "validation": [0], "judge": range(2, 5), "judge-test": [1]}
+TRANSIENT = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}   # the machine's, not a file's
+
+
+class ImageFolder(NamedTuple):
+    """N image files with captions."""
+    layout: str
+    files: list      # N paths
+    texts: list      # N captions, one for each file
+    objects: list    # N names of what is shown: images of one object all go into one split
+    classes: list    # the names of the classes, sorted, if the layout is class folders; else empty
+    left_out: int    # number of images without a caption
+
+
+def scan_folder(folder):
+    """Find the images and captions in a folder -> ImageFolder; DatasetError if there are none."""
+    if not folder.is_dir():
+        raise DatasetError("there is no such folder")
+    for layout, scan in LAYOUTS.items():
+        images = scan(folder)
+        captioned = [image for image in images if image[1]]
+        if captioned:
+            files, texts, objects = map(list, zip(*captioned))
+            classes = sorted(set(texts)) if layout == "class folders" else []
+            texts = [_fill(TEMPLATES[0], name) for name in texts] if classes else texts
+            return ImageFolder(layout, files, texts, objects, classes, len(images) - len(files))
+    if images:   # of the last layout, which takes any
+        raise DatasetError("there are images but no captions; put each class in a folder of its "
+                           "own, or write captions.csv with the columns image and caption")
+    raise DatasetError("there are no images in it")
+
+
+# Each layout has a function: folder -> (file, text or "", object) for each of its images.
+
+def _srn_cars(folder):
+    root = folder / "cars_train" if (folder / "cars_train").is_dir() else folder
+    objects = sorted(path.parent for path in root.glob("*/rgb"))
+    if not objects:
+        return []
+    lines = (_text_of(folder / "cars.txt") or _text_of(root / "cars.txt")).splitlines()
+    if not lines:
+        raise DatasetError("there are objects as in SRN cars, but no cars.txt with their captions")
+    if len(lines) != len(objects):
+        raise DatasetError(f"cars.txt has {len(lines):,} lines for {len(objects):,} objects")
+    return [(file, line.strip(), directory.name) for directory, line in zip(objects, lines)
+            for file, _ in _images_in(directory / "rgb")]
+
+
+def _captions_csv(folder):
+    table = folder / "captions.csv"
+    if not table.is_file():
+        return []
+    lines = io.StringIO(_text_of(table), newline="")
+    reader = csv.DictReader(lines, strict=True, skipinitialspace=True)
+    try:
+        columns = reader.fieldnames or ()
+        for column in ("image", "caption"):
+            if column not in columns:
+                raise DatasetError(f"captions.csv has no column {column!r}; its first line has "
+                                   f"{', '.join(columns) or 'nothing'}")
+        rows = [(row["image"], (row["caption"] or "").strip()) for row in reader if row["image"]]
+    except csv.Error as error:
+        raise DatasetError(f"captions.csv, near line {reader.line_num}: {error}") from None
+    for name, _ in rows:
+        if "\0" in name or not (folder / name).resolve().is_relative_to(folder):
+            raise DatasetError(f"captions.csv names {name!r}, which is outside of the folder")
+    if not any(text for _, text in rows):
+        raise DatasetError("captions.csv has no captions")
+    return [(folder / name, text, name) for name, text in rows]
+
+
+def _text_files(folder):
+    return [(file, " ".join(_text_of(file.with_suffix(".txt")).split()), name)
+            for file, name in _images_in(folder)]
+
+
+def _class_folders(folder):
+    images = []
+    for file, name in _images_in(folder):   # "Polar__bear/1.png" is of a "polar bear"
+        directory = name.split("/")[0] if "/" in name else ""
+        words = " ".join(directory.replace("_", " ").lower().split())
+        images.append((file, words or directory, name))
+    return images
+
+
+LAYOUTS = {"SRN cars": _srn_cars, "captions.csv": _captions_csv, "text files": _text_files,
+           "class folders": _class_folders}
+
+
+def _images_in(folder):
+    """-> (path, its name in the folder) of all images at any depth, sorted; not .name/ or .name"""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    names = [file.relative_to(folder).as_posix() for file in files]
+    return [(file, name) for file, name in zip(files, names) if "/." not in f"/{name}"]
+
+
+def _text_of(path):
+    """The text of a file, "" if there is none."""
+    try:
+        return path.read_text("utf-8-sig") if path.is_file() else ""   # sig: editors may write it
+    except UnicodeDecodeError:
+        raise DatasetError(f"{path} is not UTF-8; save it as UTF-8") from None
+
+
+def _fill(template, name):
+    """"a photo of {}", "airplane" -> "a photo of an airplane" """
+    return template.format(f"{'an' if name[0] in 'aeiou' else 'a'} {name}")
+
+
+def captions_and_templates(image_folder):
+    """-> captions: K texts, where case and white space do not count; templates: S lists of K texts,
+    all ways to write them; caption_ids: N indices of captions"""
+    texts = [" ".join(text.lower().split()) for text in image_folder.texts]
+    templates = [[_fill(template, name) for name in image_folder.classes] for template in TEMPLATES]
+    if not image_folder.classes:
+        templates = [sorted(set(texts))]
+    index_of = {text: i for i, text in enumerate(templates[0])}
+    return templates[0], templates, [index_of[text] for text in texts]
+
+
+def split_indices(image_folder, split):
+    """The indices of a split's files; DatasetError if there are none. A hash of the object's name
+    decides: all its images go into one split, also when others join."""
+    indices = [i for i, name in enumerate(image_folder.objects)
+               if zlib.crc32(os.fsencode(name)) % 20 in SPLITS[split]]
+    if not indices:
+        raise DatasetError(f"{len(image_folder.files):,} images are too few: none of them belongs "
+                           f"to the {split} split")
+    return indices
+
+
+def report(image_folder, split, indices, readable, K):
+    """Describe a split in one line; indices of its files, and which of these can be read."""
+    layout, files, texts, objects, _, left_out = image_folder
+    text_of = {objects[i]: texts[i] for i in indices}
+    first = ", ".join(f"{name}: {text!r}" for name, text in list(text_of.items())[:3])
+    line = (f"{split}: found {len(text_of):,} objects, {len(readable):,} images, "
+            f"{K:,} captions ({layout}); first three: {first}")
+    if left_out:
+        line += f"; {left_out:,} images of the folder have no caption and are left out"
+    broken = [str(files[i]) for i in np.delete(indices, readable)]
+    if broken:
+        names = ", ".join(broken[:3])
+        line += f"; left out because they cannot be read: {len(broken):,}, such as {names}"
+    return line.encode("utf-8", "replace").decode("utf-8")   # file names can hold any bytes
+
+
+def fingerprint(files):
+    """A number that changes with the files' names, sizes and times of change."""
+    stats = [path.stat() if path.exists() else None for path in files]
+    return zlib.crc32(repr([(str(path), stat and (stat.st_size, stat.st_mtime_ns))
+                            for path, stat in zip(files, stats)]).encode())
+
+
+def read_image(path, size):
+    """Read an image file: upright, on white, center crop, area-averaged -> (size, size, 3) uint8"""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):   # 16 bits; convert() would clip them, not scale them
+            levels = np.asarray(image, np.float32).clip(0, 65535) / 257
+            image = Image.fromarray(levels.round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    method = Image.Resampling.BOX if min(image.size) >= size else Image.Resampling.BICUBIC
+    return np.asarray(ImageOps.fit(image, (size, size), method))
+
+
+def read_images(files, size):
+    """Read files for cache.pack -> images: (n, size, size, 3) uint8; numbers: n times 0 or -1"""
+    warnings.simplefilter("ignore")   # Pillow's, about files that it can read all the same,
+    warnings.simplefilter("error", Image.DecompressionBombWarning)   # but not of 90 million pixels
+    images, numbers = np.zeros((len(files), size, size, 3), np.uint8), [0] * len(files)
+    for i, file in enumerate(files):
+        try:
+            images[i] = read_image(file, size)
+        except Exception as error:   # Pillow raises a dozen types for damaged files
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in TRANSIENT:
+                raise
+            numbers[i] = -1   # not readable
+    return images, numbers

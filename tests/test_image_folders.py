@@ -1,0 +1,278 @@
+"""Image folders: the four layouts, and every kind of image that people keep in them."""
+import errno
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from infra import cli, image_folders
+
+
+def write(path, colour=(200, 30, 40), size=(20, 16), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+
+
+def load(folder, split, size=8):
+    """A split as data.py makes it: its images, and the caption of each."""
+    found = image_folders.scan_folder(folder)
+    indices = image_folders.split_indices(found, split)
+    captions, templates, caption_ids = image_folders.captions_and_templates(found)
+    images, numbers = image_folders.read_images([found.files[i] for i in indices], size)
+    readable = np.flatnonzero(np.array(numbers) >= 0)
+    return SimpleNamespace(
+        images=images[readable], captions=captions, templates=templates,
+        caption_ids=np.array([caption_ids[indices[i]] for i in readable]), classes=found.classes,
+        report=image_folders.report(found, split, indices, readable, len(captions)))
+
+
+def all_splits(folder, size=8):
+    """Those splits that are not empty -> {split: what load returns}"""
+    splits = {}
+    for split in image_folders.SPLITS:
+        try:
+            splits[split] = load(folder, split, size)
+        except cli.DatasetError:   # a small folder leaves some splits empty
+            pass
+    return splits
+
+
+def pairs(splits):
+    """What belongs together, over all splits -> {red of the image: caption}"""
+    return {int(red): s.captions[k] for s in splits.values()
+            for red, k in zip(s.images[:, 4, 4, 0], s.caption_ids)}
+
+
+def test_class_folders(tmp_path):
+    for i in range(40):
+        write(tmp_path / "airplane" / f"{i}.png", (10 + i, 0, 0))
+        write(tmp_path / "fire_truck" / f"{i}.JPG", (0, 10 + i, 0))
+    write(tmp_path / "no class.png")
+    splits = all_splits(tmp_path)
+    assert sum(len(s.images) for s in splits.values()) == 80
+    train = splits["train"]
+    assert train.captions == ["a photo of an airplane", "a photo of a fire truck"]
+    assert train.classes == ["airplane", "fire truck"]
+    red = train.images[:, 4, 4, 0] > train.images[:, 4, 4, 1]
+    assert (train.caption_ids == np.where(red, 0, 1)).all()
+    assert "2 captions (class folders); first three: airplane/" in train.report
+    assert ": 'a photo of an airplane'" in train.report
+    assert "1 images of the folder have no caption" in train.report
+    assert len(train.templates) == 6 and all(len(texts) == 2 for texts in train.templates)
+
+
+def test_names_of_class_folders_may_be_untidy(tmp_path):
+    """Spaces for underscores, one of each; and what differs in case alone is one class."""
+    for name in ("polar__bear", "Cat_", "cat", "_", "Å"):
+        write(tmp_path / name / "a.png")
+    found = image_folders.scan_folder(tmp_path)
+    assert found.classes == ["_", "cat", "polar bear", "å"]
+    captions, templates, caption_ids = image_folders.captions_and_templates(found)
+    assert len(captions) == 4 and all(len(texts) == 4 for texts in templates)
+    assert [captions[i] for i in caption_ids] == found.texts
+
+
+def test_text_files(tmp_path):
+    for i in range(30):
+        write(tmp_path / "deep" / "er" / f"{i}.png", (8 * i, 0, 0))
+        text = f"\ufeff  A thing\nnumber {i % 3} " if i % 2 else f"a  thing number {i % 3}"
+        (tmp_path / "deep" / "er" / f"{i}.txt").write_text(text, "utf-8")
+    write(tmp_path / "deep" / "without.png")
+    write(tmp_path / ".hidden" / "a.png")
+    (tmp_path / ".hidden" / "a.txt").write_text("unseen")
+    splits = all_splits(tmp_path)
+    assert splits["train"].captions == [f"a thing number {i}" for i in range(3)]
+    assert pairs(splits) == {8 * i: f"a thing number {i % 3}" for i in range(30)}
+    assert "1 images of the folder have no caption" in splits["train"].report
+
+
+def test_captions_csv(tmp_path):
+    rows = ["image, caption"]
+    for i in range(30):
+        write(tmp_path / "p" / f"{i}.png", (8 * i, 0, 0))
+        rows.append(f'p/{i}.png, "one, two ""{i % 2}""\nthree"')
+    rows += ["p/0.png,", ",of nothing"]
+    (tmp_path / "captions.csv").write_text("\n".join(rows), "utf-8-sig")
+    assert pairs(all_splits(tmp_path)) == {8 * i: f'one, two "{i % 2}" three' for i in range(30)}
+    assert image_folders.scan_folder(tmp_path).left_out == 1
+
+
+def test_objects_of_srn_cars_are_never_split(tmp_path):
+    """A small copy of ShapeNet's layout: three views of each of 60 objects."""
+    for i in range(60):
+        for view in range(3):
+            path = tmp_path / "cars_train" / f"id{i:03d}" / "rgb" / f"{view:06d}.png"
+            write(path, (i, 80 * view, 0), (16, 16))
+    captions = [f"a car of number {i}" for i in range(60)]
+    (tmp_path / "cars.txt").write_text("\n".join(captions) + "\n")
+    splits = all_splits(tmp_path, 16)
+    ids = {split: s.images[:, 0, 0, 0] for split, s in splits.items()}
+    for split, objects in ids.items():
+        assert all((objects == i).sum() == 3 for i in set(objects.tolist()))
+        for i, k in zip(objects.tolist(), splits[split].caption_ids):
+            assert splits[split].captions[k] == captions[i]
+    everything = [i for objects in ids.values() for i in set(objects.tolist())]
+    assert sorted(everything) == list(range(60))
+    n = len(set(ids["train"].tolist()))
+    assert splits["train"].report.startswith(
+        f"train: found {n} objects, {3 * n} images, 60 captions (SRN cars); first three: id0")
+
+
+def test_reading(tmp_path):
+    """Grey, palette, transparent, 16-bit, rotated and odd-sized images come out as viewers show
+    them."""
+    check = lambda name, colour, at=(4, 4): np.testing.assert_allclose(
+        image_folders.read_image(tmp_path / name, 8)[at], colour, atol=3)
+    write(tmp_path / "gray.png", 100, mode="L")
+    check("gray.png", [100, 100, 100])
+    Image.new("RGB", (9, 9), (255, 0, 0)).convert("P").save(tmp_path / "palette.png")
+    check("palette.png", [255, 0, 0])
+    write(tmp_path / "clear.png", (0, 0, 0, 0), mode="RGBA")
+    check("clear.png", [255, 255, 255])
+    Image.fromarray(np.full((9, 9), 51400, np.uint16)).save(tmp_path / "deep.png")
+    check("deep.png", [200, 200, 200])
+    turned = Image.new("RGB", (40, 20), "white")
+    turned.paste("black", (0, 0, 20, 20))   # left half black
+    exif = Image.Exif()
+    exif[0x0112] = 6   # "turn me a quarter clockwise": the left half is then on top
+    turned.save(tmp_path / "turned.jpg", exif=exif, quality=100)
+    check("turned.jpg", [0, 0, 0], (0, 4))
+    check("turned.jpg", [255, 255, 255], (7, 4))
+    write(tmp_path / "one.png", size=(1, 1))
+    check("one.png", [200, 30, 40])
+    write(tmp_path / "long.png", size=(20_000, 10))
+    check("long.png", [200, 30, 40])
+
+
+def test_shrinking_averages(tmp_path):
+    board = np.indices((16, 16)).sum(axis=0) % 2 * 255
+    Image.fromarray(board.astype(np.uint8)).save(tmp_path / "board.png")
+    shrunk = image_folders.read_image(tmp_path / "board.png", 8)
+    assert (abs(shrunk.astype(int) - 127.5) < 2).all()
+
+
+def test_the_crop_is_the_center(tmp_path):
+    image = Image.new("RGB", (40, 20), "white")
+    image.paste("black", (10, 0, 30, 20))   # the middle square
+    image.save(tmp_path / "a.png")
+    assert (image_folders.read_image(tmp_path / "a.png", 8) == 0).all()
+
+
+def test_broken_images_are_counted_and_named(tmp_path):
+    for i in range(40):
+        write(tmp_path / f"{i}.png", (6 * i, 0, 0))
+        (tmp_path / f"{i}.txt").write_text(f"number {i}")
+    found = image_folders.scan_folder(tmp_path)
+    train = [found.files[i] for i in image_folders.split_indices(found, "train")]
+    train[1].write_bytes(b"no image")
+    train[2].write_bytes(train[2].read_bytes()[:60])
+    splits = all_splits(tmp_path)
+    good = [path for path in tmp_path.glob("*.png") if path not in train[1:3]]
+    assert pairs(splits) == {6 * int(path.stem): f"number {path.stem}" for path in good}
+    assert len(splits["train"].images) == len(train) - 2
+    assert f"cannot be read: 2, such as {train[1]}, {train[2]}" in splits["train"].report
+
+
+def test_an_image_bomb_is_left_out(tmp_path):
+    """A small file that claims to be a huge image: Pillow warns from 90 million pixels on."""
+    Image.new("1", (9500, 9500)).save(tmp_path / "bomb.png")
+    write(tmp_path / "a.png", (200, 30, 40))
+    images, numbers = image_folders.read_images([tmp_path / "bomb.png", tmp_path / "a.png"], 8)
+    assert numbers == [-1, 0] and (images[1] == [200, 30, 40]).all()
+    assert (tmp_path / "bomb.png").stat().st_size < 100_000
+
+
+def test_the_fingerprint_follows_the_files(tmp_path):
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    fingerprints = [image_folders.fingerprint(files)]   # of files that are missing
+    for file, size in ((files[0], (20, 16)), (files[1], (20, 16)), (files[0], (9, 9))):
+        write(file, size=size)
+        fingerprints.append(image_folders.fingerprint(files))
+    fingerprints.append(image_folders.fingerprint(files[:1]))
+    assert len(set(fingerprints)) == 5
+    assert image_folders.fingerprint(files) == fingerprints[3]
+
+
+def test_splits_stay_when_files_are_added(tmp_path):
+    for i in range(40):
+        write(tmp_path / "a" / f"{i}.png", (6 * i, 0, 0))
+    before = all_splits(tmp_path)
+    for i in range(40, 80):
+        write(tmp_path / "a" / f"{i}.png", (0, 0, 3 * i))
+    write(tmp_path / "a" / "0.png", (250, 0, 0), size=(9, 9))
+    after = all_splits(tmp_path)
+    for split, dataset in before.items():
+        old, new = (set(s.images[:, 4, 4, 0].tolist()) - {0} for s in (dataset, after[split]))
+        assert old <= new <= old | {250}
+    assert any(250 in s.images[:, 4, 4, 0] for s in after.values())
+
+
+def test_a_missing_image_shifts_no_captions(tmp_path):
+    """The table names a file that is not there: only its row is left out."""
+    for i in range(40):
+        write(tmp_path / f"{i}.png", (6 * i, 0, 0))
+    rows = [f"{i}.png,number {i}" for i in range(40)]
+    (tmp_path / "3.png").unlink()
+    expected = {6 * i: f"number {i}" for i in range(40) if i != 3}
+    for some in (rows, rows[:3] + rows[4:]):
+        (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *some]))
+        assert pairs(all_splits(tmp_path)) == expected
+
+
+def test_errors_of_the_machine_are_raised(tmp_path, monkeypatch):
+    """What a full file table or a lost disk keeps from being read is not marked as broken."""
+    write(tmp_path / "a.png")
+
+    def lost(path, size):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(image_folders, "read_image", lost)
+    with pytest.raises(OSError, match="Input/output"):
+        image_folders.read_images([tmp_path / "a.png"], 8)
+
+
+def test_an_object_without_a_caption_is_left_out(tmp_path):
+    for i in range(40):
+        write(tmp_path / f"id{i:02d}" / "rgb" / "0.png", (6 * i, 0, 0))
+    lines = [f"number {i}" if i else " " for i in range(40)]
+    (tmp_path / "cars.txt").write_text("\n".join(lines))
+    found = image_folders.scan_folder(tmp_path)
+    assert found.texts == lines[1:] and found.left_out == 1
+
+
+def test_a_file_name_of_any_bytes_can_be_reported(tmp_path):
+    write(tmp_path / "a" / "\udcff.png")
+    found = image_folders.scan_folder(tmp_path)
+    line = image_folders.report(found, "train", [0], [0], 1)
+    assert "a/?.png" in line and line.encode()
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p: None, "there are no images"),
+    (lambda p: write(p / "a.png"), "no captions"),
+    (lambda p: write(p / "a" / "a.png"), "1 images are too few: none of them belongs to the judge"),
+    (lambda p: (p / "captions.csv").write_text("image,text\na.png,b"), "no column 'caption'"),
+    (lambda p: (p / "captions.csv").write_text(""), "no column 'image'"),
+    (lambda p: (p / "captions.csv").write_text("image,caption\n../../a.png,b"), "outside"),
+    (lambda p: (p / "captions.csv").write_text("image,caption\n/etc/passwd,b"), "outside"),
+    (lambda p: ((p / "a.png").symlink_to("/etc/passwd"),
+                (p / "captions.csv").write_text("image,caption\na.png,b")), "outside"),
+    (lambda p: (p / "captions.csv").write_text("image,caption\na.png,"), "has no captions"),
+    (lambda p: (p / "captions.csv").write_bytes("image,caption\na.png,caf\xe9".encode("latin-1")),
+     "not UTF-8"),
+    (lambda p: (p / "captions.csv").write_text('image,caption\na.png,"b\nc.png,d'), "near line"),
+    (lambda p: (p / "captions.csv").write_text("image,caption\n\0,b"), "outside|near line"),
+    (lambda p: write(p / "id" / "rgb" / "0.png"), "no cars.txt"),
+    (lambda p: (write(p / "id" / "rgb" / "0.png"), (p / "cars.txt").write_text("a\nb")), "2 lines"),
+    (lambda p: (write(p / "0.png"), (p / "0.txt").write_bytes(b"caf\xe9")), "not UTF-8")])
+def test_folders_that_cannot_be_used_say_why(tmp_path, make, message):
+    (tmp_path / "photos").mkdir()
+    make(tmp_path / "photos")
+    with pytest.raises(cli.DatasetError, match=message):
+        load(tmp_path / "photos", "judge")
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(cli.DatasetError, match="no such folder"):
+        image_folders.scan_folder(tmp_path / "nowhere")

@@ -1,0 +1,305 @@
+"""The pages: commands parse, files and names exist, figures are those of the results files."""
+import ast
+import contextlib
+import functools
+import importlib
+import io
+import json
+import operator
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import sample
+import train
+from experiments import __main__ as experiments
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+MODULES = {path.stem for path in ROOT.glob("*.py")} | {"infra", "experiments"}
+
+
+def read(name):
+    return (ROOT / name).read_text("utf-8")
+
+
+# ---- sizes ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["README.md", "experiments/README.md", "experiments/LOG.md"])
+def test_a_page_is_short(name):
+    """At most 12 KB."""
+    assert len(read(name).encode()) <= 12_288
+
+
+def test_the_readme_can_be_skimmed():
+    """At most 170 lines, and no paragraph of more than four."""
+    lines = README.splitlines()
+    assert len(lines) <= 170
+    for block in re.split(r"\n\s*\n", re.sub(r"```.*?```", "", README, flags=re.DOTALL)):
+        prose = [line for line in block.strip("\n").splitlines()
+                 if not line.startswith(("|", "- ", "#", "!", "    ", "<")) and line[:1].isalpha()]
+        assert len(prose) <= 4, block
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+PAGES = ["README.md", "weights/README.md", "experiments/README.md"]
+DOCSTRINGS = ["train.py", "sample.py", "infra/distributed.py", "experiments/__main__.py",
+              "experiments/tables.py", "experiments/interruptions.py"]
+PROGRAMS = "python", "torchrun", "pip"
+
+
+def commands(text):
+    """All commands in code blocks and backticks. What follows two spaces or " #" explains."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for block in fenced for line in block.splitlines()]
+    lines += [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    lines += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    for line in lines:
+        for command in re.split(r"&&|;|  | #", line):
+            if command.strip().split(" ")[0] in PROGRAMS:
+                yield command.strip()
+
+
+def test_commands_are_found():
+    """In blocks, fences and backticks, without what explains them."""
+    text = ("Run `python a.py -n 2`, or\n\n    pip install -r b.txt && python c.py \"x y\"\n"
+            "    python d.py      a word\n\n```bash\ntorchrun --n 2 e.py  # two\n```\n")
+    assert sorted(commands(text)) == [
+        "pip install -r b.txt", "python a.py -n 2", 'python c.py "x y"', "python d.py",
+        "torchrun --n 2 e.py"]
+
+
+@functools.cache
+def help_of(parse, *arguments):
+    """-> what a command prints for -h"""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+        parse([*arguments, "-h"])
+    return out.getvalue()
+
+
+def check(command):
+    """Run the parser of a command, whatever it is; an error if it refuses the arguments."""
+    program, *words = shlex.split(command)
+    if program == "torchrun":
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        assert all(word.startswith("--nproc_per_node") or word.isdigit() for word in words[:script])
+        words = words[script:]
+    if program == "pip":
+        assert words[:2] == ["install", "-r"] and (ROOT / words[2]).is_file()
+    elif words[:2] == ["-m", "pytest"]:
+        assert "pytest" in read("requirements-dev.txt") and len(words) == 2
+    elif words[:2] == ["-m", "experiments"]:
+        check_experiment(words[2:])
+    elif words[0] in ("train.py", "sample.py"):
+        parse = train.parse if words[0] == "train.py" else sample.parse
+        if words[-1] == "-h":
+            assert help_of(parse, *words[1:-1])
+        else:
+            parse(words[1:])
+    else:
+        assert (ROOT / words[0]).is_file() and len(words) == 1
+
+
+def check_experiment(words):
+    if "..." in words:   # values that are left out
+        words = words[:words.index("...") - 1]
+    name, *flags = words or ["NAME"]
+    if name == "NAME":   # for any
+        assert "--each" in help_of(experiments.parse_args)
+    elif name in experiments.STANDALONE:
+        known = help_of(experiments.STANDALONE[name]) if flags else ""
+        assert all(flag in known for flag in flags if flag.startswith("--"))
+    else:
+        experiments.parse_args(words)
+
+
+@pytest.mark.parametrize("command", sorted({c for page in PAGES for c in commands(read(page))}))
+def test_a_command_of_a_page_parses(command):
+    """By the parser that it would meet."""
+    check(command)
+
+
+@pytest.mark.parametrize("command", sorted({
+    c for file in DOCSTRINGS for c in commands(ast.get_docstring(ast.parse(read(file))) or "")}))
+def test_a_command_of_a_docstring_parses(command):
+    """By the parser that it would meet."""
+    check(command)
+
+
+@pytest.mark.parametrize("command", [
+    "python train.py ddpm --preset small", "python train.py all", "python sample.py --colour red",
+    "python nothing.py", "python -m experiments nothing", "pip install -r nothing.txt",
+    "torchrun --nproc_per_node 2 train.py nothing", "python -m experiments guidance --methods a"])
+def test_a_wrong_command_would_be_found(command):
+    """So the tests above can fail."""
+    with pytest.raises((Exception, AssertionError)):
+        check(command)
+
+
+def test_every_flag_exists():
+    """Also those that stand alone, such as `--gif`."""
+    known = " ".join([help_of(sample.parse), help_of(experiments.parse_args), "--nproc_per_node",
+                      *(help_of(train.parse, kind) for kind in train.TASKS)])
+    for page in PAGES:
+        flags = {flag for span in re.findall(r"`([^`\n]+)`", read(page))
+                 for flag in re.findall(r"(?<!\S)--[a-z][\w-]+", span)}
+        assert flags <= set(re.findall(r"--[a-z][\w-]+", known)), page
+    for name in ("clip", "ddpm"):   # the first lines that a reader types
+        assert f"python train.py {name}" in README
+
+
+# ---- files and names -----------------------------------------------------------------------------
+
+MADE = ("out/", "runs/", "cache/")   # by commands
+EXAMPLES = {"captions.csv", "NAME.png", "NAME.txt", "vans.png", "photos/CLASS/*.png", "cars.txt",
+            "checkpoint.pt", "weights.pt", "loss.png"}   # of the user, or in a run's folder
+
+
+@pytest.mark.parametrize("page", [*PAGES, "NOTATION.md", "experiments/LOG.md"])
+def test_every_link_leads_to_a_file(page):
+    """Images too; of links inside of the project."""
+    folder = (ROOT / page).parent
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", read(page)):
+        assert target.startswith("http") or (folder / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [*PAGES, "NOTATION.md"])
+def test_every_file_that_is_named_exists(page):
+    """In backticks; what commands make, and the user's own files, are known by name."""
+    folders = ROOT, (ROOT / page).parent
+    for span in re.findall(r"`([^`\n]+)`", read(page)):
+        if span.startswith(PROGRAMS):
+            continue
+        for name in re.findall(r"[\w.*/-]+\.(?:py|md|json|pt|png|gif|txt|csv)\b|^\w+/$", span):
+            if not name.startswith(MADE) and name not in EXAMPLES:
+                assert any([*folder.glob(name)] for folder in folders), name
+
+
+def test_every_chapter_is_listed():
+    """In the README's table of files."""
+    for path in [*ROOT.glob("*.py"), ROOT / "infra", ROOT / "experiments"]:
+        name = path.name + "/" * path.is_dir()
+        assert f"`{name}`" in README, name
+
+
+@pytest.mark.parametrize("page", ["README.md", "NOTATION.md"])
+def test_every_name_that_is_explained_exists(page):
+    """Dotted names of ours in backticks, such as `tinyddpm.q_sample`."""
+    found = [name for name in re.findall(r"`(\w+\.[\w.]+)`", read(page))
+             if name.split(".")[0] in MODULES and not name.endswith(".py")]
+    assert len(found) >= 4
+    for name in found:
+        parts = name.split(".")
+        depth = 2 if parts[0] in ("infra", "experiments") else 1
+        module = importlib.import_module(".".join(parts[:depth]))
+        assert operator.attrgetter(".".join(parts[depth:]))(module) is not None, name
+
+
+def test_python_examples_use_what_exists():
+    """They compile, and each `module.name` of ours is there."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert blocks
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                if node.value.id in MODULES:
+                    assert hasattr(importlib.import_module(node.value.id), node.attr), node.attr
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+def fraction(value):
+    return f"{100 * value:.1f} %"
+
+
+def interval(low, high):
+    return f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def short(value):
+    """.261, as statisticians write it"""
+    return f"{value:.3f}".lstrip("0")
+
+
+def one(value):
+    return f"{value:.1f}"
+
+
+def of_method(near, name, accuracy, bounds, second, kid, time):
+    """A row of the table of methods."""
+    for text, keys, form in (
+            (accuracy, "prompt_accuracy", fraction), (bounds, "low high", interval),
+            (second, "second_judge", fraction), (kid, "kid", short), (time, "relative_time", one)):
+        yield near, text, "guidance", {"method": name}, keys, form
+
+
+NUMBERS = [   # near this text, the README has this figure; results file, row, keys, format
+    *of_method("| unguided", "none", "0.0 %", "0.0 to 0.3", "0.1 %", ".205", "1.0"),
+    *of_method("| best of 64", "best-of-64", "16.9 %", "14.9 to 19.2", "16.6 %", ".131", "64.0"),
+    *of_method("| `noise-unaware`", "noise-unaware", "58.2 %", "55.3 to 61.0", "51.2 %", ".261",
+               "1.6"),
+    *of_method("| `noise-aware`", "noise-aware", "89.7 %", "87.8 to 91.3", "87.4 %", ".098",
+               "1.7"),
+    *of_method("| `x0`", "x0", "92.7 %", "91.1 to 94.0", "92.9 %", ".194", "2.7"),
+    *of_method("| **`lookahead`", "lookahead", "98.2 %", "97.3 to 98.8", "97.4 %", ".033", "1.6"),
+    ("best of 64 random samples", "16.9 %", "guidance", {"method": "best-of-64"},
+     "prompt_accuracy", fraction),
+    ("top-1", "99.6 %", "clip_accuracy", {"t": 0}, "top-1", fraction),
+    ("at t = 500", "91.6 %", "clip_accuracy", {"t": 500}, "top-1", fraction),
+    ("The judge", "99.8 %", "judge", {"camera": "all"}, "prompt_accuracy", fraction),
+    ("second colour", "94.6 %", "failures", {"target": "second white"}, "prompt_accuracy",
+     fraction),
+    ("60 degrees", "94.2 %", "failures", {"target": "camera above 60 degrees"}, "prompt_accuracy",
+     fraction),
+    ("with a red roof", "10.5 %", "clip_retrieval", {"t": 0}, "paraphrase", fraction),
+    *(("held out of both", text, "composition",
+       {"held_out_from": held_out, "pairs": "held out", "guidance": "lookahead"},
+       "prompt_accuracy", fraction) for text, held_out in (("71.3 %", "both"),
+                                                           ("92.6 %", "neither"))),
+    ("On photographs", "60.0 %", "photographs_models",
+     {"command": "python train.py judge --data photos --steps 1500"}, "accuracy", fraction),
+    *(("`python train.py clip`", text, "training_loss", {"model": "clip"}, step, "{:.2f}".format)
+      for text, step in (("5.52 at step 50", "50"), ("2.51 at 200", "200"), ("1.14", "1,500"))),
+    *(("`python train.py ddpm`", text, "training_loss", {"model": "ddpm"}, step, short)
+      for text, step in ((".641 at step 50", "50"), (".129 at 200", "200"), (".094", "1,000"),
+                         (".074", "4,500"))),
+    ("| `python train.py clip`", "11", "model_card", {"file": "clip.pt"}, "minutes", str),
+    ("--steps 9000", "88 minutes", "model_card", {"file": "ddpm.pt"}, "minutes", str)]
+
+
+def units(text):
+    """Rows of tables, items of lists, and paragraphs, each in one line."""
+    found = [""]
+    for line in text.splitlines():
+        if not line.strip() or line.startswith(("|", "- ")) or re.match(r"\d+\. ", line):
+            found.append("")
+        found[-1] += line.strip() + " "
+    return found
+
+
+@pytest.mark.parametrize("near, text, file, selector, keys, form", NUMBERS,
+                         ids=[f"{near.strip('|` *')}, {text}" for near, text, *_ in NUMBERS])
+def test_a_figure_is_in_the_readme_and_in_its_results_file(near, text, file, selector, keys, form):
+    """Both have it, in the same digits."""
+    rows = [row for row in json.loads(read(f"experiments/results/{file}.json"))["rows"]
+            if selector.items() <= row.items()]
+    assert len(rows) == 1, rows
+    values = [rows[0][key] for key in (keys.split() if keys not in rows[0] else [keys])]
+    assert form(*values) in (text, re.split(r" at | minutes", text)[0])
+    pattern = re.compile(rf"(?<![\d.]){re.escape(text)}(?!\d)")
+    assert any(pattern.search(unit) for unit in units(README) if near in unit), "not in README.md"
+
+
+PERCENTAGES_OF_THE_METHOD = {"95 %"}   # intervals
+
+
+def test_every_percentage_comes_from_a_results_file():
+    """Whoever writes one into the README adds it to NUMBERS."""
+    for unit in units(README):
+        for text in re.findall(r"\d[\d.]* %", unit):
+            assert text in PERCENTAGES_OF_THE_METHOD or any(
+                text == known and near in unit for near, known, *_ in NUMBERS), (text, unit)

@@ -1,0 +1,400 @@
+"""Prompts, sampling, files and reports; from class folders to an image; the shipped models."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cars
+import data
+import guide
+import judge
+import sample
+import tinyclip
+import toys
+import train
+from infra import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+FAST = "-n 1 --steps 2 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder in which toy models of every kind have been trained, and a conditional DDPM."""
+    folder = tmp_path_factory.mktemp("toys")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for kind, flags in toys.FLAGS.items():
+            train.main(f"{kind} --steps 4 {flags}".split())
+        train.main(f"ddpm --clip runs/clip/weights.pt --steps 4 {toys.FLAGS['ddpm']} "
+                   "--out runs/conditional".split())
+    return folder
+
+
+@pytest.fixture
+def here(folder, monkeypatch):
+    """In the folder of the toy models, in float32."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(cli, "bf16_is_fast", lambda device: False)
+    return folder
+
+
+@pytest.fixture
+def models(here):
+    return sample.load_models()
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """-> a list that gets the number of texts of every call of encode_text."""
+    encode_text, rows = tinyclip.CLIP.encode_text, []
+
+    def counted(clip, tokens):
+        rows.append(len(tokens))
+        return encode_text(clip, tokens)
+
+    monkeypatch.setattr(tinyclip.CLIP, "encode_text", counted)
+    return rows
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+def test_the_weights_of_runs_come_before_those_that_ship(here, tmp_path, monkeypatch):
+    """But only if both models were trained; what is given comes first."""
+    runs = Path("runs/clip/weights.pt"), Path("runs/ddpm/weights.pt")
+    assert sample.find_weights() == runs
+    assert sample.find_weights("a.pt") == (Path("a.pt"), runs[1])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/clip").mkdir(parents=True)
+    (tmp_path / "runs/clip/weights.pt").write_text("one alone")
+    assert sample.find_weights() == (ROOT / "weights/clip.pt", ROOT / "weights/ddpm.pt")
+
+
+def test_models_that_do_not_fit_are_refused(here, capsys):
+    """CLIP and DDPM of different sizes or data sets, and a DDPM conditional on another CLIP."""
+    small = toys.FLAGS["clip"].replace("--image-size 16", "--image-size 8")
+    train.main(f"clip --steps 1 {small} --out small".split())
+    with pytest.raises(cli.UserError, match="image_size is 8 for CLIP and 16 for the DDPM"):
+        sample.load_models(clip="small/weights.pt")
+    content = torch.load("runs/clip/weights.pt", weights_only=True)
+    torch.save({**content, "data": "/photos"}, "photos.pt")
+    with pytest.raises(cli.UserError, match="data is /photos for CLIP and cars for the DDPM"):
+        sample.load_models(clip="photos.pt")
+    content["weights"]["log_scale"] += 1
+    torch.save(content, "other.pt")
+    sample.load_models(clip="other.pt")   # an unconditional DDPM fits any CLIP of the same data
+    with pytest.raises(cli.UserError, match="conditional/weights.pt is conditional on .* another"):
+        sample.load_models(clip="other.pt", ddpm="runs/conditional/weights.pt")
+
+
+def test_the_judge_is_that_of_the_same_data(here, tmp_path, monkeypatch):
+    """The one of runs/, else the shipped one, else none; a given one of other data is refused."""
+    assert sample.load_judge("cars")[0].config.width == 8
+    assert sample.load_judge("/photos") == (None, None)
+    with pytest.raises(cli.UserError, match="is for cars, .* models for /photos"):
+        sample.load_judge("/photos", "runs/judge/weights.pt")
+    monkeypatch.chdir(tmp_path)
+    assert sample.load_judge("cars")[0].config.width == 32
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("prompt", [
+    "a white and red car", "white and red car", "  White  and RED car ", "The white and red car",
+    "A WHITE AND RED CAR", "&#119;hite and red car"])
+def test_a_known_caption_is_found_in_any_template_and_case(models, encoded, capsys, prompt):
+    """Nothing is encoded, and nothing printed."""
+    same, target = sample.resolve_prompt(tinyclip.normalize_prompt(prompt), models)
+    assert same is models and models.captions[target] == "a white and red car"
+    assert encoded == [] and capsys.readouterr() == ("", "")
+
+
+def test_a_new_prompt_is_encoded_alone(models, encoded, capsys):
+    """It becomes one more caption: the features of all others stay as they are. Words that no
+    caption has are named."""
+    more, target = sample.resolve_prompt("purple car of wood", models)
+    assert encoded == [1] and target == 294
+    assert more.captions == [*models.captions, "purple car of wood"]
+    assert torch.equal(more.text_features[:294], models.text_features)
+    expected = models.clip.encode_captions(["purple car of wood"])
+    assert torch.equal(more.text_features[294:], expected)
+    error = capsys.readouterr().err
+    assert "'purple', 'of', 'wood'" in error and "'car'" not in error and "white" in error
+    sample.resolve_prompt("red red car", models)   # known words alone need no warning
+    assert capsys.readouterr().err == ""
+
+
+def test_every_caption_of_cars_is_resolved_to_itself(models):
+    """In both templates; of every seventh caption."""
+    for texts in models.templates:
+        for index, text in list(enumerate(texts))[::7]:
+            assert sample.resolve_prompt(tinyclip.normalize_prompt(text), models) == (models, index)
+
+
+def test_text_features_are_encoded_once(here, encoded):
+    """All captions when the models are loaded, a new prompt when it is resolved, none while
+    sampling."""
+    sample.main(["red bus", "a purple bus", *FAST, "--out", "encoded"])
+    assert encoded == [294, 1]
+
+
+def test_a_prompt_of_ten_thousand_characters(here, capsys):
+    """Its first tokens are used, with a warning; no line is long."""
+    sample.main(["wheel " * 1667 + "x" * 900, *FAST, "--out", "long.png"])
+    out, error = capsys.readouterr()
+    assert "CLIP reads its first 14 tokens" in error and "'wheel'" in error
+    assert max(map(len, (out + error).splitlines())) < 1000 and Path("long.png").exists()
+
+
+def test_words_are_enumerated():
+    """The first few, and how many more there are."""
+    assert sample.enumerate_words("abc") == "a, b, c"
+    assert sample.enumerate_words(map(str, range(12))) == "0, 1, 2, 3, 4 and 7 more"
+
+
+# ---- generate, from Python -----------------------------------------------------------------------
+
+def test_generate_is_a_function_of_prompt_seed_and_options(models):
+    """n images in [-1, 1]; each has noise of its own, whatever the batch and the number of
+    images."""
+    options = {"n": 5, "steps": 3}
+    x_0 = sample.generate(models, "a red bus", **options)
+    assert x_0.shape == (5, 3, 16, 16) and x_0.abs().max() <= 1 and not x_0.requires_grad
+    assert torch.equal(x_0, sample.generate(models, "Red  bus", **options))
+    assert torch.allclose(x_0, sample.generate(models, "a red bus", batch=2, **options), atol=1e-4)
+    first = sample.generate(models, "a red bus", **{**options, "n": 2})
+    assert torch.allclose(x_0[:2], first, atol=1e-4)
+    for prompt, other in (("a red bus", {"seed": 1}), ("a red bus", {"eta": 0.}),
+                          ("a red bus", {"scale": 1.}), ("a red bus", {"recurrence": 1}),
+                          ("a red bus", {"interval": (1, 500)}), ("a blue van", {}), (None, {})):
+        assert not torch.equal(x_0, sample.generate(models, prompt, **{**options, **other}))
+
+
+def test_generate_without_a_prompt_is_unguided(models):
+    """As with a scale of 0, or the method none."""
+    unguided = sample.generate(models, n=2, steps=3)
+    assert torch.equal(unguided, sample.generate(models, "red bus", n=2, steps=3, scale=0.))
+    assert torch.equal(unguided, sample.generate(models, "red bus", n=2, steps=3, method="none"))
+
+
+def test_generate_calls_back_in_the_first_batch(models):
+    """Once a denoised image, from t = T down."""
+    calls = []
+    sample.generate(models, "red bus", n=3, batch=2, steps=3, recurrence=1,
+                    callback=lambda t, x_t, x_0_hat: calls.append((t, x_t.shape, x_0_hat.shape)))
+    assert [t for t, *_ in calls] == sorted((t for t, *_ in calls), reverse=True)
+    assert len(calls) == 3 and calls[0] == (1000, (2, 3, 16, 16), (2, 3, 16, 16))
+
+
+def test_generate_names_mistakes(models):
+    """An option out of range, and one that does not exist."""
+    with pytest.raises(cli.UserError, match="-n must be from 1 to 10000, not 0"):
+        sample.generate(models, n=0)
+    with pytest.raises(TypeError, match="colour"):
+        sample.generate(models, colour="red")
+
+
+def test_probabilities_of_captions_are_those_of_clip(models):
+    """In parts of 250 images, as in one; each row sums to 1."""
+    x = torch.rand(300, 3, 16, 16) * 2 - 1
+    t = torch.arange(300)
+    with torch.no_grad():
+        logits = models.clip.logits(models.clip.encode_image(x, t), models.text_features, t)
+    probs = sample.caption_probs(models, x, t)
+    assert torch.allclose(probs, logits.softmax(dim=1), atol=1e-5)
+    assert torch.allclose(probs.sum(dim=1), torch.ones(300))
+    clean = sample.caption_probs(models, x)
+    assert torch.allclose(clean, sample.caption_probs(models, x, torch.zeros_like(t)))
+    assert not torch.allclose(clean, probs, atol=1e-3)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+def test_an_image_from_a_prompt(here, capsys):
+    """The PNG has prompt, seed and settings in its metadata; the GIF has x_t above, x_0_hat below;
+    the report names CLIP's probability and the judge's accuracy."""
+    sample.main("white and RED car|-n|3|--steps|3|--gif|--device|cpu|--batch|2".split("|"))
+    out = capsys.readouterr().out
+    assert "CLIP from runs/clip/weights.pt" in out.replace("\\", "/")
+    assert "mean probability of 'a white and red car': " in out and "among 294 captions" in out
+    assert "prompt accuracy by the judge: " in out and " of 3 (body " in out
+    assert "3 images in " in out and "(3 x 2 steps, lookahead, scale 128) -> out" in out
+    with Image.open("out/white-and-red-car.png") as image:
+        metadata, pixels = image.text, np.asarray(image)
+    assert metadata["prompt"] == "white and RED car" and metadata["seed"] == "0"
+    assert (metadata["method"], metadata["scale"], metadata["steps"], metadata["n"]) == (
+        "lookahead", "128.0", "3", "3")
+    images = data.to_uint8(sample.generate(sample.load_models(), "white and red car", n=3, steps=3,
+                                           batch=2))
+    expected = data.image_grid(images, columns=2, zoom=6)
+    assert (pixels == np.asarray(expected)).all()
+    # 2 of x_t (--batch), below them 2 of x_0_hat; 3 steps, all but the last taken twice
+    with Image.open("out/white-and-red-car.gif") as gif:
+        assert gif.n_frames == 5 and gif.width == gif.height
+
+
+def test_no_prompt_is_unguided(here, capsys):
+    """The file's name says so, and nothing is judged."""
+    sample.main(FAST)
+    out = capsys.readouterr().out
+    assert "unguided" in out and "judge" not in out and "mean probability" not in out
+    with Image.open("out/unguided.png") as image:
+        assert "prompt" not in image.text and image.text["method"] == "none"
+
+
+def test_a_new_prompt_is_one_more_caption(here, capsys):
+    """CLIP's probability is among all of them; the judge does not know it."""
+    sample.main(["a purple car", *FAST, "--out", "purple.png"])
+    out, error = capsys.readouterr()
+    assert "'purple'" in error and "among 295 captions" in out and "judge" not in out
+
+
+def test_several_prompts_start_from_the_same_noise(here):
+    """One file each, under names that differ; with scale 0 the images are the same."""
+    sample.main("red bus|A blue van|-n|2|--steps|2|--scale|0|--device|cpu|--out|zero".split("|"))
+    images = [Image.open(f"zero/{name}.png") for name in ("red-bus", "blue-van")]
+    assert [image.text["prompt"] for image in images] == ["red bus", "A blue van"]
+    assert images[0].tobytes() == images[1].tobytes()
+    sample.main("red bus|A red bus|blue van|-n|1|--steps|3|--device|cpu|--out|three".split("|"))
+    images = [Image.open(f"three/{name}.png").tobytes()
+              for name in ("red-bus", "red-bus-2", "blue-van")]
+    assert images[0] == images[1] != images[2]
+
+
+@pytest.mark.parametrize("arguments, paths", [
+    ("a red bus", ["out/red-bus.png"]), ("", ["out/unguided.png"]),
+    ("../../etc/passwd", ["out/etcpasswd.png"]), ("🚗", ["out/prompt.png"]),
+    ("bus|--out|a/b.png", ["a/b.png"]), ("bus|van|--out|a", ["a/bus.png", "a/van.png"]),
+    ("bus 3|bus|a bus|the bus", ["bus-3", "bus", "bus-2", "bus-3-2"]),
+    ("bus|a bus|bus 2", ["bus", "bus-2", "bus-2-2"]), ("x" * 300, [f"out/{'x' * 80}.png"])])
+def test_names_of_files(tmp_path, monkeypatch, arguments, paths):
+    """All different, short, and inside of the folder."""
+    monkeypatch.chdir(tmp_path)
+    args, _ = sample.parse([argument for argument in arguments.split("|") if argument])
+    found = [path.as_posix() for path in sample.output_paths(args)]
+    assert len(set(found)) == len(found) == len(paths)
+    if "/" in paths[0]:
+        assert found == paths
+    else:
+        assert all(path.startswith("out/bus") for path in found)
+
+
+def test_flags_and_prompts_in_any_order():
+    """Prompts may stand behind flags; those that are not given keep their defaults."""
+    args, config = sample.parse(["--steps", "7", "red bus", "-n", "2", "blue van"])
+    assert args.normalized == ["red bus", "blue van"]
+    assert config == sample.SamplingConfig(n=2, steps=7)
+    assert sample.parse(["--interval", "5", "900"])[1].interval in ((5, 900), [5, 900])
+
+
+@pytest.mark.parametrize("method", [name for name in guide.METHODS if name != "classifier-free"])
+def test_every_method_samples(here, capsys, method):
+    """By the command, with its own scale."""
+    sample.main(["red bus", *FAST, "--method", method, "--out", "method.png"])
+    scale = guide.METHODS[method].scale
+    assert f"(2 x 2 steps, {method}, scale {scale:g})" in capsys.readouterr().out
+    with Image.open("method.png") as image:
+        assert image.text["recurrence"] == "2" and image.text["method"] == method
+
+
+def test_classifier_free_needs_a_conditional_ddpm(here, capsys):
+    """Which takes any prompt, also one of a new caption."""
+    flags = [*FAST, "--method", "classifier-free", "--out", "free.png"]
+    with pytest.raises(cli.UserError, match="unconditional; .* train.py ddpm --clip FILE"):
+        sample.main(["red bus", *flags])
+    flags += ["--ddpm", "runs/conditional/weights.pt"]
+    for prompt in ("red bus", "a purple bus"):
+        sample.main([prompt, *flags])
+        assert "classifier-free, scale 2" in capsys.readouterr().out
+
+
+def test_the_condition_changes_the_image(here):
+    """Of a conditional DDPM whose zero-initialised layers are random; scale 0 is unconditional."""
+    models = sample.load_models(ddpm="runs/conditional/weights.pt")
+    torch.manual_seed(0)
+    for p in models.unet.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    options = {"n": 1, "steps": 2, "method": "classifier-free"}
+    red, blue, unconditional, none = (
+        sample.generate(models, prompt, **options, **more)
+        for prompt, more in (("red bus", {}), ("blue bus", {}), ("red bus", {"scale": 0.}),
+                             (None, {})))
+    assert not torch.equal(red, blue) and not torch.equal(red, none)
+    assert torch.equal(unconditional, none)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("-n|0", "-n must be from 1 to"), ("-n|-3", "-n must be"), ("-n|x", "invalid int"),
+    ("--steps|0", "--steps must be"), ("--steps|1001", "--steps must be"),
+    ("--eta|2", "--eta must be"), ("--eta|nan", "--eta must be"),
+    ("--recurrence|0", "--recurrence must be"), ("--batch|0", "--batch must be"),
+    ("--seed|-1", "--seed must be"), ("--interval|900|100", "--interval must be"),
+    ("--interval|0|100", "--interval must be"), ("--scale|nan", "--scale must be"),
+    (" ", "prompt is empty"), ("\t&nbsp; ", "prompt is empty"),
+    ("a car|--out|a.jpg", "end it in .png"), ("a car|--method|magic", "invalid choice: 'magic'"),
+    ("a car|--colour", "unrecognized"), ("a car|--scale", "expected one argument"),
+    ("a car|--clip|none.pt", "no file none.pt"), ("a car|--judge|none.pt", "no file none.pt"),
+    ("a car|--clip|runs/ddpm/weights.pt", "holds 'ddpm'"),
+    ("a car|--device|gpu7", "--device gpu7"), ("a car|--out|file/a.png", "file")])
+def test_mistakes_are_named(here, monkeypatch, capsys, arguments, message):
+    """In one line, with exit code 2."""
+    Path("file").write_text("no folder")
+    monkeypatch.setattr(sys, "argv", ["sample.py", *arguments.split("|")])
+    with pytest.raises(SystemExit, match="2"):
+        cli.run_command(sample.main)
+    error = capsys.readouterr().err
+    assert error.startswith("sample.py: ") and message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+# ---- class folders, end to end -------------------------------------------------------------------
+
+def test_from_class_folders_to_an_image(tmp_path, monkeypatch, capsys):
+    """They train all three models as they come; a prompt finds its class, and the judge of the same
+    images is the one that is asked."""
+    toys.write_class_folders(tmp_path / "photos", 120)
+    monkeypatch.chdir(tmp_path)
+    for kind, flags in toys.FLAGS.items():
+        train.main(f"{kind} --data photos/ --steps 3 {flags}".split())
+        out = capsys.readouterr().out
+        assert out.startswith("judge: found" if kind == "judge" else "train: found")
+        assert "2 captions (class folders); first three: " in out and "finished" in out
+    sample.main("airplane -n 2 --steps 2 --device cpu".split())
+    out, error = capsys.readouterr()
+    assert "'a photo of an airplane'" in out and "among 2 captions" in out and not error
+    assert "prompt accuracy by the judge: " in out and " of 2 (class " in out
+    assert sample.load_models().captions == ["a photo of an airplane", "a photo of a fire truck"]
+
+
+# ---- the shipped models --------------------------------------------------------------------------
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)   # no runs/ here
+    return sample.load_models()
+
+
+def test_the_shipped_models_follow_the_prompt(shipped):
+    """Of 16 images of "a white and red car" at least 14 are right by the judge, of 16 unguided ones
+    at most 3."""
+    judge_model, _ = sample.load_judge("cars")
+    caption = "a white and red car"
+    labels = torch.from_numpy(cars.caption_labels(cars.CAPTIONS.index(caption)))
+    count = lambda x_0: int((judge.predict(judge_model, x_0) == labels).all(dim=1).sum())
+    assert count(sample.generate(shipped, caption)) >= 14
+    assert count(sample.generate(shipped, recurrence=1)) <= 3
+
+
+def test_the_shipped_judge_recognises_rendered_cars(shipped):
+    """And the shipped CLIP gives the captions of clean ones nearly all of its probability."""
+    judge_model, content = sample.load_judge("cars")
+    images, labels = cars.render(0, range(data.SPLITS["judge-test"],
+                                          data.SPLITS["judge-test"] + 64), 32)
+    x = data.to_float(images)
+    assert (judge.predict(judge_model, x).numpy() == labels).all(axis=1).mean() > 0.95
+    assert content["captions"] == shipped.captions == cars.CAPTIONS
+    probs = sample.caption_probs(shipped, x)[range(64), cars.caption_index(labels)]
+    assert probs.mean() > 0.9
