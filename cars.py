@@ -1,10 +1,11 @@
 """Chapter 5: the built-in data set: images of cars, ray cast with numpy, with exact captions.
 
-Nothing has to be downloaded, and every caption is correct: an image and its labels are a function
-of (seed, index, size), so a classifier can check later whether a generated image shows what its
-prompt asks for. There are 6 bodies, each with a main and a second colour out of 7: 6 * 7 * 7 = 294
-captions, all equally likely. The images resemble the ShapeNet cars of Scene Representation Networks
-(Sitzmann et al. 2019, arXiv 1906.01618): one car on white, viewed from the upper hemisphere.
+Nothing has to be downloaded, and every caption is correct, so a classifier trained on these images
+can check whether a generated one shows what its prompt asks for. An image and its labels depend on
+(seed, index, size) only. There are 6 bodies, each with a main and a second colour out of 7:
+6 * 7 * 7 = 294 captions, all equally likely. The images resemble the ShapeNet cars of Scene
+Representation Networks (Sitzmann et al. 2019, arXiv 1906.01618): one car on white, viewed from the
+upper hemisphere.
 
 World coordinates in metres: x forward, y to the left, z up, the ground at z = 0.
 Shapes: N images, F faces and V vertices of a solid. Images are RGB, uint8 (N, size, size, 3).

@@ -29,7 +29,7 @@ def to_float(images):
     Only the order of the axes changes: in memory the channels stay last, which is faster.
     """
     if not torch.is_tensor(images):
-        images = torch.from_numpy(np.array(images))   # a copy: a memory map cannot be written
+        images = torch.from_numpy(np.array(images))   # a copy, as a memory map is read-only
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -43,7 +43,8 @@ def generator(*entropy, device="cpu"):
     """Make a torch.Generator from integers, such as (seed, image index) or (seed, step).
 
     Neighbours have unrelated streams, which `manual_seed(seed + index)` does not promise: image 1
-    of seed 0 would even be image 0 of seed 1. Trailing zeros are ignored.
+    of seed 0 would even be image 0 of seed 1. Trailing zeros are ignored: (seed, step, rank 0) is
+    (seed, step).
     """
     state = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(state)
@@ -104,24 +105,24 @@ def _render_cars(indices, size):
 def _load_folder(name, size, split):
     folder = Path(name).resolve()
     try:
-        found = image_folders.scan_folder(folder)
-        indices = image_folders.split_indices(found, split)
+        scan = image_folders.scan_folder(folder)
+        indices = image_folders.split_indices(scan, split)
     except cli.DatasetError as error:
         raise cli.UserError(f"--data {name}: {error}") from None
-    files = [found.files[i] for i in indices]
+    files = [scan.files[i] for i in indices]
     path = CACHE / f"images-{image_folders.fingerprint(files):08x}-{split}-{size}px.raw"
     images, numbers = cache.load_packed(files, image_folders.read_images, size, path)
-    readable = np.flatnonzero(numbers >= 0)
+    readable = np.flatnonzero(numbers >= 0)   # -1: cannot be read
     if not len(readable):
         raise cli.UserError(f"--data {name}: none of {len(files):,} images can be read, such as "
                             f"{files[0]}")
-    captions, templates, caption_of_file = image_folders.captions_and_templates(found)
+    captions, templates, caption_of_file = image_folders.captions_and_templates(scan)
     caption_ids = np.array([caption_of_file[indices[i]] for i in readable], np.int64)
-    attributes = {"class": found.classes} if found.classes else {}
+    attributes = {"class": scan.classes} if scan.classes else {}
     labels = np.empty((len(captions), 0), np.int64)                           # (K, A = 0)
     if attributes:
         labels = np.arange(len(captions), dtype=np.int64)[:, None]            # (K, A = 1)
-    report = image_folders.report(found, split, indices, readable, len(captions))
+    report = image_folders.report(scan, split, indices, readable, len(captions))
     return Dataset(folder.as_posix(), images, caption_ids, captions, templates, labels,
                    attributes, report)
 

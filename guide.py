@@ -25,15 +25,15 @@ Tweedie's formula turns a score into a denoised image and back:
 has the gradient (sqrt(alpha_bar) x_0 - x_t) / (1 - alpha_bar). p(x_t) is the mean of such densities
 over x_0, so the gradient of log p(x_t) is the mean of these gradients over p(x_0 | x_t), and the
 mean of x_0 over p(x_0 | x_t) is what the network was trained to predict: x_0_hat.)
-Insert (2) on both sides of (1) and solve:
+(2) holds for p(x_t | text) too, with the mean of x_0 given x_t and the text. Insert both into (1):
 
     guided x_0_hat = x_0_hat + (1 - alpha_bar) / sqrt(alpha_bar) grad log p(text | x_t).         (3)
 
-That is all that guidance does. `guided` is formula (3) and returns a denoiser again, so it works
-with any sampler, any eta and any number of steps.
+That is classifier guidance; the methods below differ in what stands for log p(text | x_t). `guided`
+is formula (3) and returns a denoiser again, so it works with any sampler, eta and number of steps.
 
 A method of guidance is a function log_p(x_t, t, x_0_hat) -> (B,): log p(text | x_t) up to a
-constant, or a surrogate for it. Its gradient is always an ascent direction.
+constant, or a surrogate for it. Its gradient is added, never subtracted.
 
 Shapes: B images, K captions, E embedding width; x_t, x_0_hat, grad (B, 3, H, W); t (B,) int in
 1..T, the same for the whole batch; text_features (K, E) of all captions; targets (B,) int in
@@ -54,8 +54,9 @@ def guided(denoise, log_p, alpha_bar, scale, interval=(1, math.inf), through_une
     x_0_hat + scale (1 - alpha_bar)/sqrt(alpha_bar) grad, grad = d sum(log_p) / d x_t: formula (3).
     The same as eps_hat - scale sqrt(1 - alpha_bar) grad (Dhariwal & Nichol 2021, Alg. 2).
 
-    scale: 0 is unguided; 1 is Bayes' rule if log_p is calibrated; more sharpens the distribution
-    towards p(x) p(text | x)^scale, the most typical images of the text, and overshoots (see below).
+    scale: 0 is unguided; 1 is Bayes' rule if log_p is log p(text | x_t), as in the demonstration at
+    the end. More sharpens the distribution towards p(x) p(text | x)^scale, the most typical images
+    of the text, and beyond. See METHODS for why the defaults are far larger.
     interval: (lo, hi), timesteps at which to guide, both included; t must be the same for the whole
     batch. Near T the factor explodes (6 at t = 900, 13 at 950, 2e4 at 1000), and with it the errors
     of a small gradient. (Kynkaanniemi et al. 2024, arXiv 2404.07724, on guiding in an interval.)
@@ -82,7 +83,7 @@ TEMPERATURE = 5.   # tuned; from 5 to 20 it matters little: experiments/LOG.md
 
 
 def noise_aware(clip, text_features, targets, temperature=TEMPERATURE):
-    """Make log_p from CLIP's softmax over all captions, at the noise level of x_t (as GLIDE does).
+    """Make log_p from CLIP's softmax over all captions, at the noise level of x_t.
 
     log_p = temperature * log softmax(logits / temperature)[target]. Its gradient is that of the
     target's logit minus the mean of all logits' gradients, weighted by their probabilities: what
@@ -90,7 +91,7 @@ def noise_aware(clip, text_features, targets, temperature=TEMPERATURE):
 
     At temperature 1 this is log p(text | x_t), and scale 1 is Bayes' rule. But CLIP is confident
     before the image is good, and the gradient vanishes with 1 - p. A softer softmax keeps pulling.
-    (The limit, the target's logit alone, as GLIDE has it, does nearly as well with lookahead.)
+    (GLIDE takes the target's logit alone, without a softmax: nearly as good with lookahead.)
     """
     def log_p(x_t, t, x_0_hat):
         logits = clip.logits(clip.encode_image(x_t, t), text_features, t)     # (B, K)
@@ -102,7 +103,7 @@ def noise_aware(clip, text_features, targets, temperature=TEMPERATURE):
 def noise_unaware(clip, text_features, targets):
     """Make log_p from CLIP applied to x_t as if it were clean; for comparison.
 
-    Many first attempts do this: the input is far from the training data, the gradient mostly noise.
+    At large t the input is far from clean images, and CLIP is confidently wrong.
     """
     log_p = noise_aware(clip, text_features, targets)
     return lambda x_t, t, x_0_hat: log_p(x_t, torch.zeros_like(t), x_0_hat)
@@ -112,7 +113,8 @@ def spherical(clip, text_features, targets):
     """Make log_p = -logit_scale(t) theta^2 / 2, theta the angle between image and text features.
 
     Crowson 2021, where theta^2 / 2 is written 2 arcsin(distance / 2)^2. No other caption counts.
-    The gradient of cos(theta) instead would be as sin(theta), which vanishes near theta = pi.
+    Near theta = 0 it is the target's logit, up to a constant: cos(theta) is about 1 - theta^2 / 2.
+    The gradient of cos(theta) is proportional to sin(theta) instead, which vanishes near pi.
     """
     text = F.normalize(text_features.float(), dim=-1)[targets]                # (B, E)
 
@@ -127,8 +129,9 @@ def x0(clip, text_features, targets):
     """Make log_p from CLIP applied to x_0_hat at t = 0; the gradient goes through the U-Net.
 
     Universal guidance (Bansal et al. 2023 eq. 6). What that does: p(x_0 | x_t) is proportional to
-    p(x_0) exp(-|x_t - sqrt(alpha_bar) x_0|^2 / (2 (1 - alpha_bar))), so the derivative of its mean
-    x_0_hat with respect to x_t is sqrt(alpha_bar) / (1 - alpha_bar) Cov(x_0 | x_t). Times the
+    p(x_0) exp(-|x_t - sqrt(alpha_bar) x_0|^2 / (2 (1 - alpha_bar))). In it x_0 meets x_t only in
+    the product x_0 . x_t sqrt(alpha_bar) / (1 - alpha_bar): an exponential family, so the
+    derivative of its mean x_0_hat with respect to x_t is that factor times Cov(x_0 | x_t). With the
     factor in `guided`, x_0_hat changes by scale Cov(x_0 | x_t) d log_p / d x_0_hat: it moves in
     the directions in which images vary.
     """
@@ -139,26 +142,30 @@ def x0(clip, text_features, targets):
 def lookahead_log_p(log_p, alpha_bar, t_fraction, sigma_data=0.5):
     """Apply log_p not to x_t but to the point that DDIM would reach at timestep t_fraction * t.
 
-    This project's own. That point is x_0_hat, noised again by eps_hat, but less: t_fraction = 0 is
-    x_0_hat itself, as in x0; 1 is x_t. In between CLIP is more accurate than on x_t, and the noise
-    that is left hides patterns that fool CLIP (adversarial examples).
+    As far as we know this is new. That point is x_0_hat, noised again by eps_hat, but less:
+    t_fraction = 0 is x_0_hat itself, as in x0; 1 is x_t. In between CLIP is more accurate than on
+    x_t, and the noise that is left drowns faint patterns by which a gradient can fool CLIP
+    (adversarial examples).
 
     The gradient does not go through the U-Net: Cov(x_0 | x_t) in x0 is replaced by a scalar,
         r_t^2 = s^2 (1 - alpha_bar) / (1 - alpha_bar + s^2 alpha_bar),
-    its value if pixels were independent and normal with standard deviation s = sigma_data, about
-    that of our images (Song et al. 2023 choose r_t so, with s = 1). Then x_0_hat changes by
-    scale r_t^2 times the gradient of log_p with respect to x_0_hat, eps_hat held constant. r_t^2
-    never exceeds s^2, whereas the factor in `guided` explodes, so guidance can start at t = T.
+    its value if pixels were independent and normal with standard deviation s = sigma_data (the cars
+    have .61 over all pixels, .34 at one position; Song et al. 2023 choose r_t so, with s = 1).
+    Then x_0_hat changes by scale r_t^2 times the gradient of log_p with respect to x_0_hat, eps_hat
+    held constant. r_t^2 never exceeds s^2, whereas the factor in `guided` explodes, so guidance can
+    start at t = T.
     """
-    def lookahead(x_t, t, x_0_hat):
+    def log_p_ahead(x_t, t, x_0_hat):
         a, t_ahead = extract(alpha_bar, t), (t_fraction * t).long()
         r2 = sigma_data ** 2 * (1 - a) / (1 - a + sigma_data ** 2 * a)
-        jacobian = r2 * a.sqrt() / (1 - a)   # `guided` multiplies by (1 - a) / sqrt(a)
+        # d log_p / d x_t = jacobian d log_p / d x_0_hat; `guided` then multiplies by
+        # (1 - a) / sqrt(a), and r2 remains.
+        jacobian = r2 * a.sqrt() / (1 - a)
         # subtle: the value is x_0_hat; its derivative with respect to x_t is the jacobian.
         surrogate = x_0_hat.detach() + jacobian * (x_t - x_t.detach())
         eps_hat = predict_eps(x_t, x_0_hat, a).detach()
         return log_p(q_sample(surrogate, t_ahead, eps_hat, alpha_bar), t_ahead, x_0_hat)
-    return lookahead
+    return log_p_ahead
 
 
 T_FRACTION = 0.75   # found by a sweep: experiments/LOG.md
@@ -208,9 +215,10 @@ def classifier_free(unet, alpha_bar, cond, scale, interval=(1, math.inf)):
 
 # ---- the methods by name -------------------------------------------------------------------------
 
-# Scales are far above 1. A car's pixels vary together, hundreds of them, so its Cov(x_0 | x_t) is
-# far larger than the variance r_t^2 of one pixel; and p(text | x)^scale asks for images that show
-# the caption beyond doubt, where Bayes' rule would accept whatever CLIP finds probable.
+# Why the scales are far above 1, for all: p(text | x)^scale asks for images that show the caption
+# beyond doubt, whereas Bayes' rule accepts whatever CLIP finds probable; and at a temperature above
+# 1 log_p is flatter than log p. For lookahead and x0-fast also: r_t^2 is the variance of one pixel,
+# but hundreds of pixels of a car vary together, and along that direction Cov(x_0 | x_t) is larger.
 
 class Method(NamedTuple):
     make_log_p: Callable         # (clip, text_features, targets) -> log_p; None without CLIP
@@ -235,7 +243,8 @@ DEFAULT = "lookahead"
 def build_denoiser(name, models, targets, scale=None, interval=None):
     """Build the denoiser of one of METHODS, with its own scale and interval unless given.
 
-    models: has clip, unet, alpha_bar and text_features; targets: (B,) int
+    models: a sample.Models, or anything with clip, unet, alpha_bar and text_features;
+    targets: (B,) int
     """
     method, denoise = METHODS[name], denoiser(models.unet, models.alpha_bar)
     scale = method.scale if scale is None else scale

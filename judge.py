@@ -2,7 +2,7 @@
 
 Whoever guided an image must not also grade it. Gradient ascent on a network's output finds images
 that satisfy that network alone (adversarial examples), and they look like success. So the judge is
-another kind of network than the CLIP that guides, a plain convolutional classifier without text
+a different kind of network from the CLIP that guides, a plain convolutional classifier without text
 and without t, trained on images that neither CLIP nor the diffusion model was trained on. An image
 is right when all attributes of its caption are: body, main and second colour for the built-in
 cars, the class for class folders. The fraction of images that are right is the prompt accuracy.

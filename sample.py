@@ -101,8 +101,8 @@ def load_judge(data_name, path=None, device="cpu"):
 
 # ---- prompts -------------------------------------------------------------------------------------
 
-def normalized(prompt):
-    """normalize_prompt; UserError if nothing is left."""
+def checked_prompt(prompt):
+    """Normalize a prompt; UserError if nothing is left."""
     text = normalize_prompt(prompt)
     if not text:
         raise cli.UserError("the prompt is empty; leave it out to sample without guidance")
@@ -113,8 +113,8 @@ def resolve_prompt(prompt, models):
     """Find a prompt (normalised) among the captions -> (models, its index)
 
     Whatever its template, a known caption is found. Another prompt becomes one more caption, and
-    is encoded alone; words that CLIP was not trained on are named, and so is a prompt that exceeds
-    the context length.
+    only its feature is computed; words that CLIP was not trained on are named, and so is a prompt
+    that exceeds the context length.
     """
     index_of = {normalize_prompt(text): i for texts in models.templates
                 for i, text in enumerate(texts)}
@@ -179,7 +179,7 @@ def generate(models, prompt=None, callback=None, **options):
     target = None
     with torch.no_grad(), cli.autocast(models.alpha_bar.device):
         if prompt is not None:
-            models, target = resolve_prompt(normalized(prompt), models)
+            models, target = resolve_prompt(checked_prompt(prompt), models)
         return sample_images(models, target, SamplingConfig(**options), callback)
 
 
@@ -194,7 +194,7 @@ def sample_images(models, target, config, callback=None):
         indices = range(start, min(start + config.batch, config.n))
         targets = torch.full((len(indices),), target or 0, device=device)   # unused if unguided
         denoise = guide.build_denoiser(method, models, targets, config.scale, config.interval)
-        generators = [data.generator(config.seed, i) for i in indices]   # one an image
+        generators = [data.generator(config.seed, i) for i in indices]   # one per image
         x_T = tinyddpm.randn_per_image(generators, (3, size, size), device)
         images.append(tinyddpm.sample(
             denoise, x_T, generators, models.alpha_bar, config.steps, config.eta,
@@ -232,10 +232,10 @@ def report(models, target, x_0, judge_model, content):
     if judge_model is None or caption not in content["captions"]:
         return
     labels = torch.tensor(content["caption_labels"][content["captions"].index(caption)])   # (A,)
-    right = judge.predict(judge_model, x_0).cpu() == labels                                # (N, A)
+    correct = judge.predict(judge_model, x_0).cpu() == labels                              # (N, A)
     each = ", ".join(f"{name} {fraction:.0%}" for name, fraction in
-                     zip(content["attributes"], right.float().mean(dim=0)))
-    print(f"prompt accuracy by the judge: {int(right.all(dim=1).sum())} of {len(x_0)} ({each})")
+                     zip(content["attributes"], correct.float().mean(dim=0)))
+    print(f"prompt accuracy by the judge: {int(correct.all(dim=1).sum())} of {len(x_0)} ({each})")
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def parse(arguments):
     add("--judge", help="a judge's weights.pt")
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
     args = parser.parse_intermixed_args(arguments)   # prompts and flags in any order
-    args.normalized = [normalized(prompt) for prompt in args.prompts] or [None]
+    args.normalized = [checked_prompt(prompt) for prompt in args.prompts] or [None]
     if not args.prompts:
         args.prompts, args.method = [None], "none"
     fields = {field.name for field in dataclasses.fields(SamplingConfig)}

@@ -140,7 +140,7 @@ class Tokenizer:
     @classmethod
     def from_openai(cls, path):
         """Read the published vocabulary (49,408 ids), bpe_simple_vocab_16e6.txt.gz of
-        github.com/openai/CLIP: a header, then one merge a line, of which it uses the first 48,894.
+        github.com/openai/CLIP: a header, then one merge per line; the first 48,894 are used.
 
         differs from the published one: "<|endoftext|>" in a text is ordinary characters. There it
         becomes the end token, and a prompt can cut itself short.
@@ -189,7 +189,8 @@ class Tokenizer:
     def batch(self, texts, context_length):
         """Encode K texts -> (K, L) int64, L = context_length: start, ids, end, zeros.
 
-        A text that is too long loses its tail; the end token stays.
+        The zeros stand behind the end token, which does not attend to them. A text that is too long
+        loses its tail; the end token stays.
         """
         tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
         for row, text in zip(tokens, texts):
@@ -211,7 +212,7 @@ class CLIPConfig:
     text_layers: int = 2
     text_heads: int = 4
     embed_dim: int = 128           # E, width of the image and text features
-    context_length: int = 16       # most tokens of a text with start and end; published: 77
+    context_length: int = 16       # maximum number of tokens with start and end; published: 77
     max_logit_scale: float = 20.   # paper: 100; a softer p guides better (experiments/LOG.md)
     image_size: int = 32           # pixels, H and W
 
@@ -225,7 +226,8 @@ class CLIPConfig:
             raise ValueError("with the conv stem, patch must be a power of two and width a "
                              "multiple of 32")
         if self.image_size % self.patch:
-            raise ValueError(f"image_size {self.image_size} is no multiple of patch {self.patch}")
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch {self.patch}")
         if self.width % self.heads or self.text_width % self.text_heads:
             raise ValueError("width must be a multiple of heads, and text_width of text_heads")
         if self.context_length < 3 or self.max_logit_scale <= 0:
@@ -427,7 +429,7 @@ class CLIP(nn.Module):
 
     def time_embedding(self, t):
         """t: (B,) int in 0..T -> (B, D)"""
-        return self.time_mlp(t[:, None].float() * (4 / T))   # 0..4, the range where SiLU bends
+        return self.time_mlp(t[:, None].float() * (4 / T))   # inputs of order 1
 
     def encode_image(self, x, t=None):
         """Encode images -> image_features: (B, E), unnormalised.
@@ -440,7 +442,7 @@ class CLIP(nn.Module):
 
     def encode_text(self, tokens):
         """Encode tokens: (K, L) int from tokenizer.batch -> text_features: (K, E), unnormalised."""
-        return torch.cat([self.text_encoder(some) for some in tokens.split(2048)])   # saves memory
+        return torch.cat([self.text_encoder(chunk) for chunk in tokens.split(2048)])   # less memory
 
     def encode_captions(self, texts):
         """Encode K texts -> text_features: (K, E), unnormalised, on CLIP's device."""
@@ -448,7 +450,10 @@ class CLIP(nn.Module):
         return self.encode_text(tokens.to(self.log_scale.device))
 
     def logit_scale(self, t):
-        """t: (B,) int in 0..T -> (B, 1) in (0, max_logit_scale], lower where x_t is mostly noise"""
+        """t: (B,) int in 0..T -> (B, 1) in (0, max_logit_scale]
+
+        Learned: the more noise, the less certain CLIP can be, and the flatter the softmax must be.
+        """
         log_scale = self.log_scale + self.log_scale_time(self.time_embedding(t)).float()
         return log_scale.clamp(max=math.log(self.config.max_logit_scale)).exp()
 
@@ -471,8 +476,9 @@ def contrastive_loss(logits, caption_ids):
 
     logits: (B, B), image i against the caption of image j; caption_ids: (B,) int
 
-    differs from the paper only where two images of a batch have the same caption: then both are
-    right, and the target is 1/2 for each. With B different captions it is arange(B), as printed.
+    differs from the paper only where n images of a batch share a caption: then all n are right,
+    with a target of 1/n each. With B different captions the targets are arange(B), as printed.
+    (With noised images loss_t partly compares noise levels; closed_set_loss avoids that.)
     """
     same = (caption_ids[:, None] == caption_ids).float()                      # (B, B)
     targets = same / same.sum(dim=1, keepdim=True)
@@ -491,10 +497,10 @@ def closed_set_loss(logits, caption_ids, is_clean):
 
     differs from the paper: where captions are few, use them all, not only those of the batch. No
     batch is too small, and the hardest negatives ("red and white") are always there. The softmax
-    then estimates p(caption | x_t), to within .04 on clean images (expected calibration error),
-    and that is what guidance needs.
+    then estimates p(caption | x_t), which guidance needs, to within .04 on clean images (expected
+    calibration error); within a batch it depends on which captions the batch happens to hold.
     Text to image (weight TEXT_TO_IMAGE): each caption against the clean images of the batch, of
-    which several may be right. Noised images would be separated by their noise, not their content.
+    which several may be right. Noised images would be ranked by their noise, not their content.
     """
     image_to_text = F.cross_entropy(logits, caption_ids)
     if not is_clean.any():
@@ -530,7 +536,7 @@ if __name__ == "__main__":   # one sentence through the tokenizer, then a CLIP o
 
     clip = CLIP(CLIPConfig(image_size=16, layers=1, text_layers=1), tokenizer)
     optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3)
-    for step in range(201):
+    for step in range(201):   # about four images share a caption: a loss of ln 4 = 1.39 at best
         x, captions = squares(32, generator)
         caption_ids = torch.tensor([sorted(set(captions)).index(caption) for caption in captions])
         logits = clip.logits(clip.encode_image(x), clip.encode_captions(captions))
@@ -552,5 +558,5 @@ if __name__ == "__main__":   # one sentence through the tokenizer, then a CLIP o
 # ids [539, 320, 535, 261, 528, 517, 84, 72, 81, 524, 331, 540, 0, 0, 0, 0]
 # step   0: loss 3.53
 # step 100: loss 2.12
-# step 200: loss 1.88 (four images share each caption: it cannot fall below ln 4 = 1.39)
+# step 200: loss 1.88
 # 'a red square on the right' is classified as 'a red square on the right'

@@ -40,9 +40,10 @@ def cosine_alpha_bar(T=T):
 
     -> alpha_bar: (T + 1,) float32, falling from alpha_bar[0] = 1 to almost 0
 
-    alpha_bar_t = f(t) / f(0), f(t) = cos((t/T + s) / (1 + s) * pi/2)^2, s = 0.008. As in the paper
-    beta_t = 1 - alpha_bar_t / alpha_bar_{t-1} is clipped at 0.999, so alpha_bar_T is 2e-9, not 0.
-    To try another schedule, change this function and retrain; all else takes alpha_bar from here.
+    alpha_bar_t = f(t) / f(0), f(t) = cos((t/T + s) / (1 + s) * pi/2)^2; s = 0.008 keeps beta_t from
+    being tiny near t = 0. beta_t = 1 - alpha_bar_t / alpha_bar_{t-1} is clipped at 0.999, so that
+    alpha_bar_T is 2e-9, not 0. To try another schedule, change this function and retrain both
+    models (--fresh): all else takes alpha_bar from here.
     """
     s = 0.008
     t = torch.arange(T + 1, dtype=torch.float64)
@@ -79,8 +80,8 @@ def q_sample(x_0, t, eps, alpha_bar):
 @dataclass
 class UNetConfig:
     channels: int = 32               # of the finest level
-    multipliers: tuple = (1, 2, 4)   # of channels, one a level; each level halves the resolution
-    blocks: int = 1                  # residual blocks a level going down; coming up, one more
+    multipliers: tuple = (1, 2, 4)   # of channels, one per level; each halves the resolution
+    blocks: int = 1                  # residual blocks per level going down; coming up, one more
     attention: tuple = (2,)          # levels with self-attention; 0 is the finest
     dropout: float = 0.0             # in the residual blocks
     in_channels: int = 3             # more if another image is concatenated to x_t (upsampling)
@@ -112,12 +113,12 @@ def timestep_embedding(t, dim):
 
 
 def group_norm(channels):
-    """Normalise groups of 16 channels; with fewer channels a group, bf16 is slow on a CPU."""
+    """Normalise groups of 16 channels; with fewer channels per group, bf16 is slow on a CPU."""
     return nn.GroupNorm(channels // 16, channels)
 
 
 def zero_init(layer):
-    """Set a layer to zero: the residual branch that it ends is the identity at first."""
+    """Set a layer to zero, so that at first a block is its skip connection, and v_hat is 0."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -216,7 +217,7 @@ class UNet(nn.Module):
             ResBlock(c, c, D, config.dropout), SelfAttention(c), ResBlock(c, c, D, config.dropout)])
 
         for level, width in reversed(list(enumerate(widths))):
-            # One block more than down, for the skip connection from the level's own input.
+            # One block more than down, for the skip connection of the layer that entered the level.
             for _ in range(config.blocks + 1):
                 self.up.append(block_and_attention(c + skip_channels.pop(), level))
                 c = width
@@ -279,16 +280,18 @@ def stratified_timesteps(batch, generator):
 
 
 def ddpm_loss(unet, x_0, t, eps, alpha_bar, cond=None):
-    """Compute the mean squared error of v_hat, per image (L_simple, Ho et al. 2020 eq. 14, for v).
+    """Compute the mean squared error of v_hat per image (L_simple, Ho et al. 2020 eq. 14, with v).
 
     x_0: (B, 3, H, W), t: (B,) int in 1..T, eps: standard normal like x_0, cond: see UNet -> (B,)
 
-    Why this is a likelihood: the variational bound on -log p(x_0) is a sum over t of KL divergences
-    between two Gaussians of equal variance, the posterior q(x_{t-1} | x_t, x_0) and the model's.
-    Each is the squared distance between their means, so between x_0 and x_0_hat, times a weight w_t
-    (eq. 8). L_simple is the same sum with other weights: the errors of eps are those of x_0 times
-    SNR = alpha_bar / (1 - alpha_bar), and the errors of v those of x_0 times SNR + 1. The minimum
-    is at v_hat = E[v | x_t], so x_0_hat = E[x_0 | x_t]: an average, hence blurred where t is large.
+    Where it comes from: the variational bound on -log p(x_0) is a sum over t of KL divergences
+    (Ho et al. eq. 5) between two Gaussians of equal variance, the posterior q(x_{t-1} | x_t, x_0)
+    (see ddim_step) and the model's; t = 1 and T apart. Each is the squared distance between their
+    means over twice the variance (eq. 8), that is, (SNR_{t-1} - SNR_t) / 2 times that between x_0
+    and x_0_hat, SNR = alpha_bar / (1 - alpha_bar). L_simple changes the weights: the squared error
+    of eps is that of x_0 times SNR, that of v is that of x_0 times SNR + 1. It is no longer a
+    bound, but for each t the minimum is the same: v_hat = E[v | x_t], so x_0_hat = E[x_0 | x_t],
+    an average, hence blurred where t is large.
 
     differs from the paper: the network predicts v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
     (Salimans & Ho 2022, sec. 4). With cos = sqrt(alpha_bar), sin = sqrt(1 - alpha_bar), (x_t, v)
@@ -299,12 +302,12 @@ def ddpm_loss(unet, x_0, t, eps, alpha_bar, cond=None):
     v = a.sqrt() * eps - (1 - a).sqrt() * x_0
     x_t = q_sample(x_0, t, eps, alpha_bar)
     v_hat = unet(x_t, t) if cond is None else unet(x_t, t, cond)
-    return (v_hat.float() - v).square().mean(dim=(1, 2, 3))
+    return (v_hat.float() - v).square().mean(dim=(1, 2, 3))   # v_hat may be bf16
 
 
 @torch.no_grad()
 def ema_update(ema, model, step):
-    """Update the exponential moving average of the parameters, in place; step = 1, 2, ...
+    """Update the moving average (EMA) of the parameters, in place; step = 1, 2, ...
 
     Power-function EMA (Karras et al. 2024, arXiv 2312.02696, eq. 2): decay =
     (1 - 1/step)^(gamma + 1). The width of the average (its standard deviation) is a fixed fraction
@@ -347,7 +350,8 @@ def ddim_step(x_t, x_0_hat, t, t_next, alpha_bar, eta, z):
     q(x_t | x_{t-1}) and q(x_{t-1} | x_0) (Ho et al. 2020 eq. 7): with alpha = 1 - beta = a / a_next
         mean      (sqrt(a_next) beta x_0 + sqrt(alpha) (1 - a_next) x_t) / (1 - a)
         variance  beta (1 - a_next) / (1 - a),
-    which is this step with eta = 1: its sigma^2 is that variance, and its mean is the same.
+    which is this step with eta = 1: its sigma^2 is that variance, and inserting eps_hat into its
+    other two terms gives that mean.
     In the last step a_next = 1, so sigma = 0, and x_0_hat is returned. With alpha_bar[0] < 1 the
     sampler would end at an image with noise left in it.
     """
@@ -366,10 +370,10 @@ def multistep_x_0(x_0_hat, x_0_prev, t_prev, t, t_next, alpha_bar):
     likewise, lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), half the log-SNR.
 
     Why lambda is the clock: divide ddim_step (eta = 0) by sqrt(1 - a_next), and it reads
-    x_next / sqrt(1 - a_next) = x_t / sqrt(1 - a) + x_0_hat (e^lambda_next - e^lambda_t). That is
-    the integral of e^lambda x_0_hat over the step, exact if x_0_hat were constant. If it is linear
-    in lambda, its mean is about its value half a step ahead. With eta = 1 only the weight in the
-    integral changes (SDE-DPM-Solver++). It costs no further evaluation of the network.
+    x_next / sqrt(1 - a_next) = x_t / sqrt(1 - a) + x_0_hat (e^lambda_next - e^lambda_t). The last
+    term is the integral of e^lambda x_0_hat over the step, exact if x_0_hat were constant. If it is
+    linear in lambda, its mean is about its value half a step ahead. With eta = 1 the weight becomes
+    2 e^(2 lambda) (SDE-DPM-Solver++). It costs no further evaluation of the network.
     """
     lambda_prev, lambda_t, lambda_next = alpha_bar[[t_prev, t, t_next]].logit() / 2
     half_ratio = 0.5 * (lambda_next - lambda_t) / (lambda_t - lambda_prev)
@@ -389,8 +393,9 @@ def randn_per_image(generators, shape, device="cpu"):
 def ddpm_sample(eps_model, x_T, generators, alpha_bar):
     """Sample as Algorithm 2 of Ho et al. 2020 is printed, T steps; sigma_t^2 is the posterior's.
 
-    eps_model(x_t, t) -> eps_hat; x_T: (B, C, H, W); B generators -> x_0. For reading: `sample`
-    below generalises it to any number of steps, with clamping and extrapolation.
+    eps_model(x_t, t) -> eps_hat, such as predict_eps(x_t, denoise(x_t, t), extract(alpha_bar, t));
+    x_T: (B, C, H, W); B generators -> x_0. For reading: `sample` below generalises it to any number
+    of steps, with clamping and extrapolation.
     """
     x_t = x_T
     for t in range(len(alpha_bar) - 1, 0, -1):
@@ -414,20 +419,21 @@ def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, r
     denoise(x_t, t): (B, C, H, W), (B,) int -> x_0_hat: (B, C, H, W); a guided denoiser is one too
     x_T: (B, C, H, W) standard normal; generators: B CPU generators, for the noise that eta > 0 and
     recurrence > 1 add (else None) -> x_0: (B, C, H, W)
-    clamp: keep x_0_hat in [-1, 1], the range of images. recurrence: times that each step but the
-    last is taken (Bansal et al. 2023 eq. 10). callback(t, x_t, x_0_hat): called in every step.
+    clamp: keep x_0_hat in [-1, 1], the range of images; it comes after guidance, so an overshooting
+    gradient saturates pixels and does not diverge. recurrence: how often each step but the last is
+    taken (Bansal et al. 2023 eq. 10). callback(t, x_t, x_0_hat): called in every step.
 
-    differs from the papers: each step but the first and the last aims at multistep_x_0, not at
-    x_0_hat. So eta = 0 is DPM-Solver++(2M) in place of DDIM, eta = 1 its SDE form in place of DDPM:
-    50 steps are as good as 100 plain ones.
+    differs from the papers: each step but the first, the last and repeats aims at multistep_x_0,
+    not at x_0_hat. So eta = 0 is DPM-Solver++(2M) in place of DDIM, eta = 1 its SDE form in place
+    of DDPM: 50 steps are as good as 100 plain ones (experiments/LOG.md).
     eta = 1 is the default because fresh noise in every step overwrites earlier errors, those of
     guidance above all; so does recurrence. Deterministic sampling (eta = 0) carries them along.
-    Gradients are the caller's business: use torch.no_grad() unless you want them.
+    Gradients are not switched off here: use torch.no_grad() unless you want them.
     """
     x_t, t_prev, x_0_prev = x_T, None, None
     for t, t_next in itertools.pairwise(ddim_timesteps(len(alpha_bar) - 1, steps)):
         for repeat in range(recurrence if t_next > 0 else 1):   # the last step ends at t = 0
-            if repeat:   # re-noise from t_next to t; the multistep history is no longer valid
+            if repeat:   # re-noise: the forward chain from t_next to t; the history is invalid now
                 alpha = alpha_bar[t] / alpha_bar[t_next]
                 z = randn_per_image(generators, x_t.shape[1:], x_t.device)
                 x_t, t_prev = alpha.sqrt() * x_t + (1 - alpha).sqrt() * z, None
@@ -448,7 +454,7 @@ def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, r
 
 
 def invert(denoise, x_0, alpha_bar, steps=50):
-    """Find the noise that deterministic sampling turns into these images: DDIM run backwards.
+    """Find the noise that deterministic sampling turns into these images: plain DDIM run backwards.
 
     x_0: (B, C, H, W) -> x_T: (B, C, H, W); sample(..., eta=0, clamp=False) leads back to about x_0
 

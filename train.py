@@ -55,7 +55,9 @@ DEFAULTS = {   # kind -> the model's config and its training's
 
 # ---- what each model is trained for --------------------------------------------------------------
 
-CLOSED_SET = 1024   # most captions that a step encodes; beyond, only those of the batch
+# Up to so many captions, each step encodes all of them (closed_set_loss); with more that would take
+# longer than the images, and those of the batch stand for all (contrastive_loss).
+CLOSED_SET = 1024
 
 
 def clip_objective(clip, x_0, caption_ids, tokens, alpha_bar, generator, clean_fraction=0.125):
@@ -164,8 +166,8 @@ def ddpm_task(config, options, dataset, validation, device, clip=None):
         cond = guide.text_condition(clip.to(device).encode_captions(dataset.captions))   # (K, E)
 
     def objective(model, x_0, indices, generator):
-        own = None if cond is None else cond[caption_ids[indices]]
-        return ddpm_objective(model, x_0, own, alpha_bar, generator)
+        cond_batch = None if cond is None else cond[caption_ids[indices]]
+        return ddpm_objective(model, x_0, cond_batch, alpha_bar, generator)
 
     @torch.no_grad()
     def preview(model, folder):   # unconditional
@@ -198,9 +200,9 @@ def judge_task(config, options, dataset, validation, device):
     def preview(model, folder):
         x = data.to_float(validation.images).to(device)
         predictions = judge.predict(model, x).cpu()
-        right = predictions == torch.from_numpy(validation.labels)            # (N, A)
-        each = ", ".join(f"{name} {x:.2%}" for name, x in zip(sizes, right.float().mean(dim=0)))
-        return f"on {len(right)} held-out images: all {right.all(1).float().mean():.2%}, {each}"
+        correct = predictions == torch.from_numpy(validation.labels)          # (N, A)
+        each = ", ".join(f"{name} {p:.2%}" for name, p in zip(sizes, correct.float().mean(dim=0)))
+        return f"on {len(x)} held-out images: all {correct.all(1).float().mean():.2%}, {each}"
 
     content = {"attributes": dataset.attributes, "captions": dataset.captions,
                "caption_labels": dataset.caption_labels.tolist()}
@@ -238,7 +240,7 @@ def start_run(task, options, dataset, folder, settings, device, saved=None):
     optimizers = (
         muon.Muon(matrices, options.lr, options.weight_decay),
         torch.optim.AdamW(others, options.lr, betas=(0.9, 0.99), weight_decay=0., fused=True))
-    bf16, = distributed.any_rank(cli.bf16_is_fast(device))
+    bf16 = distributed.any_rank(cli.bf16_is_fast(device))[0]   # the same in all ranks
     history = []
     if saved:
         model.load_state_dict(saved["model"])
@@ -312,6 +314,7 @@ def train_step(run, step):
         total += loss.detach()
 
     distributed.average_gradients(run.model)
+    # For AdamW; Muon's step does not depend on the size of the gradient.
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     for optimizer in run.optimizers:
         optimizer.step()
@@ -416,8 +419,9 @@ def parse(arguments):
         if value is not None and not value > 0:   # NaN is refused too
             raise cli.UserError(f"--{name} must be more than 0, not {value}")
     if options.batch % (distributed.world_size() * options.accumulate):
-        raise cli.UserError(f"--batch {options.batch} is no multiple of {distributed.world_size()} "
-                            f"ranks x {options.accumulate} micro-batches")
+        raise cli.UserError(
+            f"--batch {options.batch} is not a multiple of {distributed.world_size()} ranks x "
+            f"{options.accumulate} micro-batches")
     return args, config, options
 
 
@@ -437,7 +441,7 @@ def add_flags(parser, kind):
     for config in DEFAULTS[kind]:
         for name, value in dataclasses.asdict(config).items():
             several = isinstance(value, tuple)
-            if name not in ("cond_dim", "in_channels"):   # they follow from other choices
+            if name not in ("cond_dim", "in_channels"):   # of --clip, and of upsamplers
                 add("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
                     nargs="+" if several else None, type=type(value[0] if several else value),
                     help=f"default: {value}")

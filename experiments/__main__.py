@@ -60,8 +60,7 @@ def main(arguments):
     with torch.no_grad(), cli.autocast(device):
         models = sample.load_models(args.clip, args.ddpm, device)
         print(models.description)
-        tables.record(EXPERIMENTS[args.name](models, args), args.out / f"{args.name}.json", args,
-                      device)
+        tables.record(EXPERIMENTS[args.name](models, args), args.name, args, device)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,6 @@ def train_changed(kind, change, device):
     task = train.TASKS[kind](config, options, dataset, validation, device)
     if change == "clean":
         task = task._replace(objective=clean_objective(task.model, dataset, device))
-    print(f"training {path.parent}")
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         train.train(task, options, dataset, path.parent, device=device)
     return path
@@ -107,8 +106,7 @@ def composition(models, args):
     for name, kinds in (("neither", ()), ("DDPM", ("ddpm",)), ("CLIP", ("clip",)),
                         ("both", ("clip", "ddpm"))):
         changed = changed_models("pairs", kinds, models, args)
-        for pairs, indices in unseen_and_seen(args.each).items():
-            indices = indices.to(device)
+        for pairs, indices in unseen_and_seen(args.each, device).items():
             targets = indices % len(cars.CAPTIONS)
             scores = evaluator.make_evaluator(changed, targets, args)
             for method in (guide.DEFAULT, "factored"):
@@ -120,11 +118,11 @@ def composition(models, args):
                        "swapped": metrics.mean((predicted == swapped).all(1))}
 
 
-def unseen_and_seen(each):
+def unseen_and_seen(each, device="cpu"):
     """`each` indices (N,) of every caption of PAIRS, and as many of random other pairs."""
     pairs = [colours(labels) for labels in cars.caption_labels(np.arange(294))]
     unseen = [k for k, pair in enumerate(pairs) if pair in PAIRS]
     seen = [k for k, pair in enumerate(pairs) if len(pair) == 2 and pair not in PAIRS]
     seen, N = np.random.default_rng(0).permutation(seen), each * len(unseen)
-    nth = lambda ids: torch.tensor(np.resize(ids, N) + 294 * (np.arange(N) // len(ids)))
+    nth = lambda ids: torch.tensor(np.resize(ids, N) + 294 * (np.arange(N) // len(ids))).to(device)
     return {"unseen": nth(unseen), "seen": nth(seen)}

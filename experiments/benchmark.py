@@ -4,8 +4,7 @@
     python -m experiments benchmark               half an hour on two cores
 
 Machines are noisy: what is compared takes turns, the first round is a warm-up, and the fastest of
-the others counts. Compare ratios, and seconds only within one run. A step of training is
-train.train_step, from uint8 images to averaged weights.
+the others counts. Compare ratios, and seconds only within one run.
 """
 import argparse
 import sys
@@ -160,7 +159,7 @@ COMPARISONS = [   # peer, key of BATCH, theirs, ours
 
 def benchmark():
     """Speed beside peers, images/s"""
-    names = ["fp32", "bf16"] if cli.bf16_is_fast(DEVICE) else ["fp32"]
+    names = ["fp32"] + ["bf16"] * cli.bf16_is_fast(DEVICE)
     if "bf16" not in names:
         print("skipped bf16: it is slower than fp32 on this device", file=sys.stderr)
     for peer, key, theirs, ours in COMPARISONS:
@@ -188,4 +187,4 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, default="out")
     args = parser.parse_args(arguments, argparse.Namespace(seed=0))
     args.out.mkdir(parents=True, exist_ok=True)
-    tables.record(benchmark(), args.out / "benchmark.json", args, DEVICE)
+    tables.record(benchmark(), "benchmark", args, DEVICE)

@@ -51,8 +51,6 @@ def images_and_noise(models, seed):
     return dataset, torch.from_numpy(dataset.caption_ids[indices]).to(device), x_0, eps
 
 
-# ---- samples -------------------------------------------------------------------------------------
-
 class Samples(NamedTuple):
     """N images and their cost."""
     images: np.ndarray      # (N, H, W, 3) uint8
@@ -75,8 +73,7 @@ def build_denoiser(name, models, targets, scale, interval):
 def sample_cached(method, indices, models, args, scale=None):
     """Samples with these indices (N,) by one of METHODS, with its own scale unless given.
 
-    From the cache if they were made before: an interrupted experiment resumes. The seconds are
-    those of the first time.
+    From the cache if they were made before, with their seconds: an interrupted experiment resumes.
     """
     scale = METHODS[method].scale if scale is None else scale
     guidance = method, scale, tuple(args.interval or METHODS[method].interval)
@@ -138,8 +135,6 @@ def best_of(n, targets, models, args):
     seconds = n * len(targets) * pool.seconds / POOL
     return Samples(pool.images[best], n * pool.unet_evaluations, 0, seconds)
 
-
-# ---- scores --------------------------------------------------------------------------------------
 
 class Evaluator(NamedTuple):
     """Judges, and real images to compare with."""

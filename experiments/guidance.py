@@ -14,11 +14,10 @@ from judge import predict
 
 BEST_OF = {f"best-of-{n}": n for n in (4, 16, 64)}   # methods that are not in guide.py
 PROMPTS = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}   # captions
-FACTORS = (.25, .5, 1., 2., 4.)
 SWEEPS = [   # what is changed, its value, the method, its scale if not its own, flags
     *((f"scale of {name}", scale, name, scale, {})
       for name in ("noise-aware", "x0-fast", "lookahead")
-      for scale in [guide.METHODS[name].scale * factor for factor in FACTORS]),
+      for scale in [guide.METHODS[name].scale * factor for factor in (.25, .5, 1., 2., 4.)]),
     *((part, value, f"{part} {value}", None, {})
       for part, values in variants.PARTS.items() for value in values),
     *(("interval", (low, high), guide.DEFAULT, None, {"interval": (low, high)})

@@ -9,7 +9,6 @@ import torch
 FEATURE_LAYERS = 2, 4, 7   # of Judge.stages: two blocks, and what is average-pooled for the heads
 
 
-@torch.no_grad()
 def judge_features(judge, x, batch=256):
     """Mean and standard deviation of every channel of the judge's FEATURE_LAYERS.
 
@@ -30,16 +29,14 @@ def kid(real, generated, block=200):
 
     real, generated: (N, F) in random order, though row i of both may be of the same caption.
     Binkowski et al. 2018, sec. 4: the mean of k(x_i, x_j) + k(y_i, y_j) - 2 k(x_i, y_j) over all
-    i != j, with k(x, y) = (x . y / F + 1)^3. Without i = j in all three terms (Gretton et al. 2012,
-    lemma 6) it is unbiased for matched captions too; it may be negative. The mean over disjoint
-    blocks, whose spread gives the error.
+    i != j, with k(x, y) = (x . y / F + 1)^3, in disjoint blocks, whose spread gives the error.
+    Unbiased for matched captions too (Gretton et al. 2012, lemma 6); it may be negative.
     differs from the paper: the judge's features, not Inception's, standardised by the real ones'.
     """
     if len(real) < 8:
         return None, None
     block = min(block, len(real) // 4)   # at least four blocks
-    # float64, because large sums are subtracted, and autocast leaves it alone; on the CPU, because
-    # MPS has no float64.
+    # float64, because large sums are subtracted; on the CPU, because MPS has no float64
     real, generated = real.cpu().double(), generated.cpu().double()
     mean, std = real.mean(dim=0), real.std(dim=0) + 1e-6
     real, generated = ((x - mean) / std for x in (real, generated))
@@ -91,13 +88,13 @@ def calibration_error(probs, caption_ids, bins=15):
     return excess.abs().sum().item() / len(probs)
 
 
-def recall(scores, caption_ids):
+def recall(logits, caption_ids):
     """Recall at 1, 5, 10 of an image's caption, and of any image of a caption that has one.
 
-    scores: (N, K), caption_ids: (N,) int, the correct ones -> {name: float}
+    logits: (N, K), caption_ids: (N,) int, the correct ones -> {name: float}
     """
     used = caption_ids.unique()
-    captions = scores.argsort(dim=1, descending=True) == caption_ids[:, None]             # (N, K)
-    images = caption_ids[scores[:, used].argsort(dim=0, descending=True)] == used   # (N, used)
+    captions = logits.argsort(dim=1, descending=True) == caption_ids[:, None]             # (N, K)
+    images = caption_ids[logits[:, used].argsort(dim=0, descending=True)] == used   # (N, used)
     return {**{f"captions@{k}": mean(captions[:, :k].any(1)) for k in (1, 5, 10)},
             **{f"images@{k}": mean(images[:k].any(0)) for k in (1, 5, 10)}}

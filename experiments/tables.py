@@ -20,14 +20,13 @@ HERE = Path(__file__).parent
 SECTION = re.compile(r"(<!-- table (\w+)(?: (\w+)=(\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 FRACTIONS = {"prompt_accuracy", "low", "body", "main", "second", "second_judge", "disagree",
-             "clip_prob", "top-1", "swapped", "different", "order", "paraphrase", "judge",
+             "clip_prob", "top-1", "swapped", "different", "order", "paraphrase",
              "captions@1", "captions@5", "captions@10", "images@1", "images@5", "images@10"}
 PAIRS = {"low": ("high", " to "), "kid": ("kid_error", " ± "),   # printed in one column
          "unet_evaluations": ("unet_backwards", " + ")}
 HEADINGS = {"low": "95 % interval", "kid": "KID", "ece": "ECE", "clip_prob": "CLIP's probability",
-            "unet_evaluations": "U-Net evaluations",
-            "parameters_m": "M parameters", "peer_parameters_m": "peer's",
-            "ratio_to_default": "ratio to the peer's default"}
+            "unet_evaluations": "U-Net evaluations", "parameters_m": "M parameters",
+            "peer_parameters_m": "peer's", "ratio_to_default": "ratio to the peer's default"}
 
 
 def format_number(key, value):
@@ -92,8 +91,8 @@ def provenance(args, device):
             "arguments": {name: str(value) for name, value in vars(args).items()}}
 
 
-def record(rows, path, args, device):
-    """Print rows as they come, as a Markdown table; write them to a JSON file with provenance."""
+def record(rows, name, args, device):
+    """Print rows as they come, as a Markdown table; write them and provenance to --out/NAME.json"""
     done = []
     for row in rows:
         header, line, cells = markdown_table([row]).splitlines()
@@ -102,4 +101,4 @@ def record(rows, path, args, device):
         print(cells, flush=True)
         done.append(row)
     content = {**provenance(args, device), "rows": done}
-    path.write_text(json.dumps(content, indent=1), "utf-8")
+    (args.out / f"{name}.json").write_text(json.dumps(content, indent=1), "utf-8")

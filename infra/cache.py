@@ -20,10 +20,8 @@ CHUNK = 200   # images that one process makes at a time
 
 
 def load_packed(items, make, size, path):
-    """Load the images of the items, made by `pack` now or earlier.
-
-    -> images: (N, size, size, 3) uint8, memory-mapped; numbers: (len(items),), N of them >= 0
-    """
+    """Load the images of the items, made by `pack` now or earlier -> images: (N, size, size, 3)
+    uint8, memory-mapped; numbers: (len(items),), N of them >= 0"""
     if not path.exists():
         pack(items, make, size, path)
     numbers = np.load(path.with_suffix(".npy"))
@@ -37,8 +35,7 @@ def pack(items, make, size, path):
     """Make an image of each item, all of them into `path`, and a number for each into its .npy.
 
     make(some items, size), a function at the top level of a module, -> images: (n, size, size, 3)
-    uint8; numbers: (n,) int, -1 for an item that cannot be read and is left out
-    """
+    uint8; numbers: (n,) int, -1 for an item that cannot be read and is left out"""
     folder = path.with_suffix(".chunks")
     folder.mkdir(parents=True, exist_ok=True)
     tasks = [(make, items[start:start + CHUNK], size, folder / f"{start // CHUNK:05}.npz")

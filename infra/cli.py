@@ -2,7 +2,6 @@
 import argparse
 import contextlib
 import functools
-import math
 import signal
 import sys
 import time
@@ -104,7 +103,7 @@ def cpu_is_fast_in_bf16():
     """Measure it, because feature names mislead: of two CPUs with "AVX512-BF16" one multiplies
     matrices five times faster in it than in float32, the other slower."""
     matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    least, start = [math.inf, math.inf], time.monotonic()   # seconds a product
+    least, start = 2 * [float("inf")], time.monotonic()   # seconds a product
     for rounds in range(1, 41):   # in turns, and the minimum counts: other programs may be running
         least = [min(seconds, timeit.timeit(lambda: m @ m, number=1))
                  for seconds, m in zip(least, matrices)]

@@ -24,7 +24,6 @@ from infra.cli import DatasetError
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 TEMPLATES = ("a photo of {}", "{}", "a picture of {}", "a blurry photo of {}",
              "a close-up photo of {}", "a small photo of {}")   # of class names
-# Which of 20 equal parts of the objects belong to which split.
 SPLITS = {"train": range(5, 20), "validation": [0], "judge": range(2, 5), "judge-test": [1]}
 TRANSIENT = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}   # the machine's, not a file's
 
@@ -58,7 +57,6 @@ def scan_folder(folder):
 
 
 # Each layout has a function: folder -> (file, text or "", object) for each of its images.
-
 def _srn_cars(folder):
     root = folder / "cars_train" if (folder / "cars_train").is_dir() else folder
     objects = sorted(path.parent for path in root.glob("*/rgb"))
@@ -121,16 +119,14 @@ def _images_in(folder):
     return [(file, name) for file, name in zip(files, names) if "/." not in f"/{name}"]
 
 
-def _text_of(path):
-    """The text of a file, "" if there is none."""
+def _text_of(path):   # "" if there is no such file
     try:
         return path.read_text("utf-8-sig") if path.is_file() else ""   # sig: editors may write it
     except UnicodeDecodeError:
         raise DatasetError(f"{path} is not UTF-8; save it as UTF-8") from None
 
 
-def _fill(template, name):
-    """"a photo of {}", "airplane" -> "a photo of an airplane" """
+def _fill(template, name):   # "a photo of {}", "airplane" -> "a photo of an airplane"
     return template.format(f"{'an' if name[0] in 'aeiou' else 'a'} {name}")
 
 
@@ -147,7 +143,7 @@ def captions_and_templates(image_folder):
 
 def split_indices(image_folder, split):
     """The indices of a split's files; DatasetError if there are none. A hash of the object's name
-    decides: all its images go into one split, also when others join."""
+    picks one of 20 parts: all its images go into one split, also when others join."""
     indices = [i for i, name in enumerate(image_folder.objects)
                if zlib.crc32(os.fsencode(name)) % 20 in SPLITS[split]]
     if not indices:

@@ -13,11 +13,9 @@ from torch import nn
 
 
 def split(model):
-    """Split the parameters of a model -> those for Muon, all others (for AdamW).
-
-    Muon gets the weights of linear layers and convolutions, kernels as matrices (c_out, c_in k k),
-    if both sides are at least 32: narrower ones have few directions.
-    """
+    """Split the parameters of a model -> those for Muon, all others (for AdamW). Muon gets the
+    weights of linear layers, and of convolutions as matrices (c_out, c_in k k), if both sides are
+    at least 32: narrower ones have few directions."""
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     matrices = [m.weight for m in layers if min(m.weight.flatten(1).shape) >= 32]
     ids = {id(weight) for weight in matrices}

@@ -37,7 +37,6 @@ def line_plot(path, curves, x_label, y_label, width=600, height=340):
         draw.text((left - 5, to_y(y)), f"{y:.4g}", "black", font, "rm")
     draw.text(((left + right) / 2, height - 4), x_label, "black", font, "md")
     draw.text((6, 4), y_label, "black", font)
-
     for i, (name, (xs, ys)) in enumerate(curves.items()):
         colour = PALETTE[i % len(PALETTE)]
         points = [(to_x(x), to_y(y)) for x, y in zip(xs, ys)]

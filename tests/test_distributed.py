@@ -118,7 +118,7 @@ def test_a_run_resumes_with_another_number_of_ranks(two_ranks, monkeypatch, caps
 def test_a_batch_that_ranks_cannot_divide_is_refused(monkeypatch):
     """Each rank takes the same number of micro-batches of the same size."""
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    with pytest.raises(train.cli.UserError, match="--batch 128 is no multiple of 3 ranks x 1"):
+    with pytest.raises(train.cli.UserError, match="--batch 128 is not a multiple of 3 ranks x 1"):
         train.parse(["clip"])
     train.parse(["clip", "--batch", "126", "--accumulate", "2"])
 

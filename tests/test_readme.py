@@ -255,8 +255,11 @@ NUMBERS = [   # near this text, the README has this figure; results file, row, k
      fraction),
     ("60 degrees", "94.2 %", "failures", {"target": "camera above 60 degrees"}, "prompt_accuracy",
      fraction),
+    *(("are wrong", text, "failures", {"target": "all"}, key, "{:,}".format) for text, key in (
+        ("1,176", "samples"), ("21", "wrong"), ("9", "second_judge_accepts"),
+        ("18", "clip_prob_above_94_percent"))),
     ("with a red roof", "10.5 %", "clip_retrieval", {"t": 0}, "paraphrase", fraction),
-    *(("held out of both", text, "composition",
+    *(("held out of CLIP", text, "composition",
        {"held_out_from": held_out, "pairs": "held out", "guidance": "lookahead"},
        "prompt_accuracy", fraction) for text, held_out in (("71.3 %", "both"),
                                                            ("92.6 %", "neither"))),
@@ -267,6 +270,11 @@ NUMBERS = [   # near this text, the README has this figure; results file, row, k
     *(("`python train.py ddpm`", text, "training_loss", {"model": "ddpm"}, step, short)
       for text, step in ((".641 at step 50", "50"), (".129 at 200", "200"), (".094", "1,000"),
                          (".074", "4,500"))),
+    *(("`python train.py judge`", text, "training_loss", {"model": "judge"}, step, form)
+      for text, step, form in (("4.80 at step 50", "50", "{:.2f}".format),
+                               (".015 at 800", "800", short))),
+    ("`python train.py judge`", "99.8 %", "judge", {"camera": "all"}, "prompt_accuracy", fraction),
+    ("| `python train.py judge`", "5", "model_card", {"file": "judge.pt"}, "minutes", str),
     ("| `python train.py clip`", "11", "model_card", {"file": "clip.pt"}, "minutes", str),
     ("--steps 9000", "88 minutes", "model_card", {"file": "ddpm.pt"}, "minutes", str)]
 
@@ -292,6 +300,12 @@ def test_a_figure_is_in_the_readme_and_in_its_results_file(near, text, file, sel
     assert form(*values) in (text, re.split(r" at | minutes", text)[0])
     pattern = re.compile(rf"(?<![\d.]){re.escape(text)}(?!\d)")
     assert any(pattern.search(unit) for unit in units(README) if near in unit), "not in README.md"
+
+
+def test_the_weights_are_as_large_as_the_readme_says():
+    """In MB, all four files."""
+    megabytes = sum(path.stat().st_size for path in (ROOT / "weights").glob("*.pt")) / 1e6
+    assert f"({megabytes:.0f} MB)" in README
 
 
 PERCENTAGES_OF_THE_METHOD = {"95 %"}   # intervals
