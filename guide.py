@@ -216,9 +216,9 @@ def classifier_free(unet, alpha_bar, cond, scale, interval=(1, math.inf)):
 # ---- the methods by name -------------------------------------------------------------------------
 
 # Why the scales are far above 1, for all: p(text | x)^scale asks for images that show the caption
-# beyond doubt, whereas Bayes' rule accepts whatever CLIP finds probable; and at a temperature above
-# 1 log_p is flatter than log p. For lookahead and x0-fast also: r_t^2 is the variance of one pixel,
-# but hundreds of pixels of a car vary together, and along that direction Cov(x_0 | x_t) is larger.
+# beyond doubt, whereas Bayes' rule accepts whatever CLIP finds probable. For lookahead and x0-fast
+# also: r_t^2 is the variance of one pixel, but hundreds of pixels of a car vary together, and along
+# that direction Cov(x_0 | x_t) is far larger.
 
 class Method(NamedTuple):
     make_log_p: Callable         # (clip, text_features, targets) -> log_p; None without CLIP

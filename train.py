@@ -107,6 +107,25 @@ class Task(NamedTuple):
     note: str             # printed before the first step: what to compare the loss with
 
 
+@torch.no_grad()
+def accuracy_by_timestep(clip, tokens, validation, alpha_bar):
+    """Measure top-1 accuracy on 500 held-out images, the same in each call -> {t: accuracy}
+
+    tokens: (K, L)
+    """
+    device = alpha_bar.device
+    x_0, indices = data.batch(validation, 0, 0, 500, device)
+    eps = torch.randn(x_0.shape, generator=data.generator(0, 0, device=device), device=device)
+    caption_ids = torch.from_numpy(validation.caption_ids[indices]).to(device)
+    text_features, accuracy = clip.encode_text(tokens), {}
+    for timestep in range(0, tinyddpm.T, 100):
+        t = torch.full((len(x_0),), timestep, device=device)
+        x_t = tinyddpm.q_sample(x_0, t, eps, alpha_bar)
+        logits = clip.logits(clip.encode_image(x_t, t), text_features, t)
+        accuracy[timestep] = (logits.argmax(dim=1) == caption_ids).float().mean().item()
+    return accuracy
+
+
 def clip_task(config, options, dataset, validation, device):
     K = len(dataset.captions)
     if K < 2:
@@ -134,25 +153,6 @@ def clip_task(config, options, dataset, validation, device):
     content = {"captions": dataset.captions, "templates": dataset.templates,
                "merges": tokenizer.merges}
     return Task("clip", tinyclip.CLIP(config, tokenizer), objective, preview, content, note)
-
-
-@torch.no_grad()
-def accuracy_by_timestep(clip, tokens, validation, alpha_bar):
-    """Measure top-1 accuracy on 500 held-out images, the same in each call -> {t: accuracy}
-
-    tokens: (K, L)
-    """
-    device = alpha_bar.device
-    x_0, indices = data.batch(validation, 0, 0, 500, device)
-    eps = torch.randn(x_0.shape, generator=data.generator(0, 0, device=device), device=device)
-    caption_ids = torch.from_numpy(validation.caption_ids[indices]).to(device)
-    text_features, accuracy = clip.encode_text(tokens), {}
-    for timestep in range(0, tinyddpm.T, 100):
-        t = torch.full((len(x_0),), timestep, device=device)
-        x_t = tinyddpm.q_sample(x_0, t, eps, alpha_bar)
-        logits = clip.logits(clip.encode_image(x_t, t), text_features, t)
-        accuracy[timestep] = (logits.argmax(dim=1) == caption_ids).float().mean().item()
-    return accuracy
 
 
 def ddpm_task(config, options, dataset, validation, device, clip=None):
@@ -335,6 +335,36 @@ def record(run, step, measured):
     run.history.append((step, measured[:, 0].mean().item()))
 
 
+def loop(run, done, deadline, save_every):
+    """Take steps from done + 1 on -> the last step taken, the signals received"""
+    options, rank_0 = run.options, distributed.rank() == 0
+    preview_every = max(50, options.steps // 10)
+    measured, saved_at = [], time.monotonic()
+    bar = tqdm(total=options.steps * options.batch, initial=done * options.batch,
+               desc=run.task.kind, unit="image", unit_scale=True, disable=not rank_0)
+    with cli.catch_signals() as signals, bar:
+        for step in range(done + 1, options.steps + 1):
+            measured.append(train_step(run, step))
+            bar.update(options.batch)
+            now = time.monotonic()
+            last = step == options.steps
+            stop, save_due = distributed.any_rank(last or bool(signals) or now > deadline,
+                                                  now > saved_at + save_every)
+            if step % 50 == 0 or stop or save_due:   # not every step: it waits for the device
+                record(run, step, measured)
+                measured = []
+                bar.set_postfix_str(f"loss {run.history[-1][1]:.3f}")
+            if stop or save_due:
+                saved_at = now
+                if rank_0:
+                    save_run(run, step)
+            if rank_0 and (step % preview_every == 0 or last):
+                with cli.autocast(run.device, run.bf16):
+                    bar.write(f"step {step:,}: {run.task.preview(run.ema, run.folder)}")
+            if stop:
+                return step, signals
+
+
 def train(task, options, dataset, folder, seed=0, device=torch.device("cpu"), minutes=None,
           save_every=120., fresh=False):
     """Train a task, or resume it, until its last step or until minutes or a signal stop it."""
@@ -368,62 +398,7 @@ def train(task, options, dataset, folder, seed=0, device=torch.device("cpu"), mi
         raise SystemExit(128 + signals[0])
 
 
-def loop(run, done, deadline, save_every):
-    """Take steps from done + 1 on -> the last step taken, the signals received"""
-    options, rank_0 = run.options, distributed.rank() == 0
-    preview_every = max(50, options.steps // 10)
-    measured, saved_at = [], time.monotonic()
-    bar = tqdm(total=options.steps * options.batch, initial=done * options.batch,
-               desc=run.task.kind, unit="image", unit_scale=True, disable=not rank_0)
-    with cli.catch_signals() as signals, bar:
-        for step in range(done + 1, options.steps + 1):
-            measured.append(train_step(run, step))
-            bar.update(options.batch)
-            now = time.monotonic()
-            last = step == options.steps
-            stop, save_due = distributed.any_rank(last or bool(signals) or now > deadline,
-                                                  now > saved_at + save_every)
-            if step % 50 == 0 or stop or save_due:   # not every step: it waits for the device
-                record(run, step, measured)
-                measured = []
-                bar.set_postfix_str(f"loss {run.history[-1][1]:.3f}")
-            if stop or save_due:
-                saved_at = now
-                if rank_0:
-                    save_run(run, step)
-            if rank_0 and (step % preview_every == 0 or last):
-                with cli.autocast(run.device, run.bf16):
-                    bar.write(f"step {step:,}: {run.task.preview(run.ema, run.folder)}")
-            if stop:
-                return step, signals
-
-
 # ---- the command line ----------------------------------------------------------------------------
-
-def parse(arguments):
-    """-> args, the model's config and the training's: DEFAULTS, changed by flags"""
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind in TASKS:
-        add_flags(kinds.add_parser(kind, help=f"python train.py {kind} -h lists its flags"), kind)
-    args = parser.parse_args(arguments)
-    args.out = args.out or f"runs/{args.kind}"
-    try:
-        config, options = (replace_fields(config, args) for config in DEFAULTS[args.kind])
-    except ValueError as error:   # a config refuses what cannot be built
-        raise cli.UserError(str(error)) from None
-    for name in ("steps", "batch", "accumulate", "images"):
-        cli.check_range(f"--{name}", getattr(options, name), 1, math.inf)
-    cli.check_range("--seed", args.seed, 0, 2 ** 63 - 1)
-    for name, value in (("lr", options.lr), ("minutes", args.minutes)):
-        if value is not None and not value > 0:   # NaN is refused too
-            raise cli.UserError(f"--{name} must be more than 0, not {value}")
-    if options.batch % (distributed.world_size() * options.accumulate):
-        raise cli.UserError(
-            f"--batch {options.batch} is not a multiple of {distributed.world_size()} ranks x "
-            f"{options.accumulate} micro-batches")
-    return args, config, options
-
 
 def add_flags(parser, kind):
     add = parser.add_argument
@@ -452,6 +427,31 @@ def replace_fields(config, args):
     given = {name: type(value)(getattr(args, name))   # argparse makes lists of our tuples
              for name, value in dataclasses.asdict(config).items() if name in args}
     return dataclasses.replace(config, **given)
+
+
+def parse(arguments):
+    """-> args, the model's config and the training's: DEFAULTS, changed by flags"""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for kind in TASKS:
+        add_flags(kinds.add_parser(kind, help=f"python train.py {kind} -h lists its flags"), kind)
+    args = parser.parse_args(arguments)
+    args.out = args.out or f"runs/{args.kind}"
+    try:
+        config, options = (replace_fields(config, args) for config in DEFAULTS[args.kind])
+    except ValueError as error:   # a config refuses what cannot be built
+        raise cli.UserError(str(error)) from None
+    for name in ("steps", "batch", "accumulate", "images"):
+        cli.check_range(f"--{name}", getattr(options, name), 1, math.inf)
+    cli.check_range("--seed", args.seed, 0, 2 ** 63 - 1)
+    for name, value in (("lr", options.lr), ("minutes", args.minutes)):
+        if value is not None and not value > 0:   # NaN is refused too
+            raise cli.UserError(f"--{name} must be more than 0, not {value}")
+    if options.batch % (distributed.world_size() * options.accumulate):
+        raise cli.UserError(
+            f"--batch {options.batch} is not a multiple of {distributed.world_size()} ranks x "
+            f"{options.accumulate} micro-batches")
+    return args, config, options
 
 
 def load_data(args, config, options):

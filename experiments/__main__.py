@@ -32,7 +32,7 @@ def parse_args(arguments):
     parser = cli.Parser("python -m experiments", description=f"{__doc__}\n{names}",
                         formatter_class=argparse.RawDescriptionHelpFormatter)
     add, default = parser.add_argument, sample.SamplingConfig(batch=49)
-    add("name", choices=EXPERIMENTS)
+    add("name", choices=[*EXPERIMENTS, *STANDALONE])
     add("--methods", nargs="+", choices=[*evaluator.METHODS, *guidance.BEST_OF], metavar="METHOD",
         default=["none", "noise-unaware", "noise-aware", guide.DEFAULT], help="of guidance")
     add("--scales", type=float, nargs="+", help="of guidance; default: each method's own")
