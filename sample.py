@@ -6,12 +6,7 @@
 
 Uses runs/clip and runs/ddpm if both were trained, else the models in weights/. Writes one PNG with
 prompt, seed and settings in its metadata, and prints CLIP's probability of the prompt and the
-judge's prompt accuracy. From Python:
-
-    import data, sample
-    models = sample.load_models()
-    images = sample.generate(models, "a blue van", n=16)          # (16, 3, 32, 32) in [-1, 1]
-    data.save_grid("vans.png", data.to_uint8(images), columns=4, zoom=3)
+judge's prompt accuracy. From Python: load_models, then generate (see README.md).
 """
 import argparse
 import dataclasses
@@ -20,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
 import torch
@@ -121,23 +117,16 @@ def resolve_prompt(prompt, models):
     if prompt in index_of:
         return models, index_of[prompt]
     known = sorted({word for text in index_of for word in text.split()})
-    unknown = [word[:30] for word in dict.fromkeys(prompt.split()) if word not in known]
+    unknown = [repr(word[:30]) for word in dict.fromkeys(prompt.split()) if word not in known]
     if unknown:
-        print(f"CLIP was not trained on {enumerate_words(map(repr, unknown))}; its words: "
-              f"{enumerate_words(known, 50)}", file=sys.stderr)
+        unknown, known = (shorten(", ".join(words), 300) for words in (unknown, known))
+        print(f"CLIP was not trained on {unknown}; its words: {known}", file=sys.stderr)
     longest = models.clip.config.context_length - 2   # start and end
     if len(models.clip.tokenizer.encode(prompt)) > longest:
         print(f"the prompt is too long: CLIP reads its first {longest} tokens", file=sys.stderr)
     text_features = torch.cat([models.text_features, models.clip.encode_captions([prompt])])
     return models._replace(captions=[*models.captions, prompt], text_features=text_features), \
         len(models.captions)
-
-
-def enumerate_words(words, most=5):
-    """-> "a, b, c and 7 more" """
-    words = list(words)
-    more = f" and {len(words) - most:,} more" if len(words) > most else ""
-    return ", ".join(words[:most]) + more
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -225,10 +214,9 @@ def report(models, target, x_0, judge_model, content):
     The probability is optimistic if CLIP guided. judge_model, content: see load_judge; a judge can
     only judge captions whose attributes it was trained on.
     """
-    caption = models.captions[target]
-    short = caption if len(caption) < 80 else caption[:80] + "..."
-    p = caption_probs(models, x_0)[:, target].mean()
-    print(f"CLIP's mean probability of {short!r}: {p:.0%}, among {len(models.captions)} captions")
+    caption, p = models.captions[target], caption_probs(models, x_0)[:, target].mean()
+    print(f"CLIP's mean probability of {shorten(caption, 80)!r}: {p:.0%}, among "
+          f"{len(models.captions)} captions")
     if judge_model is None or caption not in content["captions"]:
         return
     labels = torch.tensor(content["caption_labels"][content["captions"].index(caption)])   # (A,)

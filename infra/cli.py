@@ -46,7 +46,9 @@ def run_command(main):
             text = "memory is full; try a smaller --batch, or, in training, --accumulate 2"
         elif isinstance(error, RuntimeError):
             raise
-        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+        program = Path(sys.argv[0])
+        name = program.parent.name if program.stem == "__main__" else program.name
+        print(f"{name}: {text}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -149,12 +149,6 @@ def test_a_prompt_of_ten_thousand_characters(here, capsys):
     assert max(map(len, (out + error).splitlines())) < 1000 and Path("long.png").exists()
 
 
-def test_words_are_enumerated():
-    """The first few, and how many more there are."""
-    assert sample.enumerate_words("abc") == "a, b, c"
-    assert sample.enumerate_words(map(str, range(12))) == "0, 1, 2, 3, 4 and 7 more"
-
-
 # ---- generate, from Python -----------------------------------------------------------------------
 
 def test_generate_is_a_function_of_prompt_seed_and_options(models):
