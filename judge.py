@@ -26,6 +26,8 @@ class JudgeConfig:
         fits = self.width == 8 or (self.width > 0 and self.width % 16 == 0)   # see group_norm
         if not fits or self.image_size < 8:
             raise ValueError("width must be 8 or a multiple of 16, and image_size at least 8")
+        if not 0 <= self.dropout < 1:
+            raise ValueError("dropout must be from 0 to less than 1")
 
 
 def group_norm(channels):

@@ -77,7 +77,8 @@ def load_models(clip=None, ddpm=None, device="cpu"):
         text_features = clip.encode_captions(captions)
     return Models(clip, unet, tinyddpm.cosine_alpha_bar().to(device), captions,
                   clip_content["templates"], text_features, clip_content["data"],
-                  f"CLIP from {clip_path}, DDPM from {ddpm_path}, on {device}")
+                  f"CLIP from {clip_path} ({clip_content['steps']:,} steps), DDPM from {ddpm_path} "
+                  f"({ddpm_content['steps']:,} steps), on {device}")
 
 
 def load_judge(data_name, path=None, device="cpu"):
@@ -87,11 +88,13 @@ def load_judge(data_name, path=None, device="cpu"):
     """
     for candidate in [path] if path else [Path("runs/judge/weights.pt"), SHIPPED / "judge.pt"]:
         if path or candidate.exists():
-            model, content = checkpoint.load_model(candidate, "judge", judge.Judge)
-            if content["data"] == data_name:
+            name = checkpoint.load(candidate, "judge").get("data")
+            if name == data_name:
+                model, content = checkpoint.load_model(candidate, "judge", judge.Judge)
+                content["path"] = str(candidate)
                 return model.to(device), content
     if path:
-        raise cli.UserError(f"--judge {path} is for {content['data']}, the models for {data_name}")
+        raise cli.UserError(f"--judge {path} is for {name}, the models for {data_name}")
     return None, None
 
 
@@ -158,6 +161,8 @@ class SamplingConfig:
             raise cli.UserError(f"--interval must be LO <= HI in 1 to {tinyddpm.T}, not {lo} {hi}")
         if not math.isfinite(self.scale):
             raise cli.UserError(f"--scale must be a finite number, not {self.scale}")
+        if self.method == "none":
+            self.scale = 0.
 
 
 def generate(models, prompt=None, callback=None, **options):
@@ -284,6 +289,8 @@ def main(arguments=None):
     models = load_models(args.clip, args.ddpm, device)
     print(models.description)
     judge_model, content = load_judge(models.data, args.judge, device)
+    if judge_model and args.normalized != [None]:
+        print(f"judge from {content['path']} ({content['steps']:,} steps)")
     with cli.autocast(device):
         resolved = [resolve_prompt(prompt, models) if prompt else (models, None)
                     for prompt in args.normalized]
@@ -298,9 +305,9 @@ def main(arguments=None):
             images = data.to_uint8(x_0)   # waits for the device, so the time is right
             seconds = time.perf_counter() - start
             zoom = max(1, 96 // images.shape[1])   # small images get up to 96 pixels on the screen
-            metadata = {**dataclasses.asdict(config), "models": models.description}
-            if prompt:
-                metadata["prompt"] = prompt
+            metadata = {**dataclasses.asdict(config), "prompt": prompt,
+                        "models": models.description}
+            metadata = {key: value for key, value in metadata.items() if value is not None}
             data.save_grid(path, images, max(1, min(8, round(config.n ** 0.5))), zoom, **metadata)
             if frames:   # one row of x_t, one of x_0_hat
                 data.save_gif(path.with_suffix(".gif"), frames, columns=shown, zoom=zoom)

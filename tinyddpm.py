@@ -99,6 +99,8 @@ class UNetConfig:
                              "times; use fewer multipliers")
         if not set(self.attention) <= set(range(len(widths))):
             raise ValueError(f"attention {self.attention}: there are levels 0 to {len(widths) - 1}")
+        if self.blocks < 1 or not 0 <= self.dropout < 1:
+            raise ValueError("blocks must be at least 1, dropout from 0 to less than 1")
 
 
 def timestep_embedding(t, dim):

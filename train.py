@@ -70,7 +70,7 @@ def clip_objective(clip, x_0, caption_ids, tokens, alpha_bar, generator, clean_f
     (B, *_), (S, K, _) = x_0.shape, tokens.shape
     t = tinyddpm.stratified_timesteps(B, generator)
     shuffled = torch.randperm(B, generator=generator, device=x_0.device)
-    t[shuffled[:round(clean_fraction * B)]] = 0
+    t[shuffled[:math.ceil(clean_fraction * B)]] = 0
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     x_t = tinyddpm.q_sample(x_0, t, eps, alpha_bar)
 
@@ -121,7 +121,8 @@ def accuracy_by_timestep(clip, tokens, validation, alpha_bar):
     for timestep in range(0, tinyddpm.T, 100):
         t = torch.full((len(x_0),), timestep, device=device)
         x_t = tinyddpm.q_sample(x_0, t, eps, alpha_bar)
-        logits = clip.logits(clip.encode_image(x_t, t), text_features, t)
+        image_features = torch.cat([clip.encode_image(x, t[:len(x)]) for x in x_t.split(50)])
+        logits = clip.logits(image_features, text_features, t)
         accuracy[timestep] = (logits.argmax(dim=1) == caption_ids).float().mean().item()
     return accuracy
 
@@ -147,7 +148,10 @@ def clip_task(config, options, dataset, validation, device):
         shown = ", ".join(f"{accuracy[t]:.1%} at t = {t}" for t in (0, 300, 500, 700))
         return f"top-1 on held-out images: {shown}"
 
-    note = f"chance is a loss of ln({options.batch}) = {math.log(options.batch):.2f}"
+    B = options.batch // (options.accumulate * distributed.world_size())   # of a micro-batch
+    if K > CLOSED_SET and B < 2:
+        raise cli.UserError("a micro-batch of one image has no negatives; use a larger --batch")
+    note = f"chance is a loss of ln({B}) = {math.log(B):.2f}"
     if K <= CLOSED_SET:
         note = f"chance is a loss of ln({K}) = {math.log(K):.2f}, plus .1 to .3 for text to image"
     content = {"captions": dataset.captions, "templates": dataset.templates,
@@ -173,7 +177,8 @@ def ddpm_task(config, options, dataset, validation, device, clip=None):
     def preview(model, folder):   # unconditional
         x_0, _ = data.batch(validation, 0, 0, 500, device)
         generator = data.generator(0, 0, device=device)
-        loss = ddpm_objective(model, x_0, None, alpha_bar, generator)
+        loss = torch.stack([ddpm_objective(model, x, None, alpha_bar, generator)
+                            for x in x_0.split(50)]).mean()   # in parts, to save memory
         generators = [data.generator(0, i) for i in range(16)]
         x_T = tinyddpm.randn_per_image(
             generators, (3, config.image_size, config.image_size), device)
@@ -223,7 +228,7 @@ class Run(NamedTuple):
     folder: Path
     settings: dict           # all that must be the same when a run is resumed
     device: torch.device
-    bf16: bool               # mixed precision; a resumed run keeps it
+    bf16: bool               # mixed precision; a run resumed on such a device keeps it
     model: torch.nn.Module
     ema: torch.nn.Module     # its moving average: what previews show and weights.pt holds
     optimizers: tuple        # Muon for weight matrices, AdamW for everything else
@@ -247,7 +252,9 @@ def start_run(task, options, dataset, folder, settings, device, saved=None):
         ema.load_state_dict(saved["ema"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        history, bf16 = saved["history"], saved["bf16"]
+        history = saved["history"]
+        if saved["device"] == device.type:
+            bf16 = saved["bf16"]
     return Run(task, options, dataset, folder, settings, device, bf16, model, ema, optimizers,
                history)
 
@@ -277,7 +284,7 @@ def save_run(run, step):
         "weights": checkpoint.fp16_weights(run.ema), **run.task.content})
     checkpoint.save(run.folder / "checkpoint.pt", {
         "kind": f"{run.task.kind} run", "settings": run.settings, "step": step,
-        "bf16": run.bf16, "history": run.history,
+        "device": run.device.type, "bf16": run.bf16, "history": run.history,
         "model": run.model.state_dict(), "ema": run.ema.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]})
     steps, losses = zip(*run.history)
@@ -383,8 +390,10 @@ def train(task, options, dataset, folder, seed=0, device=torch.device("cpu"), mi
     if done:
         print(f"resuming {folder} at step {done + 1:,} of {options.steps:,}")
     if distributed.rank() == 0:   # files of a run that was killed while it saved, or is replaced
-        for file in folder.glob("checkpoint.*" if fresh else "*.tmp"):
-            file.unlink()
+        for file in [*folder.glob("weights.*.tmp"), *folder.glob("checkpoint.*.tmp")]:
+            file.unlink(missing_ok=True)
+        if fresh:
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     print(f"{millions:.2f} million parameters on {device}; {task.note}")
 
@@ -444,6 +453,7 @@ def parse(arguments):
     for name in ("steps", "batch", "accumulate", "images"):
         cli.check_range(f"--{name}", getattr(options, name), 1, math.inf)
     cli.check_range("--seed", args.seed, 0, 2 ** 63 - 1)
+    cli.check_range("--warmup", options.warmup, 0, 1)
     for name, value in (("lr", options.lr), ("minutes", args.minutes)):
         if value is not None and not value > 0:   # NaN is refused too
             raise cli.UserError(f"--{name} must be more than 0, not {value}")
@@ -469,11 +479,12 @@ def main(arguments=None):
     args, config, options = parse(arguments)
     device, folder = distributed.pick_device(args.device), Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)   # or fail now, not after the first save
-    dataset, validation = load_data(args, config, options)
-    print(dataset.report, validation.report, sep="\n")
-    make_task = TASKS[args.kind]
+    make_task, clip = TASKS[args.kind], None
     if args.kind == "ddpm" and args.clip:
         clip, content = checkpoint.load_model(args.clip, "clip", tinyclip.CLIP)
+    dataset, validation = load_data(args, config, options)
+    print(dataset.report, validation.report, sep="\n")
+    if clip is not None:
         if (content["data"], clip.config.image_size) != (dataset.name, config.image_size):
             raise cli.UserError(f"--clip {args.clip} was trained on {content['data']} at "
                                 f"{clip.config.image_size} pixels; train both alike")

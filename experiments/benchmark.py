@@ -22,7 +22,7 @@ import train
 from experiments import tables
 from infra import cli
 
-DEVICE = cli.pick_device()
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 millions = lambda model: round(sum(p.numel() for p in model.parameters()) / 1e6, 1)
 BATCH, DDIM_STEPS = {"ddpm": 64, "clip": 128, "ddim": 8}, 10
 # As many parameters as the peers' U-Nets, 35.7 million; and diffusers' widths, blocks, attention.

@@ -9,6 +9,11 @@ import torch
 from infra.cli import UserError
 
 
+# What commands read of weights.pt besides what from_checkpoint does.
+HOLDS = {"clip": ("steps", "captions", "templates"), "ddpm": ("steps",),
+         "judge": ("steps", "captions", "caption_labels")}
+
+
 @contextlib.contextmanager
 def write_atomic(path):
     """Open a binary file under a temporary name; rename it once all of it is on the disk, so that
@@ -55,6 +60,8 @@ def load_model(path, kind, model_class):
     """Load a model -> (model_class.from_checkpoint(content), content); UserError if it misfits."""
     content = load(path, kind)
     try:
+        for key in ("data", *HOLDS[kind]):
+            content[key]   # or KeyError
         return model_class.from_checkpoint(content), content
     except KeyError as error:
         raise UserError(f"{path} holds no {error}, it is of another version; train one with: "

@@ -45,7 +45,10 @@ def pick_device(name="auto"):
             raise cli.UserError(f"there are {torch.cuda.device_count()} GPUs; start no more "
                                 "processes a machine, or use --device cpu")
         torch.cuda.set_device(local_rank())   # from here on it is what "cuda" means
-    return cli.pick_device(name)
+    device = cli.pick_device(name)
+    if world_size() > 1 and (device.type == "mps" or device.index is not None):
+        raise cli.UserError("several processes cannot share one GPU; use --device cpu")
+    return device
 
 
 @contextlib.contextmanager

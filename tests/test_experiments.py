@@ -61,7 +61,7 @@ def write_models(folder, dataset):
                 torch.nn.init.normal_(p, std=0.05)
         checkpoint.save(folder / f"runs/{kind}/weights.pt", {
             "kind": task.kind, "config": dataclasses.asdict(config), "data": dataset.name,
-            "weights": checkpoint.fp16_weights(model), **task.content})
+            "steps": 1, "weights": checkpoint.fp16_weights(model), **task.content})
 
 
 @pytest.fixture(scope="module")

@@ -201,7 +201,8 @@ class Linear(torch.nn.Linear):
 def content():
     torch.manual_seed(0)
     weights = checkpoint.fp16_weights(torch.nn.Linear(3, 2))
-    return {"kind": "judge", "config": {"in_features": 3, "out_features": 2}, "weights": weights}
+    return {"kind": "judge", "config": {"in_features": 3, "out_features": 2}, "weights": weights,
+            "data": "cars", "steps": 1, "captions": [], "caption_labels": []}
 
 
 def test_fp16_weights_come_back(tmp_path, content):

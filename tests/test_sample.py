@@ -243,7 +243,7 @@ def test_a_new_prompt_is_one_more_caption(here, capsys):
     """CLIP's probability is among all of them; the judge does not know it."""
     sample.main(["a purple car", *FAST, "--out", "purple.png"])
     out, error = capsys.readouterr()
-    assert "'purple'" in error and "among 295 captions" in out and "judge" not in out
+    assert "'purple'" in error and "among 295 captions" in out and "prompt accuracy" not in out
 
 
 def test_several_prompts_start_from_the_same_noise(here):
