@@ -484,7 +484,7 @@ def main(arguments=None):
         clip, content = checkpoint.load_model(args.clip, "clip", tinyclip.CLIP)
     dataset, validation = load_data(args, config, options)
     print(dataset.report, validation.report, sep="\n")
-    if clip is not None:
+    if clip is not None:   # now that the data set's name is resolved
         if (content["data"], clip.config.image_size) != (dataset.name, config.image_size):
             raise cli.UserError(f"--clip {args.clip} was trained on {content['data']} at "
                                 f"{clip.config.image_size} pixels; train both alike")
