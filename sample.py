@@ -9,8 +9,8 @@ prompt, seed and settings in its metadata, and prints CLIP's probability of the 
 judge's prompt accuracy. From Python: load_models, then generate (see README.md).
 """
 import argparse
-import dataclasses
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -62,20 +62,19 @@ def load_models(clip=None, ddpm=None, device="cpu"):
     device, (clip_path, ddpm_path) = torch.device(device), find_weights(clip, ddpm)
     clip, clip_content = checkpoint.load_model(clip_path, "clip", tinyclip.CLIP)
     unet, ddpm_content = checkpoint.load_model(ddpm_path, "ddpm", tinyddpm.UNet)
-    for name, a, b in (
-            ("data", clip_content["data"], ddpm_content["data"]),
-            ("image_size", clip.config.image_size, unet.config.image_size)):
-        if a != b:
-            raise cli.UserError(f"these CLIP and DDPM do not fit together: {name} is {a} for CLIP "
-                                f"and {b} for the DDPM; train both alike")
+    for_clip, for_ddpm = (
+        f"{content['data']} at {model.config.image_size} pixels"
+        for model, content in ((clip, clip_content), (unet, ddpm_content)))
+    if for_clip != for_ddpm:
+        raise cli.UserError(f"these models do not fit together: CLIP is for {for_clip}, the DDPM "
+                            f"for {for_ddpm}; train both alike")
     if ddpm_content.get("clip") not in (None, checkpoint.weights_checksum(clip)):
         raise cli.UserError(f"{ddpm_path} is conditional on the text features of another CLIP; "
                             "give that one with --clip")
     clip, unet = (m.to(device, memory_format=torch.channels_last) for m in (clip, unet))
-    captions = clip_content["captions"]
     with cli.autocast(device):
-        text_features = clip.encode_captions(captions)
-    return Models(clip, unet, tinyddpm.cosine_alpha_bar().to(device), captions,
+        text_features = clip.encode_captions(clip_content["captions"])
+    return Models(clip, unet, tinyddpm.cosine_alpha_bar().to(device), clip_content["captions"],
                   clip_content["templates"], text_features, clip_content["data"],
                   f"CLIP from {clip_path} ({clip_content['steps']:,} steps), DDPM from {ddpm_path} "
                   f"({ddpm_content['steps']:,} steps), on {device}")
@@ -86,35 +85,28 @@ def load_judge(data_name, path=None, device="cpu"):
 
     -> (judge, content), (None, None) if there is none
     """
-    for candidate in [path] if path else [Path("runs/judge/weights.pt"), SHIPPED / "judge.pt"]:
-        if path or candidate.exists():
-            name = checkpoint.load(candidate, "judge").get("data")
-            if name == data_name:
-                model, content = checkpoint.load_model(candidate, "judge", judge.Judge)
-                content["path"] = str(candidate)
-                return model.to(device), content
+    found = [p for p in (Path("runs/judge/weights.pt"), SHIPPED / "judge.pt") if p.exists()]
+    for candidate in [path] if path else found:
+        model, content = checkpoint.load_model(candidate, "judge", judge.Judge)
+        if content["data"] == data_name:
+            return model.to(device), {**content, "path": str(candidate)}
     if path:
-        raise cli.UserError(f"--judge {path} is for {name}, the models for {data_name}")
+        raise cli.UserError(f"--judge {path} is for {content['data']}, the models for {data_name}")
     return None, None
 
 
 # ---- prompts -------------------------------------------------------------------------------------
 
-def checked_prompt(prompt):
-    """Normalize a prompt; UserError if nothing is left."""
-    text = normalize_prompt(prompt)
-    if not text:
-        raise cli.UserError("the prompt is empty; leave it out to sample without guidance")
-    return text
-
-
 def resolve_prompt(prompt, models):
-    """Find a prompt (normalised) among the captions -> (models, its index)
+    """Find a prompt among the captions -> (models, its index)
 
     Whatever its template, a known caption is found. Another prompt becomes one more caption, and
     only its feature is computed; words that CLIP was not trained on are named, and so is a prompt
-    that exceeds the context length.
+    that exceeds the context length. UserError if it is empty.
     """
+    prompt = normalize_prompt(prompt)
+    if not prompt:
+        raise cli.UserError("the prompt is empty; leave it out to sample without guidance")
     index_of = {normalize_prompt(text): i for texts in models.templates
                 for i, text in enumerate(texts)}
     if prompt in index_of:
@@ -173,7 +165,7 @@ def generate(models, prompt=None, callback=None, **options):
     target = None
     with torch.no_grad(), cli.autocast(models.alpha_bar.device):
         if prompt is not None:
-            models, target = resolve_prompt(checked_prompt(prompt), models)
+            models, target = resolve_prompt(prompt, models)
         return sample_images(models, target, SamplingConfig(**options), callback)
 
 
@@ -198,28 +190,14 @@ def sample_images(models, target, config, callback=None):
 
 # ---- reporting -----------------------------------------------------------------------------------
 
-@torch.no_grad()
-def caption_probs(models, x, t=None):
-    """Compute CLIP's probabilities of the captions -> (N, K)
-
-    x: (N, 3, H, W), noised up to t: (N,) int; None: clean. The product of the features is in fp32,
-    because bf16 could reorder captions of nearly equal probability.
-    """
-    t = torch.zeros(len(x), dtype=torch.long, device=x.device) if t is None else t
-    features = torch.cat([models.clip.encode_image(images, ts)
-                          for images, ts in zip(x.split(250), t.split(250))])
-    with torch.autocast(x.device.type, enabled=False):
-        logits = models.clip.logits(features.float(), models.text_features.float(), t)
-    return logits.softmax(dim=1)
-
-
 def report(models, target, x_0, judge_model, content):
     """Print CLIP's mean probability of the caption and the judge's prompt accuracy.
 
     The probability is optimistic if CLIP guided. judge_model, content: see load_judge; a judge can
     only judge captions whose attributes it was trained on.
     """
-    caption, p = models.captions[target], caption_probs(models, x_0)[:, target].mean()
+    caption = models.captions[target]
+    p = models.clip.caption_probs(x_0, models.text_features)[:, target].mean()
     print(f"CLIP's mean probability of {shorten(caption, 80)!r}: {p:.0%}, among "
           f"{len(models.captions)} captions")
     if judge_model is None or caption not in content["captions"]:
@@ -228,13 +206,14 @@ def report(models, target, x_0, judge_model, content):
     correct = judge.predict(judge_model, x_0).cpu() == labels                              # (N, A)
     each = ", ".join(f"{name} {fraction:.0%}" for name, fraction in
                      zip(content["attributes"], correct.float().mean(dim=0)))
-    print(f"prompt accuracy by the judge: {int(correct.all(dim=1).sum())} of {len(x_0)} ({each})")
+    print(f"prompt accuracy by the judge: {int(correct.all(dim=1).sum())} of {len(x_0)} ({each}); "
+          f"{content['path']}, {content['steps']:,} steps")
 
 
 # ---- the command line ----------------------------------------------------------------------------
 
 def parse(arguments):
-    """-> args, with args.normalized (one text a prompt, or [None]), SamplingConfig"""
+    """-> args, whose prompts are [None] if there are none; SamplingConfig"""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, default = parser.add_argument, SamplingConfig()
     add("prompts", nargs="*", metavar="prompt", help="one file each; without a prompt: unguided")
@@ -257,28 +236,25 @@ def parse(arguments):
     add("--judge", help="a judge's weights.pt")
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
     args = parser.parse_intermixed_args(arguments)   # prompts and flags in any order
-    args.normalized = [checked_prompt(prompt) for prompt in args.prompts] or [None]
     if not args.prompts:
         args.prompts, args.method = [None], "none"
-    fields = {field.name for field in dataclasses.fields(SamplingConfig)}
-    return args, SamplingConfig(**{k: v for k, v in vars(args).items() if k in fields})
+    return args, SamplingConfig(**{name: getattr(args, name) for name in vars(default)})
 
 
 def output_paths(args):
     """Choose the PNG of each prompt, all different, and make their folders."""
-    paths = []
-    for prompt in args.normalized:
-        name = "unguided" if prompt is None else "-".join(prompt.split())[:80]
-        path = Path(args.out or "out")
-        if not args.out or len(args.normalized) > 1:
-            path /= ("".join(c for c in name if c.isalnum() or c == "-") or "prompt") + ".png"
-        if path.suffix.lower() != ".png":
-            raise cli.UserError(f"--out {path}: images are written as PNG; end it in .png")
-        stem, number = path.stem, 2
-        while path in paths:   # "red bus" and "a red bus"
-            path, number = path.with_stem(f"{stem}-{number}"), number + 1
-        path.parent.mkdir(parents=True, exist_ok=True)
-        paths.append(path)
+    names = []
+    for prompt in args.prompts:
+        name = "-".join(re.findall(r"\w+", prompt.lower()))[:80] if prompt else "unguided"
+        while name in names:   # "red bus" and "Red bus!"
+            name += "-2"
+        names.append(name or "prompt")
+    paths = [Path(args.out or "out") / f"{name}.png" for name in names]
+    if args.out and len(names) == 1:
+        paths = [Path(args.out)]
+    if paths[0].suffix.lower() != ".png":
+        raise cli.UserError(f"--out {args.out}: images are written as PNG; end it in .png")
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
     return paths
 
 
@@ -287,13 +263,11 @@ def main(arguments=None):
     args, config = parse(arguments)
     device, paths = cli.pick_device(args.device), output_paths(args)
     models = load_models(args.clip, args.ddpm, device)
-    print(models.description)
     judge_model, content = load_judge(models.data, args.judge, device)
-    if judge_model and args.normalized != [None]:
-        print(f"judge from {content['path']} ({content['steps']:,} steps)")
+    print(models.description)
     with cli.autocast(device):
-        resolved = [resolve_prompt(prompt, models) if prompt else (models, None)
-                    for prompt in args.normalized]
+        resolved = [resolve_prompt(prompt, models) if prompt is not None else (models, None)
+                    for prompt in args.prompts]
         for prompt, (extended, target), path in zip(args.prompts, resolved, paths):
             frames, start = [], time.perf_counter()
             shown = min(8, config.n, config.batch)   # in the GIF
@@ -305,10 +279,9 @@ def main(arguments=None):
             images = data.to_uint8(x_0)   # waits for the device, so the time is right
             seconds = time.perf_counter() - start
             zoom = max(1, 96 // images.shape[1])   # small images get up to 96 pixels on the screen
-            metadata = {**dataclasses.asdict(config), "prompt": prompt,
-                        "models": models.description}
-            metadata = {key: value for key, value in metadata.items() if value is not None}
-            data.save_grid(path, images, max(1, min(8, round(config.n ** 0.5))), zoom, **metadata)
+            metadata = {"prompt": prompt, "models": models.description, **vars(config)}
+            data.save_grid(path, images, max(1, min(8, round(config.n ** 0.5))), zoom,
+                           **{key: value for key, value in metadata.items() if value is not None})
             if frames:   # one row of x_t, one of x_0_hat
                 data.save_gif(path.with_suffix(".gif"), frames, columns=shown, zoom=zoom)
             if target is not None:

@@ -468,6 +468,18 @@ class CLIP(nn.Module):
         captions = F.normalize(text_features.float(), dim=-1)
         return self.logit_scale(t) * (images @ captions.T)
 
+    @torch.no_grad()
+    def caption_probs(self, x, text_features, t=None):
+        """Predict which caption an image has, zero-shot (sec. 3.1 of the paper) -> (N, K)
+
+        x: (N, 3, H, W) and t as in encode_image, in parts of 250 images; text_features: (K, E)
+        """
+        t = torch.zeros(len(x), dtype=torch.long, device=x.device) if t is None else t
+        image_features = torch.cat([self.encode_image(images, ts)
+                                    for images, ts in zip(x.split(250), t.split(250))])
+        with torch.autocast(x.device.type, enabled=False):   # bf16 could reorder close captions
+            return self.logits(image_features, text_features, t).softmax(dim=1)
+
 
 # ---- training ------------------------------------------------------------------------------------
 

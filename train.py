@@ -16,7 +16,6 @@ micro-batches).
 import argparse
 import copy
 import dataclasses
-import functools
 import math
 import time
 import zlib
@@ -104,7 +103,7 @@ class Task(NamedTuple):
     objective: Callable   # (model, x_0, indices into the data set, generator) -> scalar loss
     preview: Callable     # (averaged model, folder) -> a line to print; may draw into the folder
     content: dict         # what weights.pt holds of this kind, besides what it always holds
-    note: str             # printed before the first step: what to compare the loss with
+    chance: float         # the loss of a model that has learned nothing, about
 
 
 @torch.no_grad()
@@ -120,19 +119,13 @@ def accuracy_by_timestep(clip, tokens, validation, alpha_bar):
     text_features, accuracy = clip.encode_text(tokens), {}
     for timestep in range(0, tinyddpm.T, 100):
         t = torch.full((len(x_0),), timestep, device=device)
-        x_t = tinyddpm.q_sample(x_0, t, eps, alpha_bar)
-        image_features = torch.cat([clip.encode_image(x, t[:len(x)]) for x in x_t.split(50)])
-        logits = clip.logits(image_features, text_features, t)
-        accuracy[timestep] = (logits.argmax(dim=1) == caption_ids).float().mean().item()
+        probs = clip.caption_probs(tinyddpm.q_sample(x_0, t, eps, alpha_bar), text_features, t)
+        accuracy[timestep] = (probs.argmax(dim=1) == caption_ids).float().mean().item()
     return accuracy
 
 
 def clip_task(config, options, dataset, validation, device):
-    K = len(dataset.captions)
-    if K < 2:
-        raise cli.UserError(f"all images have the caption {dataset.captions[0]!r}; CLIP learns "
-                            "from differences")
-    alpha_bar = tinyddpm.cosine_alpha_bar().to(device)
+    K, alpha_bar = len(dataset.captions), tinyddpm.cosine_alpha_bar().to(device)
     caption_ids = torch.from_numpy(dataset.caption_ids).to(device)
     tokenizer = tinyclip.Tokenizer.train(sum(dataset.templates, []), vocab_size=4096)
     tokens = torch.stack([tokenizer.batch(texts, config.context_length)
@@ -143,20 +136,19 @@ def clip_task(config, options, dataset, validation, device):
 
     def preview(model, folder):
         accuracy = accuracy_by_timestep(model, tokens[0], validation, alpha_bar)
-        curve = list(accuracy), list(accuracy.values())
-        plot.line_plot(folder / "accuracy.png", {"top-1": curve}, "t", f"accuracy, {K} captions")
         shown = ", ".join(f"{accuracy[t]:.1%} at t = {t}" for t in (0, 300, 500, 700))
-        return f"top-1 on held-out images: {shown}"
+        return f"top-1 of {K} captions on held-out images: {shown}"
 
-    B = options.batch // (options.accumulate * distributed.world_size())   # of a micro-batch
-    if K > CLOSED_SET and B < 2:
-        raise cli.UserError("a micro-batch of one image has no negatives; use a larger --batch")
-    note = f"chance is a loss of ln({B}) = {math.log(B):.2f}"
-    if K <= CLOSED_SET:
-        note = f"chance is a loss of ln({K}) = {math.log(K):.2f}, plus .1 to .3 for text to image"
+    compared = K   # captions with which an image is compared, those of a micro-batch if too many
+    if K > CLOSED_SET:
+        compared = options.batch // (options.accumulate * distributed.world_size())
+    if compared < 2:
+        raise cli.UserError(f"an image is compared with {compared} caption; CLIP learns from "
+                            "differences: use more captions or a larger --batch")
     content = {"captions": dataset.captions, "templates": dataset.templates,
                "merges": tokenizer.merges}
-    return Task("clip", tinyclip.CLIP(config, tokenizer), objective, preview, content, note)
+    return Task("clip", tinyclip.CLIP(config, tokenizer), objective, preview, content,
+                math.log(compared))
 
 
 def ddpm_task(config, options, dataset, validation, device, clip=None):
@@ -179,17 +171,16 @@ def ddpm_task(config, options, dataset, validation, device, clip=None):
         generator = data.generator(0, 0, device=device)
         loss = torch.stack([ddpm_objective(model, x, None, alpha_bar, generator)
                             for x in x_0.split(50)]).mean()   # in parts, to save memory
-        generators = [data.generator(0, i) for i in range(16)]
-        x_T = tinyddpm.randn_per_image(
-            generators, (3, config.image_size, config.image_size), device)
+        generators, size = [data.generator(0, i) for i in range(16)], config.image_size
+        x_T = tinyddpm.randn_per_image(generators, (3, size, size), device)
         images = tinyddpm.sample(tinyddpm.denoiser(model, alpha_bar), x_T, generators, alpha_bar)
         data.save_grid(folder / "samples.png", data.to_uint8(images), zoom=2)
         return f"loss on held-out images {loss:.4f}, {len(images)} samples in samples.png"
 
     x_0, _ = data.batch(dataset, 0, 0, 500)
-    a = alpha_bar[1:].mean().item()   # E[v^2] = E[alpha_bar] + E[1 - alpha_bar] E[x_0^2]
-    note = f"v_hat = 0 has a loss of {a + (1 - a) * x_0.square().mean().item():.2f}"
-    return Task("ddpm", tinyddpm.UNet(config), objective, preview, content, note)
+    a = alpha_bar[1:].mean().item()
+    v_squared = a + (1 - a) * x_0.square().mean().item()   # its mean: the loss of v_hat = 0
+    return Task("ddpm", tinyddpm.UNet(config), objective, preview, content, v_squared)
 
 
 def judge_task(config, options, dataset, validation, device):
@@ -211,84 +202,67 @@ def judge_task(config, options, dataset, validation, device):
 
     content = {"attributes": dataset.attributes, "captions": dataset.captions,
                "caption_labels": dataset.caption_labels.tolist()}
-    note = f"chance is a loss of {sum(math.log(n) for n in sizes.values()):.2f}"
-    return Task("judge", judge.Judge(config, sizes), objective, preview, content, note)
+    return Task("judge", judge.Judge(config, sizes), objective, preview, content,
+                sum(math.log(n) for n in sizes.values()))
 
 
 TASKS = {"clip": clip_task, "ddpm": ddpm_task, "judge": judge_task}
 
 
-# ---- a run: start, resume, save ------------------------------------------------------------------
+# ---- a run ---------------------------------------------------------------------------------------
 
-class Run(NamedTuple):
-    """The state of one run. Training changes the last four, all in place."""
-    task: Task
-    options: TrainConfig
-    dataset: data.Dataset
-    folder: Path
-    settings: dict           # all that must be the same when a run is resumed
-    device: torch.device
-    bf16: bool               # mixed precision; a run resumed on such a device keeps it
-    model: torch.nn.Module
-    ema: torch.nn.Module     # its moving average: what previews show and weights.pt holds
-    optimizers: tuple        # Muon for weight matrices, AdamW for everything else
-    history: list            # of (step, mean loss since the entry before)
+class Run:
+    """A model in training, its moving average and its optimizers. settings: all that must be the
+    same when it is resumed."""
 
+    def __init__(self, task, options, dataset, folder, settings, device):
+        self.task, self.options, self.dataset = task, options, dataset
+        self.folder, self.settings, self.device = folder, settings, device
+        self.model = task.model.to(device, memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        # Muon sets all singular values of a weight's update to about 1, so rare directions count
+        # too: less than half of AdamW's steps to the same loss (infra/muon.py).
+        matrices, others = muon.split(self.model)
+        self.optimizers = (
+            muon.Muon(matrices, options.lr, options.weight_decay),
+            torch.optim.AdamW(others, options.lr, betas=(0.9, 0.99), weight_decay=0., fused=True))
+        self.bf16 = distributed.any_rank(cli.bf16_is_fast(device))[0]   # the same in all ranks
+        self.step, self.history = 0, []   # history: (step, mean loss since the entry before)
 
-def start_run(task, options, dataset, folder, settings, device, saved=None):
-    """Set up a Run before its first step, or in the state of a saved one."""
-    model = task.model.to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    # Muon sets all singular values of a weight's update to about 1, so rare directions count too:
-    # less than half of AdamW's steps to the same loss (infra/muon.py).
-    matrices, others = muon.split(model)
-    optimizers = (
-        muon.Muon(matrices, options.lr, options.weight_decay),
-        torch.optim.AdamW(others, options.lr, betas=(0.9, 0.99), weight_decay=0., fused=True))
-    bf16 = distributed.any_rank(cli.bf16_is_fast(device))[0]   # the same in all ranks
-    history = []
-    if saved:
-        model.load_state_dict(saved["model"])
-        ema.load_state_dict(saved["ema"])
-        for optimizer, state in zip(optimizers, saved["optimizers"]):
+    def save(self):
+        """Write weights.pt, to use; checkpoint.pt, to resume from; loss.png, to look at.
+
+        checkpoint.pt comes after weights.pt: if it says that the run is finished, so are they.
+        """
+        checkpoint.save(self.folder / "weights.pt", {
+            "kind": self.task.kind, "config": dataclasses.asdict(self.model.config),
+            "data": self.settings["data"], "steps": self.step,
+            "weights": checkpoint.fp16_weights(self.ema), **self.task.content})
+        checkpoint.save(self.folder / "checkpoint.pt", {
+            "kind": f"{self.task.kind} run", "settings": self.settings, "step": self.step,
+            "device": self.device.type, "bf16": self.bf16, "history": self.history,
+            "model": self.model.state_dict(), "ema": self.ema.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]})
+        steps, losses = zip(*self.history)
+        plot.line_plot(self.folder / "loss.png", {"loss": (steps, losses)}, "step", "training loss")
+
+    def resume(self):
+        """Load checkpoint.pt if there is one; UserError if it is of another run."""
+        path, kind = self.folder / "checkpoint.pt", f"{self.task.kind} run"
+        saved = distributed.broadcast(lambda: path.exists() and checkpoint.load(path, kind))
+        if not saved:
+            return
+        for key, now in self.settings.items():
+            if (before := saved["settings"].get(key)) != now:
+                raise cli.UserError(f"{self.folder} holds a run with another {key} ({before}, now "
+                                    f"{now}): choose another --out, or start over with --fresh")
+        self.model.load_state_dict(saved["model"])
+        self.ema.load_state_dict(saved["ema"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        history = saved["history"]
-        if saved["device"] == device.type:
-            bf16 = saved["bf16"]
-    return Run(task, options, dataset, folder, settings, device, bf16, model, ema, optimizers,
-               history)
-
-
-def load_run(folder, kind, settings):
-    """Load checkpoint.pt, None if there is none; UserError if it is of another run."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return None
-    saved = checkpoint.load(path, f"{kind} run")
-    for key, now in settings.items():
-        before = saved["settings"].get(key)
-        if before != now:
-            raise cli.UserError(f"{folder} holds a run with another {key} ({before}, now {now}): "
-                                "choose another --out, or start over with --fresh")
-    return saved
-
-
-def save_run(run, step):
-    """Write weights.pt, to use; checkpoint.pt, to resume from; loss.png, to look at.
-
-    checkpoint.pt comes after weights.pt: if it says that the run is finished, so are the weights.
-    """
-    checkpoint.save(run.folder / "weights.pt", {
-        "kind": run.task.kind, "config": dataclasses.asdict(run.model.config),
-        "data": run.settings["data"], "steps": step,
-        "weights": checkpoint.fp16_weights(run.ema), **run.task.content})
-    checkpoint.save(run.folder / "checkpoint.pt", {
-        "kind": f"{run.task.kind} run", "settings": run.settings, "step": step,
-        "device": run.device.type, "bf16": run.bf16, "history": run.history,
-        "model": run.model.state_dict(), "ema": run.ema.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]})
-    steps, losses = zip(*run.history)
-    plot.line_plot(run.folder / "loss.png", {"loss": (steps, losses)}, "step", "training loss")
+        self.step, self.history = saved["step"], saved["history"]
+        if saved["device"] == self.device.type:
+            self.bf16 = saved["bf16"]
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -330,81 +304,73 @@ def train_step(run, step):
     return torch.stack([total, norm])
 
 
-def record(run, step, measured):
+def record(run, measured):
     """Append the mean loss of the last steps to the history; UserError if any is not finite."""
     measured = distributed.mean_over_ranks(torch.stack(measured)).cpu()   # (steps, 2)
     finite = measured.isfinite().all(dim=1).tolist()
     if not all(finite):   # so nothing of it gets into a checkpoint
-        bad_step = step - len(finite) + 1 + finite.index(False)
         raise cli.UserError(
-            f"the loss or its gradient is not finite at step {bad_step:,}; {run.folder} keeps what "
-            "it held before; try --fresh with half the --lr, or look for odd values in the data")
-    run.history.append((step, measured[:, 0].mean().item()))
+            "the loss or its gradient is not finite at step "
+            f"{run.step - len(finite) + 1 + finite.index(False):,}; {run.folder} keeps what it "
+            "held before; try --fresh with half the --lr, or look for odd values in the data")
+    run.history.append((run.step, measured[:, 0].mean().item()))
 
 
-def loop(run, done, deadline, save_every):
-    """Take steps from done + 1 on -> the last step taken, the signals received"""
-    options, rank_0 = run.options, distributed.rank() == 0
-    preview_every = max(50, options.steps // 10)
-    measured, saved_at = [], time.monotonic()
-    bar = tqdm(total=options.steps * options.batch, initial=done * options.batch,
-               desc=run.task.kind, unit="image", unit_scale=True, disable=not rank_0)
-    with cli.catch_signals() as signals, bar:
-        for step in range(done + 1, options.steps + 1):
-            measured.append(train_step(run, step))
-            bar.update(options.batch)
-            now = time.monotonic()
-            last = step == options.steps
-            stop, save_due = distributed.any_rank(last or bool(signals) or now > deadline,
-                                                  now > saved_at + save_every)
-            if step % 50 == 0 or stop or save_due:   # not every step: it waits for the device
-                record(run, step, measured)
-                measured = []
-                bar.set_postfix_str(f"loss {run.history[-1][1]:.3f}")
-            if stop or save_due:
-                saved_at = now
-                if rank_0:
-                    save_run(run, step)
-            if rank_0 and (step % preview_every == 0 or last):
-                with cli.autocast(run.device, run.bf16):
-                    bar.write(f"step {step:,}: {run.task.preview(run.ema, run.folder)}")
-            if stop:
-                return step, signals
-
-
-def train(task, options, dataset, folder, seed=0, device=torch.device("cpu"), minutes=None,
-          save_every=120., fresh=False):
+def train(task, options, dataset, folder, seed=0, device=torch.device("cpu"),
+          minutes=math.inf, save_every=120., fresh=False):
     """Train a task, or resume it, until its last step or until minutes or a signal stop it."""
     checksum = zlib.crc32(repr(dataset.templates).encode() + dataset.caption_ids.tobytes())
     settings = {"data": dataset.name, "data set": dataset.report, "captions' checksum": checksum,
                 "CLIP": task.content.get("clip"), "seed": seed,
                 **dataclasses.asdict(task.model.config), **dataclasses.asdict(options)}
     del settings["accumulate"]   # a resumed run may use another one
-    saved = None if fresh else distributed.broadcast(
-        lambda: load_run(folder, task.kind, settings))
-    run = start_run(task, options, dataset, folder, settings, device, saved)
-    done = saved["step"] if saved else 0
-    if done == options.steps:
-        print(f"{folder} is finished ({done:,} steps); --fresh starts over")
+    run = Run(task, options, dataset, folder, settings, device)
+    if not fresh:
+        run.resume()
+    if run.step == options.steps:
+        print(f"{folder} is finished ({run.step:,} steps); --fresh starts over")
         return
-    if done:
-        print(f"resuming {folder} at step {done + 1:,} of {options.steps:,}")
-    if distributed.rank() == 0:   # files of a run that was killed while it saved, or is replaced
-        for file in [*folder.glob("weights.*.tmp"), *folder.glob("checkpoint.*.tmp")]:
-            file.unlink(missing_ok=True)
-        if fresh:
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
+    if run.step:
+        print(f"resuming {folder} at step {run.step + 1:,} of {options.steps:,}")
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
-    print(f"{millions:.2f} million parameters on {device}; {task.note}")
+    print(f"{millions:.2f} million parameters on {device}; chance is a loss of {task.chance:.2f}")
 
-    stopped, signals = loop(run, done, time.monotonic() + 60 * (minutes or math.inf), save_every)
-    if stopped == options.steps:
+    signals = loop(run, time.monotonic() + 60 * minutes, save_every)
+    if run.step == options.steps:
         print(f"finished: {folder}/weights.pt")
-        return
-    print(f"stopped at step {stopped:,} of {options.steps:,}; the same command resumes"
-          + fresh * " (without --fresh)")
+    else:
+        print(f"stopped at step {run.step:,} of {options.steps:,}; the same command resumes"
+              + fresh * " (without --fresh)")
     if signals:   # all is saved; the caller should know why it ended
         raise SystemExit(128 + signals[0])
+
+
+def loop(run, deadline, save_every):
+    """Take the steps that remain, until the deadline or a signal -> the signals received"""
+    options, rank_0 = run.options, distributed.rank() == 0
+    preview_every = max(50, options.steps // 10)
+    measured, save_at = [], time.monotonic() + save_every
+    bar = tqdm(total=options.steps * options.batch, initial=run.step * options.batch,
+               desc=run.task.kind, unit="image", unit_scale=True, disable=not rank_0)
+    with cli.catch_signals() as signals, bar:
+        for step in range(run.step + 1, options.steps + 1):
+            measured.append(train_step(run, step))
+            run.step, last, now = step, step == options.steps, time.monotonic()
+            bar.update(options.batch)
+            stop, save = distributed.any_rank(last or bool(signals) or now > deadline,
+                                              now > save_at)
+            if step % 50 == 0 or stop or save:   # not every step: it waits for the device
+                record(run, measured)
+                measured = []
+                bar.set_postfix_str(f"loss {run.history[-1][1]:.3f}")
+            if rank_0 and (stop or save):
+                run.save()
+                save_at = now + save_every
+            if rank_0 and (step % preview_every == 0 or last):
+                with cli.autocast(run.device, run.bf16):
+                    bar.write(f"step {step:,}: {run.task.preview(run.ema, run.folder)}")
+            if stop:
+                return signals
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -412,9 +378,9 @@ def train(task, options, dataset, folder, seed=0, device=torch.device("cpu"), mi
 def add_flags(parser, kind):
     add = parser.add_argument
     add("--data", default="cars", help="cars, the built-in data set, or a folder of your own")
-    add("--minutes", type=float, help="stop after this many, to resume later")
+    add("--minutes", type=float, default=math.inf, help="stop after this many, to resume later")
     add("--save-every", type=float, default=120., metavar="SECONDS", help="default 120")
-    add("--out", help=f"the run's folder; default runs/{kind}")
+    add("--out", default=f"runs/{kind}", help=f"the run's folder; default runs/{kind}")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
     add("--fresh", action="store_true", help="start over, even if there is a run")
@@ -431,13 +397,6 @@ def add_flags(parser, kind):
                     help=f"default: {value}")
 
 
-def replace_fields(config, args):
-    """Replace the fields of a config that were given as flags."""
-    given = {name: type(value)(getattr(args, name))   # argparse makes lists of our tuples
-             for name, value in dataclasses.asdict(config).items() if name in args}
-    return dataclasses.replace(config, **given)
-
-
 def parse(arguments):
     """-> args, the model's config and the training's: DEFAULTS, changed by flags"""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -445,18 +404,20 @@ def parse(arguments):
     for kind in TASKS:
         add_flags(kinds.add_parser(kind, help=f"python train.py {kind} -h lists its flags"), kind)
     args = parser.parse_args(arguments)
-    args.out = args.out or f"runs/{args.kind}"
     try:
-        config, options = (replace_fields(config, args) for config in DEFAULTS[args.kind])
+        config, options = (
+            dataclasses.replace(default, **{
+                name: type(value)(getattr(args, name))   # argparse makes lists of tuples
+                for name, value in dataclasses.asdict(default).items() if name in args})
+            for default in DEFAULTS[args.kind])
     except ValueError as error:   # a config refuses what cannot be built
         raise cli.UserError(str(error)) from None
-    for name in ("steps", "batch", "accumulate", "images"):
-        cli.check_range(f"--{name}", getattr(options, name), 1, math.inf)
-    cli.check_range("--seed", args.seed, 0, 2 ** 63 - 1)
-    cli.check_range("--warmup", options.warmup, 0, 1)
-    for name, value in (("lr", options.lr), ("minutes", args.minutes)):
-        if value is not None and not value > 0:   # NaN is refused too
-            raise cli.UserError(f"--{name} must be more than 0, not {value}")
+    values = {**vars(args), **dataclasses.asdict(options)}
+    for name, low, high in (
+            ("steps", 1, math.inf), ("batch", 1, math.inf), ("accumulate", 1, math.inf),
+            ("images", 1, math.inf), ("warmup", 0, 1), ("seed", 0, 2 ** 63 - 1),
+            ("lr", 0, math.inf), ("minutes", 0, math.inf), ("save_every", 0, math.inf)):
+        cli.check_range(f"--{name.replace('_', '-')}", values[name], low, high)
     if options.batch % (distributed.world_size() * options.accumulate):
         raise cli.UserError(
             f"--batch {options.batch} is not a multiple of {distributed.world_size()} ranks x "
@@ -465,32 +426,32 @@ def parse(arguments):
 
 
 def load_data(args, config, options):
-    """Load the data sets for training and for previews."""
-    splits, held_out = ("train", "validation"), 2000
+    """Load the data sets for training and for previews, and name them."""
+    splits = {"train": options.images, "validation": 2000}
     if args.kind == "judge":   # trained on other images than CLIP and the diffusion model
-        splits, held_out = ("judge", "judge-test"), 5000
+        splits = {"judge": options.images, "judge-test": 5000}
     with distributed.local_rank_0_first():
-        return [data.load(args.data, config.image_size, min(count, options.images), split)
-                for count, split in zip((options.images, held_out), splits)]
+        datasets = [data.load(args.data, config.image_size, min(count, options.images), split)
+                    for split, count in splits.items()]
+    for dataset in datasets:
+        print(dataset.report)
+    return datasets
 
 
 def main(arguments=None):
     distributed.init()
     args, config, options = parse(arguments)
-    device, folder = distributed.pick_device(args.device), Path(args.out)
+    device, folder, condition = distributed.pick_device(args.device), Path(args.out), {}
     folder.mkdir(parents=True, exist_ok=True)   # or fail now, not after the first save
-    make_task, clip = TASKS[args.kind], None
     if args.kind == "ddpm" and args.clip:
-        clip, content = checkpoint.load_model(args.clip, "clip", tinyclip.CLIP)
+        condition["clip"], content = checkpoint.load_model(args.clip, "clip", tinyclip.CLIP)
     dataset, validation = load_data(args, config, options)
-    print(dataset.report, validation.report, sep="\n")
-    if clip is not None:   # now that the data set's name is resolved
-        if (content["data"], clip.config.image_size) != (dataset.name, config.image_size):
-            raise cli.UserError(f"--clip {args.clip} was trained on {content['data']} at "
-                                f"{clip.config.image_size} pixels; train both alike")
-        make_task = functools.partial(ddpm_task, clip=clip)
+    if condition and (content["data"], condition["clip"].config.image_size) != (
+            dataset.name, config.image_size):
+        raise cli.UserError(f"--clip {args.clip} was trained on {content['data']} at "
+                            f"{content['config']['image_size']} pixels; train both alike")
     torch.manual_seed(args.seed)   # for the initial weights
-    task = make_task(config, options, dataset, validation, device)
+    task = TASKS[args.kind](config, options, dataset, validation, device, **condition)
     train(task, options, dataset, folder, args.seed, device, args.minutes, args.save_every,
           args.fresh)
 

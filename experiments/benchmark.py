@@ -50,7 +50,8 @@ def train_ours(kind, config, bf16):
     options = train.TrainConfig(batch=BATCH[kind])
     dataset = data.load("cars", config.image_size, 2000)
     task = train.TASKS[kind](config, options, dataset, dataset, DEVICE)
-    run = train.start_run(task, options, dataset, None, {"seed": 0}, DEVICE)._replace(bf16=bf16)
+    run = train.Run(task, options, dataset, None, {"seed": 0}, DEVICE)
+    run.bf16 = bf16
     return lambda: train.train_step(run, step=500), run.model
 
 

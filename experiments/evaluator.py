@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 import data
 import guide
-import sample
 import tinyclip
 import tinyddpm
 from experiments import metrics, second_judge, variants
@@ -128,7 +127,7 @@ def best_of(n, targets, models, args):
     random ones of one pool, the cost is that of n new ones."""
     pool, best = unguided(models, args, POOL), []
     x = data.to_float(pool.images).to(models.alpha_bar.device)
-    probs = sample.caption_probs(models, x).cpu()                             # (POOL, K)
+    probs = models.clip.caption_probs(x, models.text_features).cpu()        # (POOL, K)
     for i, k in enumerate(targets.tolist()):
         subset = torch.randperm(POOL, generator=data.generator(args.seed, n, i))[:n]
         best.append(subset[probs[subset, k].argmax()].item())
@@ -181,7 +180,7 @@ def score(images, targets, models, evaluator):
     if evaluator.second_judge:
         also = (predict(evaluator.second_judge, x).cpu() == labels).all(1)
         second = metrics.mean(also), metrics.mean(also != correct.all(1))
-    probs = sample.caption_probs(models, x)[torch.arange(len(x)), targets]
+    probs = models.clip.caption_probs(x, models.text_features)[torch.arange(len(x)), targets]
     features, real = metrics.judge_features(evaluator.judge, x), evaluator.real
     order = torch.randperm(len(x), generator=data.generator(0))   # both are in order of captions
     kid, error = metrics.kid(real[order], features[order])

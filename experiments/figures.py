@@ -223,7 +223,7 @@ def gradient_and_posterior(models, x_t, t):
         grad, = torch.autograd.grad(log_p(x, t, None).sum(), x)
     image, draw = canvas(360, 128)
     image.paste(to_image((grad[0] / (3 * grad.std() + 1e-12)).clamp(-1, 1), 128), (0, 0))
-    probs = sample.caption_probs(models, x_t, t)[0]
+    probs = models.clip.caption_probs(x_t, models.text_features, t)[0]
     others = [i for i in probs.argsort(descending=True).tolist() if i != target]
     for row, i in enumerate((target, *others[:4])):
         y, color = 4 + 24 * row, "#f4b9b2" if i == target else "#d5dbe3"

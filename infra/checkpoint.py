@@ -15,11 +15,11 @@ HOLDS = {"clip": ("steps", "captions", "templates"), "ddpm": ("steps",),
 
 
 @contextlib.contextmanager
-def write_atomic(path):
+def write_atomic(path, suffix=None):
     """Open a binary file under a temporary name; rename it once all of it is on the disk, so that
     a process killed at any moment, or a power cut, leaves the old file or the new one, whole."""
     path = Path(path)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(suffix or f".{os.getpid()}.tmp")   # no two commands share it
     try:
         with temporary.open("wb") as file:
             yield file
@@ -34,7 +34,7 @@ def save(path, content):
     """Save a dictionary of tensors and plain Python types; UserError if it cannot be written."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with write_atomic(path) as file:
+        with write_atomic(path, ".tmp") as file:   # what a killed run left is overwritten
             torch.save(content, file)
     except (OSError, RuntimeError) as error:   # torch reports a full disk as a RuntimeError
         raise UserError(f"cannot write {path}: {error}") from None

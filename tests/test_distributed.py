@@ -30,7 +30,7 @@ def flat_gradient(model):
 def as_one_rank(folder):
     """Train every kind for one step; save this rank's images, gradients and weights."""
     results, average_gradients = {}, distributed.average_gradients
-    batch, start_run = data.batch, train.start_run
+    batch, init = data.batch, train.Run.__init__
 
     def recorded_average(model):
         found["own gradient"] = flat_gradient(model)
@@ -42,12 +42,12 @@ def as_one_rank(folder):
         found.setdefault("indices", []).append(torch.from_numpy(indices))
         return x_0, indices
 
-    def recorded_start(*args):
-        found["run"] = start_run(*args)
-        return found["run"]
+    def recorded_init(run, *args):
+        found["run"] = run
+        init(run, *args)
 
     distributed.average_gradients, data.batch = recorded_average, recorded_batch
-    train.start_run = recorded_start
+    train.Run.__init__ = recorded_init
     for kind, command in COMMANDS.items():
         found = {}
         train.main([*command, "--minutes", "0.00001"])
@@ -131,8 +131,8 @@ def test_training_needs_no_float64(tmp_path, no_float64, kind):
     _, config, _ = train.parse(COMMANDS[kind])
     task = train.TASKS[kind](config, options, dataset, dataset, torch.device("cpu"))
     with no_float64:
-        run = train.start_run(task, options, dataset, tmp_path, {"seed": 0}, torch.device("cpu"))
-        train.record(run, 1, [train.train_step(run, 1)])
+        run = train.Run(task, options, dataset, tmp_path, {"seed": 0}, torch.device("cpu"))
+        train.record(run, [train.train_step(run, 1)])
         task.preview(run.ema, tmp_path)
     assert run.history[0][1] > 0
 

@@ -8,11 +8,17 @@ import json
 import operator
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
+import cars
+import guide
 import sample
+import tinyclip
+import tinyddpm
+import toys
 import train
 from experiments import __main__ as experiments
 
@@ -56,7 +62,8 @@ def commands(text):
     fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = [line for block in fenced for line in block.splitlines()]
     lines += [line.strip() for line in text.splitlines() if line.startswith("    ")]
-    lines += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    lines += [" ".join(span.split()) for span in spans]   # a span may go over a line's end
     for line in lines:
         for command in re.split(r"&&|;|  | #", line):
             if command.strip().split(" ")[0] in PROGRAMS:
@@ -65,7 +72,7 @@ def commands(text):
 
 def test_commands_are_found():
     """In blocks, fences and backticks, without what explains them."""
-    text = ("Run `python a.py -n 2`, or\n\n    pip install -r b.txt && python c.py \"x y\"\n"
+    text = ("Run `python\na.py -n 2`, or\n\n    pip install -r b.txt && python c.py \"x y\"\n"
             "    python d.py      a word\n\n```bash\ntorchrun --n 2 e.py  # two\n```\n")
     assert sorted(commands(text)) == [
         "pip install -r b.txt", "python a.py -n 2", 'python c.py "x y"', "python d.py",
@@ -128,6 +135,26 @@ def test_a_command_of_a_page_parses(command):
 def test_a_command_of_a_docstring_parses(command):
     """By the parser that it would meet."""
     check(command)
+
+
+def test_the_readme_commands_run(tmp_path, monkeypatch, capsys):
+    """Those of train.py and sample.py at toy size, one after the other; "weights/" is there."""
+    monkeypatch.chdir(tmp_path)
+    toys.write_class_folders(tmp_path / "photos", 120)
+    count = 0
+    for command in dict.fromkeys(commands(README)):
+        program, script, *words = shlex.split(command)
+        if program == "python" and script == "train.py":
+            train.main([*words, *toys.FLAGS[words[0]].split(), "--steps", "2", "--fresh"])
+            assert "finished: " in capsys.readouterr().out
+            if words == ["clip"]:
+                shutil.copytree("runs/clip", "weights")
+                Path("weights/weights.pt").rename("weights/clip.pt")
+        elif program == "python" and script == "sample.py" and words != ["-h"]:
+            sample.main([*words, "-n", "1", "--steps", "2", "--device", "cpu"])
+            assert "1 images in " in capsys.readouterr().out
+        count += script in ("train.py", "sample.py")
+    assert count >= 12
 
 
 @pytest.mark.parametrize("command", [
@@ -274,10 +301,13 @@ NUMBERS = [   # near this text, the README has this figure; results file, row, k
                          (".074", "4,500"))),
     *(("`python train.py judge`", text, "training_loss", {"model": "judge"}, step, form)
       for text, step, form in (("4.80 at step 50", "50", "{:.2f}".format),
+                               (".70 at 200", "200", lambda value: short(value)[:-1]),
                                (".015 at 800", "800", short))),
     ("`python train.py judge`", "99.8 %", "judge", {"camera": "all"}, "prompt_accuracy", fraction),
-    ("| `python train.py judge`", "5", "model_card", {"file": "judge.pt"}, "minutes", str),
-    ("| `python train.py clip`", "11", "model_card", {"file": "clip.pt"}, "minutes", str),
+    *((f"| `python train.py {kind}`", minutes, "training_loss", {"model": kind}, "minutes", str)
+      for kind, minutes in (("clip", "11"), ("judge", "5"), ("ddpm", "26"))),
+    ("held out of CLIP", "26-minute", "training_loss", {"model": "ddpm"}, "minutes",
+     "{}-minute".format),
     ("--steps 9000", "88 minutes", "model_card", {"file": "ddpm.pt"}, "minutes", str)]
 
 
@@ -304,18 +334,73 @@ def test_a_figure_is_in_the_readme_and_in_its_results_file(near, text, file, sel
     assert any(pattern.search(unit) for unit in units(README) if near in unit), "not in README.md"
 
 
-def test_the_weights_are_as_large_as_the_readme_says():
-    """In MB, all four files."""
-    megabytes = sum(path.stat().st_size for path in (ROOT / "weights").glob("*.pt")) / 1e6
-    assert f"({megabytes:.0f} MB)" in README
+def minutes(*rows):
+    """The sum of the minutes of rows: (results file, key, value)."""
+    return sum(row["minutes"] for file, key, value in rows
+               for row in json.loads(read(f"experiments/results/{file}.json"))["rows"]
+               if row.get(key) == value)
 
 
-PERCENTAGES_OF_THE_METHOD = {"95 %"}   # intervals
+def scales():
+    return [method.scale for name, method in guide.METHODS.items() if method.make_log_p]
 
 
-def test_every_percentage_comes_from_a_results_file():
-    """Whoever writes one into the README adds it to NUMBERS."""
-    for unit in units(README):
-        for text in re.findall(r"\d[\d.]* %", unit):
-            assert text in PERCENTAGES_OF_THE_METHOD or any(
-                text == known and near in unit for near, known, *_ in NUMBERS), (text, unit)
+CONSTANTS = [   # near this text, the README has this figure; what it has to be, by the code
+    ("made the sixteen images", "32 x 32", lambda: (
+        f"{tinyclip.CLIPConfig().image_size} x {tinyddpm.UNetConfig().image_size}")),
+    ("An unconditional diffusion model", "37 minutes", lambda: "{} minutes".format(minutes(
+        ("training_loss", "model", "clip"), ("training_loss", "model", "ddpm")))),
+    ("An unconditional diffusion model", "88", lambda: str(minutes(
+        ("model_card", "file", "ddpm.pt")))),
+    ("The trained models come in", "(11 MB)", lambda: "({:.0f} MB)".format(
+        sum(path.stat().st_size for path in (ROOT / "weights").glob("*.pt")) / 1e6)),
+    ("Nothing has to be downloaded", "50,000", lambda: f"{train.TrainConfig().images:,}"),
+    ("top-1 among", "294 captions", lambda: f"{len(cars.CAPTIONS)} captions"),
+    ("From t = 0", "0 to 1000", lambda: f"0 to {tinyddpm.T}"),
+    ("the defaults,", "8 to 128", lambda: f"{min(scales()):g} to {max(scales()):g}"),
+    ("must not grade", "294 captions", lambda: f"{len(cars.CAPTIONS)} captions"),
+    ("must not grade", "1 in 294", lambda: f"1 in {len(cars.CAPTIONS)}"),
+    ("must not grade", "25 steps", lambda: f"{sample.SamplingConfig().steps} steps"),
+    ("stays below", "1/4", lambda: "1/{:g}".format(1 / 0.5 ** 2)),   # sigma_data^2
+    ("rather than take more", "25 steps", lambda: f"{sample.SamplingConfig().steps} steps"),
+    ("CLIP has read", "294 captions", lambda: f"{len(cars.CAPTIONS)} captions"),
+    ("With CIFAR-10", "159 minutes", lambda: "{} minutes".format(minutes(
+        *(("photographs_models", "command", f"python train.py {command}") for command in (
+            "clip --data photos --steps 4500",
+            "ddpm --data photos --steps 11000 --attention 1 2"))))),
+    ("Python 3.10", "3.10", lambda: "3.10")]   # pathlib.Path.with_stem, zip(strict=True)
+
+
+@pytest.mark.parametrize("near, text, actual", CONSTANTS,
+                         ids=[f"{near}, {text}" for near, text, _ in CONSTANTS])
+def test_a_figure_in_the_readme_is_that_of_the_code(near, text, actual):
+    """Numbers that the code fixes, and sums of measured ones."""
+    assert text == actual()
+    assert any(near in unit and text in unit for unit in units(README))
+
+
+def test_repeated_steps_beat_more_steps():
+    """As one of the README's lessons says: 25 steps taken twice, against 50 taken once."""
+    rows = json.loads(read("experiments/results/steps_recurrence.json"))["rows"]
+    assert "25 steps taken twice beat 50" in README
+    for method in ("noise-aware", "x0-fast"):
+        twice, once = (max(row["prompt_accuracy"] for row in rows if size.items() <= row.items())
+                       for size in ({"method": method, "steps": 25, "recurrence": 2},
+                                    {"method": method, "steps": 50, "recurrence": 1}))
+        assert twice > once
+
+
+NOT_MEASURED = re.compile(   # numbers that name something
+    r"CIFAR-10|[Ss]cale 1\b|temperature (of )?1\b|equation 4|\(95 % interval\)|50,000 photographs|"
+    r"Time: unguided = 1|best of 64|taken twice beat 50|above 60 degrees|^\d\. |\*\*\d\.|"
+    r"\| \d: |then 0, 32 and 128|x_0|at step \d+|at t = \d+|about 6\.0")
+
+
+def test_every_number_is_held():
+    """In prose and tables of the README; whoever writes one adds it above."""
+    for unit in units(re.sub(r"^(    .*|```.*?```)$", "", README, flags=re.DOTALL | re.MULTILINE)):
+        text = re.sub(r"`[^`]*`|\]\([^)]*\)", "", unit)
+        for near, known, *_ in sorted([*NUMBERS, *CONSTANTS], key=lambda row: -len(row[1])):
+            if near in unit:
+                text = text.replace(known, "")
+        assert not re.search(r"\d", NOT_MEASURED.sub("", text)), (text, unit)
