@@ -33,7 +33,8 @@ That is classifier guidance; the methods below differ in what stands for log p(t
 is formula (3) and returns a denoiser again, so it works with any sampler, eta and number of steps.
 
 A method of guidance is a function log_p(x_t, t, x_0_hat) -> (B,): log p(text | x_t) up to a
-constant, or a surrogate for it. Its gradient is added, never subtracted.
+constant, or what stands for it. Its gradient is added, never subtracted. The functions below make
+a log_p from a CLIP and a target; METHODS at the end names them, with their scales.
 
 Shapes: B images, K captions, E embedding width; x_t, x_0_hat, grad (B, 3, H, W); t (B,) int in
 1..T, the same for the whole batch; text_features (K, E) of all captions; targets (B,) int in
@@ -55,11 +56,11 @@ def guided(denoise, log_p, alpha_bar, scale, interval=(1, math.inf), through_une
     The same as eps_hat - scale sqrt(1 - alpha_bar) grad (Dhariwal & Nichol 2021, Alg. 2).
 
     scale: 0 is unguided; 1 is Bayes' rule if log_p is log p(text | x_t), as in the demonstration at
-    the end. More sharpens the distribution towards p(x) p(text | x)^scale, the most typical images
-    of the text, and beyond. See METHODS for why the defaults are far larger.
+    the end. More sharpens the distribution: roughly to p(x) p(text | x)^scale, in practice somewhat
+    further (see the demonstration). See METHODS for why the defaults are far larger.
     interval: (lo, hi), timesteps at which to guide, both included; t must be the same for the whole
-    batch. Near T the factor explodes (6 at t = 900, 13 at 950, 2e4 at 1000), and with it the errors
-    of a small gradient. (Kynkaanniemi et al. 2024, arXiv 2404.07724, on guiding in an interval.)
+    batch. Near T the factor explodes (6 at t = 900, 13 at 950, 2e4 at 1000) and multiplies the
+    errors of the gradient. (Kynkaanniemi et al. 2024, arXiv 2404.07724, on guiding in an interval.)
     through_unet: back-propagate through denoise too, where log_p depends on x_0_hat. denoise must
     then be unguided: a guided denoiser is detached.
     Summing over the batch before the derivative is safe: no layer mixes images of a batch.
@@ -79,7 +80,9 @@ def guided(denoise, log_p, alpha_bar, scale, interval=(1, math.inf), through_une
 
 # ---- log p(text | x_t), in six ways --------------------------------------------------------------
 
-TEMPERATURE = 5.   # tuned; from 5 to 20 it matters little: experiments/LOG.md
+# Tuned; from 5 to 20 it matters little: experiments/LOG.md. It softens what guidance follows, where
+# CLIPConfig.max_logit_scale limits how certain CLIP may become in training.
+TEMPERATURE = 5.
 
 
 def noise_aware(clip, text_features, targets, temperature=TEMPERATURE):
@@ -126,13 +129,15 @@ def spherical(clip, text_features, targets):
 
 
 def x0(clip, text_features, targets):
-    """Make log_p from CLIP applied to x_0_hat at t = 0; the gradient goes through the U-Net.
+    """Make log_p from CLIP applied to x_0_hat at t = 0; for `guided` with through_unet=True.
 
-    Universal guidance (Bansal et al. 2023 eq. 6). What that does: p(x_0 | x_t) is proportional to
-    p(x_0) exp(-|x_t - sqrt(alpha_bar) x_0|^2 / (2 (1 - alpha_bar))). In it x_0 meets x_t only in
-    the product x_0 . x_t sqrt(alpha_bar) / (1 - alpha_bar): an exponential family, so the
-    derivative of its mean x_0_hat with respect to x_t is that factor times Cov(x_0 | x_t). With the
-    factor in `guided`, x_0_hat changes by scale Cov(x_0 | x_t) d log_p / d x_0_hat: it moves in
+    Universal guidance (Bansal et al. 2023 eq. 6). The gradient then has the factor
+    d x_0_hat / d x_t, the U-Net's Jacobian. What that is: p(x_0 | x_t) is proportional to
+    p(x_0) exp(-|x_t - sqrt(alpha_bar) x_0|^2 / (2 (1 - alpha_bar))), so to h(x_0) exp(x_0 . y) with
+    y = x_t sqrt(alpha_bar) / (1 - alpha_bar); h does not depend on x_t. The mean of this is
+    x_0_hat = sum x_0 h exp(x_0 . y) / sum h exp(x_0 . y). By the quotient rule d x_0_hat / d y =
+    E[x_0 x_0^T] - E[x_0] E[x_0]^T, the covariance Cov(x_0 | x_t). The factor d y / d x_t cancels
+    that in `guided`, and x_0_hat changes by scale Cov(x_0 | x_t) d log_p / d x_0_hat: it moves in
     the directions in which images vary.
     """
     log_p = noise_aware(clip, text_features, targets)
@@ -149,22 +154,23 @@ def lookahead_log_p(log_p, alpha_bar, t_fraction, sigma_data=0.5):
 
     The gradient does not go through the U-Net: Cov(x_0 | x_t) in x0 is replaced by a scalar,
         r_t^2 = s^2 (1 - alpha_bar) / (1 - alpha_bar + s^2 alpha_bar),
-    its value if pixels were independent and normal with standard deviation s = sigma_data (the cars
-    have .61 over all pixels, .34 at one position; Song et al. 2023 choose r_t so, with s = 1).
-    Then x_0_hat changes by scale r_t^2 times the gradient of log_p with respect to x_0_hat, eps_hat
-    held constant. r_t^2 never exceeds s^2, whereas the factor in `guided` explodes, so guidance can
-    start at t = T.
+    its value if pixels were independent and normal with standard deviation s = sigma_data: then
+    1 / r_t^2 = 1 / s^2 + alpha_bar / (1 - alpha_bar), prior and likelihood. (Song et al. 2023
+    choose r_t so, with s = 1. Pixels of the cars have .61 about the mean of all, .34 about the
+    mean image; .5 lies between.) Then x_0_hat changes by scale r_t^2 times the gradient of log_p
+    with respect to x_0_hat, eps_hat held constant. r_t^2 never exceeds s^2, whereas the factor in
+    `guided` explodes, so guidance can start at t = T.
     """
     def log_p_ahead(x_t, t, x_0_hat):
         a, t_ahead = extract(alpha_bar, t), (t_fraction * t).long()
         r2 = sigma_data ** 2 * (1 - a) / (1 - a + sigma_data ** 2 * a)
-        # d log_p / d x_t = jacobian d log_p / d x_0_hat; `guided` then multiplies by
-        # (1 - a) / sqrt(a), and r2 remains.
+        # The scalar that stands for d x_0_hat / d x_t. `guided` will multiply the gradient by
+        # (1 - a) / sqrt(a), so that r2 remains.
         jacobian = r2 * a.sqrt() / (1 - a)
-        # subtle: the value is x_0_hat; its derivative with respect to x_t is the jacobian.
-        surrogate = x_0_hat.detach() + jacobian * (x_t - x_t.detach())
+        # subtle: its value is x_0_hat, its derivative with respect to x_t is the jacobian.
+        x_0_linear = x_0_hat.detach() + jacobian * (x_t - x_t.detach())
         eps_hat = predict_eps(x_t, x_0_hat, a).detach()
-        return log_p(q_sample(surrogate, t_ahead, eps_hat, alpha_bar), t_ahead, x_0_hat)
+        return log_p(q_sample(x_0_linear, t_ahead, eps_hat, alpha_bar), t_ahead, x_0_hat)
     return log_p_ahead
 
 
@@ -215,10 +221,11 @@ def classifier_free(unet, alpha_bar, cond, scale, interval=(1, math.inf)):
 
 # ---- the methods by name -------------------------------------------------------------------------
 
-# Why the scales are far above 1, for all: p(text | x)^scale asks for images that show the caption
-# beyond doubt, whereas Bayes' rule accepts whatever CLIP finds probable. For lookahead and x0-fast
-# also: r_t^2 is the variance of one pixel, but hundreds of pixels of a car vary together, and along
-# that direction Cov(x_0 | x_t) is far larger.
+# Why CLIP's scales are far above 1: p(text | x)^scale asks for images that show the caption beyond
+# doubt, whereas Bayes' rule accepts whatever CLIP finds probable. For lookahead and x0-fast also:
+# r_t^2 is the variance of one pixel, but hundreds of pixels of a car vary together, and along that
+# direction Cov(x_0 | x_t) is far larger.
+# To add a method, write its function and a line below: sample.py takes --method from METHODS.
 
 class Method(NamedTuple):
     make_log_p: Callable         # (clip, text_features, targets) -> log_p; None without CLIP

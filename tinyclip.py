@@ -131,7 +131,8 @@ class Tokenizer:
             most = max(pairs.values())   # ties are broken by spelling, so training is repeatable
             best = max(pair for pair, count in pairs.items() if count == most)
             merges.append(best)
-            for i in words_with.pop(best):   # all other words keep their counts
+            # Only words with this pair change. (count_pairs enters it once more, with count 0.)
+            for i in words_with.pop(best):
                 count_pairs(i, -frequency[i])
                 words[i] = merge(words[i], best)
                 count_pairs(i, frequency[i])
@@ -461,6 +462,7 @@ class CLIP(nn.Module):
         """Compute logit_scale(t) times the cosine of each image with each caption.
 
         image_features: (B, E), text_features: (K, E), t as in encode_image -> (B, K)
+        Features are normalised here, so nobody who calls it has to.
         """
         if t is None:
             t = torch.zeros(len(image_features), dtype=torch.long, device=image_features.device)
@@ -490,7 +492,8 @@ def contrastive_loss(logits, caption_ids):
 
     differs from the paper only where n images of a batch share a caption: then all n are right,
     with a target of 1/n each. With B different captions the targets are arange(B), as printed.
-    (With noised images loss_t partly compares noise levels; closed_set_loss avoids that.)
+    (With noised images loss_t partly compares noise levels; closed_set_loss avoids that. With too
+    many captions for that one, this is what train.py takes all the same.)
     """
     same = (caption_ids[:, None] == caption_ids).float()                      # (B, B)
     targets = same / same.sum(dim=1, keepdim=True)

@@ -80,7 +80,7 @@ def q_sample(x_0, t, eps, alpha_bar):
 @dataclass
 class UNetConfig:
     channels: int = 32               # of the finest level
-    multipliers: tuple = (1, 2, 4)   # of channels, one per level; each halves the resolution
+    multipliers: tuple = (1, 2, 4)   # of channels, one per level; half the resolution each time
     blocks: int = 1                  # residual blocks per level going down; coming up, one more
     attention: tuple = (2,)          # levels with self-attention; 0 is the finest
     dropout: float = 0.0             # in the residual blocks
@@ -287,18 +287,20 @@ def ddpm_loss(unet, x_0, t, eps, alpha_bar, cond=None):
     x_0: (B, 3, H, W), t: (B,) int in 1..T, eps: standard normal like x_0, cond: see UNet -> (B,)
 
     Where it comes from: the variational bound on -log p(x_0) is a sum over t of KL divergences
-    (Ho et al. eq. 5) between two Gaussians of equal variance, the posterior q(x_{t-1} | x_t, x_0)
-    (see ddim_step) and the model's; t = 1 and T apart. Each is the squared distance between their
-    means over twice the variance (eq. 8), that is, (SNR_{t-1} - SNR_t) / 2 times that between x_0
-    and x_0_hat, SNR = alpha_bar / (1 - alpha_bar). L_simple changes the weights: the squared error
-    of eps is that of x_0 times SNR, that of v is that of x_0 times SNR + 1. It is no longer a
-    bound, but for each t the minimum is the same: v_hat = E[v | x_t], so x_0_hat = E[x_0 | x_t],
-    an average, hence blurred where t is large.
+    (Ho et al. eq. 5) between two Gaussians of equal variance: the posterior q(x_{t-1} | x_t, x_0),
+    and the model, which is the same with x_0_hat for x_0. Each KL is the squared distance between
+    their means over twice the variance (eq. 8). With the mean and variance of ddim_step that is
+        w |x_0 - x_0_hat|^2,   w = (SNR_{t-1} - SNR_t) / 2,   SNR = alpha_bar / (1 - alpha_bar).
+    Training takes another weight w: SNR if the loss is |eps - eps_hat|^2, because q_sample gives
+    eps - eps_hat = sqrt(SNR) (x_0_hat - x_0); likewise (SNR + 1) if it is |v - v_hat|^2. That is no
+    longer a bound, but for each t the minimum is the same: v_hat = E[v | x_t], so
+    x_0_hat = E[x_0 | x_t], an average, hence blurred where t is large.
 
     differs from the paper: the network predicts v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
-    (Salimans & Ho 2022, sec. 4). With cos = sqrt(alpha_bar), sin = sqrt(1 - alpha_bar), (x_t, v)
-    is (x_0, eps) rotated, so both come back by the inverse rotation: x_0 = cos x_t - sin v. From
-    eps it would be x_0 = (x_t - sin eps) / cos, and 1 / cos = 2e4 at T multiplies every error.
+    (Salimans & Ho 2022, sec. 4). With the angle whose cosine is sqrt(alpha_bar), x_t = cos x_0 +
+    sin eps and v = cos eps - sin x_0: (x_0, eps) rotated. The inverse rotation gives x_0 = cos x_t
+    - sin v. From eps it would be x_0 = (x_t - sin eps) / cos, and 1 / cos = 2e4 at T multiplies
+    every error. Predicting x_0 itself has the weight 1, far too little where t is small.
     """
     a = extract(alpha_bar, t)
     v = a.sqrt() * eps - (1 - a).sqrt() * x_0
@@ -312,8 +314,9 @@ def ema_update(ema, model, step):
     """Update the moving average (EMA) of the parameters, in place; step = 1, 2, ...
 
     Power-function EMA (Karras et al. 2024, arXiv 2312.02696, eq. 2): decay =
-    (1 - 1/step)^(gamma + 1). The width of the average (its standard deviation) is a fixed fraction
-    of the training so far, 10 % with gamma = 6.94, so a run of any length forgets its beginning.
+    (1 - 1/step)^(gamma + 1), so step s has a weight proportional to s^gamma. Those weights spread
+    over a fixed fraction of the training so far: with gamma = 6.94 their standard deviation,
+    sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2), is 10 % of it. The beginning is forgotten.
     """
     decay = (1 - 1 / step) ** (6.94 + 1)
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -352,8 +355,8 @@ def ddim_step(x_t, x_0_hat, t, t_next, alpha_bar, eta, z):
     q(x_t | x_{t-1}) and q(x_{t-1} | x_0) (Ho et al. 2020 eq. 7): with alpha = 1 - beta = a / a_next
         mean      (sqrt(a_next) beta x_0 + sqrt(alpha) (1 - a_next) x_t) / (1 - a)
         variance  beta (1 - a_next) / (1 - a),
-    which is this step with eta = 1: its sigma^2 is that variance, and inserting eps_hat into its
-    other two terms gives that mean.
+    which is this step with eta = 1: sigma^2 is that variance; and if eps_hat is written as
+    (x_t - sqrt(a) x_0) / sqrt(1 - a), the other two terms add up to that mean.
     In the last step a_next = 1, so sigma = 0, and x_0_hat is returned. With alpha_bar[0] < 1 the
     sampler would end at an image with noise left in it.
     """
@@ -371,11 +374,14 @@ def multistep_x_0(x_0_hat, x_0_prev, t_prev, t, t_next, alpha_bar):
     -> x_0_hat + 1/2 (h / h_prev) (x_0_hat - x_0_prev), h = lambda_{t_next} - lambda_t, h_prev
     likewise, lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), half the log-SNR.
 
-    Why lambda is the clock: divide ddim_step (eta = 0) by sqrt(1 - a_next), and it reads
-    x_next / sqrt(1 - a_next) = x_t / sqrt(1 - a) + x_0_hat (e^lambda_next - e^lambda_t). The last
-    term is the integral of e^lambda x_0_hat over the step, exact if x_0_hat were constant. If it is
-    linear in lambda, its mean is about its value half a step ahead. With eta = 1 the weight becomes
-    2 e^(2 lambda) (SDE-DPM-Solver++). It costs no further evaluation of the network.
+    "2M": of second order, multistep: it reuses the step before, and costs no further evaluation.
+    Why lambda is the clock: e^lambda = sqrt(a) / sqrt(1 - a). Write eps_hat in ddim_step (eta = 0)
+    as (x_t - sqrt(a) x_0_hat) / sqrt(1 - a), divide by sqrt(1 - a_next), and it reads
+        x_next / sqrt(1 - a_next) = x_t / sqrt(1 - a) + x_0_hat (e^lambda_next - e^lambda_t).
+    The last term is the integral of e^lambda x_0_hat from lambda_t to lambda_next if x_0_hat is
+    constant (first order). If it is linear in lambda, the constant that gives the same integral
+    is its value half a step ahead, up to a third-order error: hence h / 2 times its slope.
+    With eta = 1 the same holds with e^(2 lambda) for e^lambda (SDE-DPM-Solver++).
     """
     lambda_prev, lambda_t, lambda_next = alpha_bar[[t_prev, t, t_next]].logit() / 2
     half_ratio = 0.5 * (lambda_next - lambda_t) / (lambda_t - lambda_prev)

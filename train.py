@@ -8,9 +8,9 @@
     python train.py ddpm -h                 every field of a config is a flag, such as --channels 48
 
 A run's folder (runs/clip, ...) gets checkpoint.pt, to resume from; weights.pt, what sample.py uses;
-loss.png and previews. Step n draws its images, timesteps and noise from (seed, n, rank): it is a
-function of these and of the step before. So a run that was interrupted, or killed, ends with the
-same weights, bit for bit, as one that ran through (on one machine, with as many ranks and
+loss.png and previews. Step n draws its images, timesteps and noise from (seed, n, rank), so the
+weights after it are a function of those before it. A run that was interrupted, or killed, ends
+with the same weights, bit for bit, as one that ran through (on one machine, with as many ranks and
 micro-batches).
 """
 import argparse
@@ -57,9 +57,11 @@ DEFAULTS = {   # kind -> the model's config and its training's
 # Up to so many captions, each step encodes all of them (closed_set_loss); with more that would take
 # longer than the images, and those of the batch stand for all (contrastive_loss).
 CLOSED_SET = 1024
+CLEAN_FRACTION = 0.125   # of the images of a batch, shown to CLIP without noise
 
 
-def clip_objective(clip, x_0, caption_ids, tokens, alpha_bar, generator, clean_fraction=0.125):
+def clip_objective(clip, x_0, caption_ids, tokens, alpha_bar, generator,
+                   clean_fraction=CLEAN_FRACTION):
     """Compute the loss of matching noised images with captions -> scalar
 
     x_0: (B, 3, H, W), caption_ids: (B,) int in 0..K-1, tokens: (S, K, L), each caption in all its
@@ -68,7 +70,7 @@ def clip_objective(clip, x_0, caption_ids, tokens, alpha_bar, generator, clean_f
     """
     (B, *_), (S, K, _) = x_0.shape, tokens.shape
     t = tinyddpm.stratified_timesteps(B, generator)
-    shuffled = torch.randperm(B, generator=generator, device=x_0.device)
+    shuffled = torch.randperm(B, generator=generator, device=x_0.device)   # t ascends
     t[shuffled[:math.ceil(clean_fraction * B)]] = 0
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     x_t = tinyddpm.q_sample(x_0, t, eps, alpha_bar)
@@ -139,16 +141,17 @@ def clip_task(config, options, dataset, validation, device):
         shown = ", ".join(f"{accuracy[t]:.1%} at t = {t}" for t in (0, 300, 500, 700))
         return f"top-1 of {K} captions on held-out images: {shown}"
 
-    compared = K   # captions with which an image is compared, those of a micro-batch if too many
-    if K > CLOSED_SET:
-        compared = options.batch // (options.accumulate * distributed.world_size())
+    B = options.batch // (options.accumulate * distributed.world_size())   # of a micro-batch
+    compared, chance = B, math.log(B)   # captions with which an image is compared
+    if K <= CLOSED_SET:   # image to text, and text to image among the clean ones
+        text_to_image = math.log(math.ceil(CLEAN_FRACTION * B))
+        compared, chance = K, math.log(K) + tinyclip.TEXT_TO_IMAGE * text_to_image
     if compared < 2:
         raise cli.UserError(f"an image is compared with {compared} caption; CLIP learns from "
                             "differences: use more captions or a larger --batch")
     content = {"captions": dataset.captions, "templates": dataset.templates,
                "merges": tokenizer.merges}
-    return Task("clip", tinyclip.CLIP(config, tokenizer), objective, preview, content,
-                math.log(compared))
+    return Task("clip", tinyclip.CLIP(config, tokenizer), objective, preview, content, chance)
 
 
 def ddpm_task(config, options, dataset, validation, device, clip=None):
@@ -232,7 +235,7 @@ class Run:
     def save(self):
         """Write weights.pt, to use; checkpoint.pt, to resume from; loss.png, to look at.
 
-        checkpoint.pt comes after weights.pt: if it says that the run is finished, so are they.
+        checkpoint.pt comes last: if it says that the run is finished, the weights are final too.
         """
         checkpoint.save(self.folder / "weights.pt", {
             "kind": self.task.kind, "config": dataclasses.asdict(self.model.config),
@@ -340,7 +343,7 @@ def train(task, options, dataset, folder, seed=0, device=torch.device("cpu"),
         print(f"finished: {folder}/weights.pt")
     else:
         print(f"stopped at step {run.step:,} of {options.steps:,}; the same command resumes"
-              + fresh * " (without --fresh)")
+              + (" (without --fresh)" if fresh else ""))
     if signals:   # all is saved; the caller should know why it ended
         raise SystemExit(128 + signals[0])
 
