@@ -155,11 +155,12 @@ def lookahead_log_p(log_p, alpha_bar, t_fraction, sigma_data=0.5):
     The gradient does not go through the U-Net: Cov(x_0 | x_t) in x0 is replaced by a scalar,
         r_t^2 = s^2 (1 - alpha_bar) / (1 - alpha_bar + s^2 alpha_bar),
     its value if pixels were independent and normal with standard deviation s = sigma_data: then
-    1 / r_t^2 = 1 / s^2 + alpha_bar / (1 - alpha_bar), prior and likelihood. (Song et al. 2023
-    choose r_t so, with s = 1. Pixels of the cars have .61 about the mean of all, .34 about the
-    mean image; .5 lies between.) Then x_0_hat changes by scale r_t^2 times the gradient of log_p
-    with respect to x_0_hat, eps_hat held constant. r_t^2 never exceeds s^2, whereas the factor in
-    `guided` explodes, so guidance can start at t = T.
+    1 / r_t^2 = 1 / s^2 + alpha_bar / (1 - alpha_bar), prior and likelihood. (They are not, and the
+    default scale makes up for it: see METHODS. Song et al. 2023 choose r_t so, with s = 1. Pixels
+    of the cars have .61 about the mean of all, .34 about the mean image; .5 lies between.) Then
+    x_0_hat changes by scale r_t^2 times the gradient of log_p with respect to x_0_hat, eps_hat held
+    constant. r_t^2 never exceeds s^2, whereas the factor in `guided` explodes, so guidance can
+    start at t = T.
     """
     def log_p_ahead(x_t, t, x_0_hat):
         a, t_ahead = extract(alpha_bar, t), (t_fraction * t).long()

@@ -131,8 +131,7 @@ class Tokenizer:
             most = max(pairs.values())   # ties are broken by spelling, so training is repeatable
             best = max(pair for pair, count in pairs.items() if count == most)
             merges.append(best)
-            # Only words with this pair change. (count_pairs enters it once more, with count 0.)
-            for i in words_with.pop(best):
+            for i in words_with.pop(best):   # all other words keep their counts
                 count_pairs(i, -frequency[i])
                 words[i] = merge(words[i], best)
                 count_pairs(i, frequency[i])
@@ -462,7 +461,7 @@ class CLIP(nn.Module):
         """Compute logit_scale(t) times the cosine of each image with each caption.
 
         image_features: (B, E), text_features: (K, E), t as in encode_image -> (B, K)
-        Features are normalised here, so nobody who calls it has to.
+        Both are normalised here, in each call, so nobody who calls it has to.
         """
         if t is None:
             t = torch.zeros(len(image_features), dtype=torch.long, device=image_features.device)

@@ -300,7 +300,7 @@ def ddpm_loss(unet, x_0, t, eps, alpha_bar, cond=None):
     (Salimans & Ho 2022, sec. 4). With the angle whose cosine is sqrt(alpha_bar), x_t = cos x_0 +
     sin eps and v = cos eps - sin x_0: (x_0, eps) rotated. The inverse rotation gives x_0 = cos x_t
     - sin v. From eps it would be x_0 = (x_t - sin eps) / cos, and 1 / cos = 2e4 at T multiplies
-    every error. Predicting x_0 itself has the weight 1, far too little where t is small.
+    every error. Predicting x_0 itself has the weight 1, where the bound asks for most at small t.
     """
     a = extract(alpha_bar, t)
     v = a.sqrt() * eps - (1 - a).sqrt() * x_0
@@ -381,7 +381,8 @@ def multistep_x_0(x_0_hat, x_0_prev, t_prev, t, t_next, alpha_bar):
     The last term is the integral of e^lambda x_0_hat from lambda_t to lambda_next if x_0_hat is
     constant (first order). If it is linear in lambda, the constant that gives the same integral
     is its value half a step ahead, up to a third-order error: hence h / 2 times its slope.
-    With eta = 1 the same holds with e^(2 lambda) for e^lambda (SDE-DPM-Solver++).
+    With eta = 1, multiply by e^lambda_next too, and the same holds with e^(2 lambda) in place of
+    e^lambda, plus noise (SDE-DPM-Solver++). For eta in between it is a heuristic.
     """
     lambda_prev, lambda_t, lambda_next = alpha_bar[[t_prev, t, t_next]].logit() / 2
     half_ratio = 0.5 * (lambda_next - lambda_t) / (lambda_t - lambda_prev)
@@ -441,7 +442,7 @@ def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, r
     x_t, t_prev, x_0_prev = x_T, None, None
     for t, t_next in itertools.pairwise(ddim_timesteps(len(alpha_bar) - 1, steps)):
         for repeat in range(recurrence if t_next > 0 else 1):   # the last step ends at t = 0
-            if repeat:   # re-noise: the forward chain from t_next to t; the history is invalid now
+            if repeat:   # re-noise: the forward chain from t_next to t; the step before is undone
                 alpha = alpha_bar[t] / alpha_bar[t_next]
                 z = randn_per_image(generators, x_t.shape[1:], x_t.device)
                 x_t, t_prev = alpha.sqrt() * x_t + (1 - alpha).sqrt() * z, None
