@@ -14,7 +14,10 @@ The other chapters need only the captions below and render() at the end, not wha
 This file imports only numpy: copy it and it works. `python cars.py` prints a car.
 Left out: shadows, reflections, curved surfaces, backgrounds.
 """
+import itertools
 import math
+import random
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +57,140 @@ def caption_labels(index):
 
 
 CAPTIONS = [caption(*caption_labels(np.array(i))) for i in range(len(BODIES) * len(COLOURS) ** 2)]
+
+
+# ---- English -------------------------------------------------------------------------------------
+
+# Other names of the bodies and colours. Without a body it is a vehicle.
+NOUNS = {"car": "auto, automobile, sedan, motorcar", "sports car": "coupe, racing car",
+         "jeep": "SUV, 4x4, off-roader", "bus": "coach, omnibus", "van": "minivan, people carrier",
+         "truck": "lorry, pickup", "vehicle": "motor vehicle"}
+SHADES = {"red": "crimson, scarlet, reddish", "green": "emerald, greenish",
+          "blue": "navy, azure, bluish", "yellow": "lemon, yellowish", "white": "ivory, whitish",
+          "black": "ebony, blackish", "gray": "grey, silver, greyish"}
+# These never stand in one text, to test whether CLIP combines words that it met apart.
+APART = [{"crimson", "lorry"}, {"navy", "coach"}, {"silver", "minivan"}, {"emerald", "pickup"},
+         {"ivory", "sedan"}]
+
+# Ways to say it, by what is named. {n}: noun, {N}: its plural, {m}, {s}: main and second colour,
+# {c}: one colour for both, {a}: "a", "the" or nothing.
+PHRASES = {kind: re.split(r" \| |\n +", text.strip()) for kind, text in {
+    "two colours": """
+        {a} {m} and {s} {n} | {m} {s} {n} | {m} and {s} {N} | {a} two-tone {m} and {s} {n}
+        {a} {n}, {m} and {s} | {a} {n} in {m} and {s} | {a} two-tone {n} in {m} and {s}
+        {a} {n} painted {m} and {s} | {a} {n} coloured {m} and {s} | {a} {n} that is {m} and {s}
+        the {n} is {m} and {s} | {a} {m} {n} with {s} trim | {a} {m} {n} with {a} {s} roof
+        {m} {n} with {s} roof | {m} {N} with {s} roofs | {m} {n}, {s} roof | {s} roof, {m} {n}
+        {a} {n}, {s} roof, {m} body | {a} {m} {n} with {a} roof in {s}
+        {a} {s}-roofed {m} {n} | {a} {m}-bodied {n} with {a} {s} roof
+        {a} {m}-painted {n} with {a} {s} roof | {a} {m} {n} with {a} {s} stripe and roof
+        {a} {s} roof on {a} {m} {n} | {a} {s} roof and {a} {m} body on {a} {n}
+        {a} {n} with {a} {m} body and {a} {s} roof | {a} {n} with {a} {s} roof and {a} {m} body
+        {a} {n} with {a} body in {m} and {a} roof in {s} | {a} roof in {s} on {a} {m} {n}
+        {a} roof in {s} and {a} {m} body on {a} {n} | {a} {n} in {m} with {a} roof in {s}
+        {a} {n} whose roof is {s} and whose body is {m} | {a} {m} {n} and its roof is {s}
+        {a} {n} with {a} {s} roof and {a} body in {m}
+        {a} {n} with {a} roof in {s} and {a} {m} body
+        {a} {n} with {a} body in {m} and {a} {s} roof
+        {a} {n} with {a} {m} body and {a} roof in {s}
+        {a} {n} that has {a} roof in {s} and {a} {m} body | {a} {n} in {m}, its roof is {s}
+        {a} {n} painted {m} whose roof is {s}
+        {a} {n} that has {a} {m} body and {a} {s} roof | {a} {m} {n} that has {a} {s} roof
+        {a} {n} that is {m} with {a} {s} roof | {a} {n} which has {a} {m} body and {a} {s} roof
+        {a} {n} of {m} colour with {a} {s} roof | {a} {m} {n}, its roof is {s}
+        {a} {n} whose body is {m} and whose roof is {s} | the {n} is {m} and its roof is {s}
+        the roof of the {m} {n} is {s}""",
+    "one colour": """
+        {a} {c} {n} | {c} {N} | {a} {n}, {c} | {a} {n} in {c} | {a} {n} painted {c}
+        {a} {c}-painted {n} | {a} {c}-coloured {n} | {a} {n} in {c} all over | an all {c} {n}
+        {a} completely {c} {n} | {a} {n} that is {c} | the {n} is {c} | the {n} is {c} all over
+        {a} {n} which is {c} all over | {a} {c} {n} with {a} {c} roof | {a} {c}-roofed {c} {n}
+        {a} {c} roof on {a} {c} {n} | {a} {n} with {a} {c} body and {a} {c} roof
+        {a} {n} that has {a} {c} body and {a} {c} roof | {a} {c} {n} that has {a} {c} roof
+        {a} {n} which has {a} {c} body and {a} {c} roof | {a} {c} {n}, its roof is {c}
+        {a} {n} whose body is {c} and whose roof is {c}
+        {a} {n} with {a} body in {c} and {a} roof in {c} | {a} {n} with {a} {c} body and roof
+        {a} {n} whose body and roof are {c} | {a} {n} in {c} with {a} roof in {c}
+        {a} {n} with {a} {c} roof and {a} {c} body | {a} {n}, {c} roof, {c} body""",
+    "main": """
+        {a} {n} with {a} {m} body | {a} {m}-bodied {n} | {a} {n} that has {a} {m} body
+        {a} {n} with {a} body in {m}
+        {a} mostly {m} {n} | {a} {n} whose body is {m} | the body of the {n} is {m}""",
+    "second": """
+        {a} {n} with {a} {s} roof | {n} with {s} roof | {a} {s}-roofed {n}
+        {a} {n} with {a} roof in {s}
+        {a} {n} that has {a} {s} roof | {a} {s} roof on {a} {n} | {a} {n}, its roof is {s}""",
+    "neither": "{a} {n} | {N} | some {n} | any {n} | {a} {n} of any colour",
+    "two colours of something": "something {m} and {s} | something {m} with {a} {s} roof",
+    "one colour of something": "something all {c} | something completely {c}",
+    "main of something": "something {m} | anything {m} | {m}",
+    "second of something": "something with {a} {s} roof | anything with {s} roof | {a} {s} roof",
+    "neither of something": "something | anything"}.items()}
+PREFIXES = ["", "", "", "", "photo of ", "a picture of ", "an image of ", "a rendering of ",
+            "this is ", "show me ", "I see ", "I want ", "draw "]   # not of sentences
+
+
+def fill(phrase, noun, main, second, rng):
+    """Fill in a phrase: "{a} {s}-roofed {m} {n}", "bus", "red", "blue" -> "a blue-roofed red bus"
+
+    second: main itself, and main: None, if they are not named; rng: random.Random, for the articles
+    """
+    plural = re.sub(r"(s|ch)$", r"\1e", re.sub(r"y$", "ie", noun)) + "s"
+    articles = (rng.choice(["a ", "the ", ""]) for _ in range(phrase.count("{a}")))
+    text = re.sub(r"\{a\} ", lambda match: next(articles), phrase)
+    text = text.format(n=noun, N=plural, m=main, s=second, c=main)
+    return re.sub(r"\ba (?=[aeioAEIO]|SUV)", "an ", text)
+
+
+def describe(body, main, second, rng):
+    """Write a random description -> str, such as "the coach is crimson and its roof is navy"
+
+    body, main, second: indices as in caption(), None for what is not named; rng: random.Random
+    """
+    kind = {(False, False): "neither", (True, False): "main", (False, True): "second"}.get(
+        (main is not None, second is not None), "one colour" if main == second else "two colours")
+    phrases = PHRASES[kind] + (PHRASES[f"{kind} of something"] if body is None else [])
+    either = lambda name, others: rng.choice([name, *others[name].split(", ")])
+    while True:
+        noun = either("vehicle" if body is None else BODIES[body], NOUNS)
+        m, s = (None if i is None else either(COLOURS[i], SHADES) for i in (main, second))
+        if main == second:
+            s = m
+        if not any(pair <= {noun, m, s} for pair in APART):
+            phrase = rng.choice(phrases)
+            prefix = "" if phrase.startswith("the ") else rng.choice(PREFIXES)
+            return prefix + fill(phrase, noun, m, s, rng)
+
+
+# Labels of all that can be described: of the captions, then of what says less, with None for what
+# is not named; and which captions the latter are true of.
+LESS = [labels for labels in itertools.product(
+    [*range(6), None], [*range(7), None], [*range(7), None]) if None in labels]
+LESS_TRUE_OF = np.array([[all(a in (None, b) for a, b in zip(labels, full)) for full in
+                          caption_labels(np.arange(len(CAPTIONS))).tolist()] for labels in LESS])
+
+
+def describe_less(body, main, second):
+    """Write what says less than a caption, plainly: "a bus", "something red"
+
+    body, main, second: as in describe()
+    """
+    noun = "vehicle" if body is None else BODIES[body]
+    if body is None and second is None:
+        return "something" if main is None else f"something {COLOURS[main]}"
+    if body is None and main is not None:
+        return caption(0, main, second).removesuffix("car") + noun
+    return f"a {noun}" + (f" with a {COLOURS[main]} body" if main is not None else "") + (
+        f" with a {COLOURS[second]} roof" if second is not None else "")
+
+
+def descriptions(count, seed=0):
+    """Write `count` lists of texts: of the 294 captions, then of the 154 labels that say less. One
+    list in four is plain, the first has the captions themselves; the others are random."""
+    rng, full = random.Random(seed), caption_labels(np.arange(len(CAPTIONS))).tolist()
+    plain = [*CAPTIONS, *(describe_less(*less) for less in LESS)]
+    return [plain if i % 4 == 0 else [describe(*labels, rng) for labels in [*full, *LESS]]
+            for i in range(count)]
 
 
 # ---- solids --------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Images are uint8 (N, H, W, 3) in storage and float (N, 3, H, W) in [-1, 1] every
 `to_float` and `to_uint8` are the only way between the two. A data set is the built-in "cars"
 (cars.py) or a folder of your own images, which infra/image_folders.py reads.
 
-Shapes: N images (B in a batch), K captions, S templates, A attributes.
+Shapes: N images (B in a batch), K captions, S templates, P texts that say less, A attributes.
 """
 import math
 import zlib
@@ -58,7 +58,9 @@ class Dataset(NamedTuple):
     images: np.ndarray           # (N, H, W, 3) uint8, perhaps memory-mapped
     caption_ids: np.ndarray      # (N,) int64, each image's index into captions
     captions: list               # K different captions
-    templates: list              # S lists of K texts: ways to write each caption
+    templates: list              # S lists of texts: ways to write the K captions, then P texts
+                                 # that say less, each true of several captions
+    less_true_of: np.ndarray     # (P, K) bool, of which; P = 0 for folders
     caption_labels: np.ndarray   # (K, A) int64, the attributes that each caption names
     attributes: dict             # name of attribute -> its values; empty if none is known
     report: str                  # one line: what was found
@@ -90,9 +92,8 @@ def _load_cars(size, count, split):
     indices = range(SPLITS[split], SPLITS[split] + count)
     images, caption_ids = cache.load_packed(indices, _render_cars, size, path)
     K = len(cars.CAPTIONS)
-    without_article = [caption.removeprefix("a ") for caption in cars.CAPTIONS]   # as users write
     return Dataset(
-        "cars", images, caption_ids, cars.CAPTIONS, [cars.CAPTIONS, without_article],
+        "cars", images, caption_ids, cars.CAPTIONS, cars.descriptions(64), cars.LESS_TRUE_OF,
         cars.caption_labels(np.arange(K)), cars.ATTRIBUTES,
         f"{split}: {count:,} images of the built-in cars, {K} captions")
 
@@ -123,8 +124,8 @@ def _load_folder(name, size, split):
     if attributes:
         labels = np.arange(len(captions), dtype=np.int64)[:, None]            # (K, A = 1)
     report = image_folders.report(scan, split, indices, readable, len(captions))
-    return Dataset(folder.as_posix(), images, caption_ids, captions, templates, labels,
-                   attributes, report)
+    return Dataset(folder.as_posix(), images, caption_ids, captions, templates,
+                   np.empty((0, len(captions)), bool), labels, attributes, report)
 
 
 def batch(dataset, seed, step, size, device="cpu", rank=0):

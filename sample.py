@@ -9,9 +9,10 @@ prompt, seed and settings in its metadata, and prints CLIP's probability of the 
 judge's prompt accuracy. From Python: load_models, then generate (see README.md).
 """
 import argparse
+import dataclasses
+import difflib
 import math
 import re
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,28 +20,37 @@ from textwrap import shorten
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
+import cars
 import data
 import guide
 import judge
 import tinyclip
 import tinyddpm
-from infra import checkpoint, cli
+from infra import checkpoint, cli, published
 from tinyclip import normalize_prompt
 
 SHIPPED = Path(__file__).resolve().parent / "weights"
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"   # of the published CLIP
+PUBLISHED_TEMPLATES = ("a photo of a {}.", "a rendering of a {}.", "a toy {}.")   # of its 80
 
 
 # ---- models --------------------------------------------------------------------------------------
 
 class Models(NamedTuple):
-    """A matching CLIP and diffusion model."""
+    """A matching CLIP and diffusion model, and what CLIP was trained on."""
     clip: tinyclip.CLIP
     unet: tinyddpm.UNet
     alpha_bar: torch.Tensor       # (T + 1,)
-    captions: list                # K, those that CLIP was trained on
-    templates: list               # S lists of K texts: ways to write each caption
+    captions: list                # K
+    templates: list               # S lists of K + P texts: ways to write each caption, and P texts
+                                  # that say less
+    less: list                    # these P texts, plainly
+    less_true_of: torch.Tensor    # (P, K) bool, the captions that they are true of
+    words: list                   # all words of the training
     text_features: torch.Tensor   # (K, E), of the captions
+    less_features: torch.Tensor   # (P, E), of what says less
     data: str                     # the name of the data set
     description: str              # files and device
 
@@ -57,27 +67,58 @@ def find_weights(clip=None, ddpm=None):
 def load_models(clip=None, ddpm=None, device="cpu"):
     """Load the two models that find_weights picks -> Models
 
-    UserError if they do not fit: guidance is meaningless if CLIP was trained on other images.
+    clip may be a file of published weights. UserError if the models do not fit: guidance is
+    meaningless if CLIP was trained on other images.
     """
     device, (clip_path, ddpm_path) = torch.device(device), find_weights(clip, ddpm)
-    clip, clip_content = checkpoint.load_model(clip_path, "clip", tinyclip.CLIP)
     unet, ddpm_content = checkpoint.load_model(ddpm_path, "ddpm", tinyddpm.UNet)
-    for_clip, for_ddpm = (
-        f"{content['data']} at {model.config.image_size} pixels"
-        for model, content in ((clip, clip_content), (unet, ddpm_content)))
-    if for_clip != for_ddpm:
-        raise cli.UserError(f"these models do not fit together: CLIP is for {for_clip}, the DDPM "
-                            f"for {for_ddpm}; train both alike")
+    if published.is_published(clip_path):
+        clip, clip_content = load_published(clip_path, ddpm_content)
+    else:
+        clip, clip_content = checkpoint.load_model(clip_path, "clip", tinyclip.CLIP)
+        for_clip, for_ddpm = (
+            f"{content['data']} at {model.config.image_size} pixels"
+            for model, content in ((clip, clip_content), (unet, ddpm_content)))
+        if for_clip != for_ddpm:
+            raise cli.UserError(f"these models do not fit together: CLIP is for {for_clip}, the "
+                                f"DDPM for {for_ddpm}; train both alike")
     if ddpm_content.get("clip") not in (None, checkpoint.weights_checksum(clip)):
         raise cli.UserError(f"{ddpm_path} is conditional on the text features of another CLIP; "
                             "give that one with --clip")
     clip, unet = (m.to(device, memory_format=torch.channels_last) for m in (clip, unet))
     with cli.autocast(device):
-        text_features = clip.encode_captions(clip_content["captions"])
+        text_features = clip.encode_ensemble(clip_content["templates"])       # (K + P, E)
+    K = len(clip_content["captions"])
     return Models(clip, unet, tinyddpm.cosine_alpha_bar().to(device), clip_content["captions"],
-                  clip_content["templates"], text_features, clip_content["data"],
+                  clip_content["templates"], clip_content["less"],
+                  clip_content["less_true_of"].to(device), clip_content["words"],
+                  text_features[:K], text_features[K:], clip_content["data"],
                   f"CLIP from {clip_path} ({clip_content['steps']:,} steps), DDPM from {ddpm_path} "
                   f"({ddpm_content['steps']:,} steps), on {device}")
+
+
+def load_published(path, ddpm_content):
+    """Load a published CLIP for guidance -> clip, content like that of our weights.pt
+
+    Its rivals for a prompt are the captions of the diffusion model's data, in PUBLISHED_TEMPLATES.
+    """
+    vocabulary = Path(path).parent / VOCABULARY
+    if not vocabulary.exists():
+        raise cli.UserError(f"{path} needs the published vocabulary beside it: {vocabulary}")
+    if ddpm_content["data"] != "cars" and "captions" not in ddpm_content:
+        raise cli.UserError("the DDPM's weights hold no captions, they are of another version")
+    captions = ddpm_content.get("captions", cars.CAPTIONS)
+    tokenizer = tinyclip.Tokenizer.from_openai(vocabulary)
+    try:
+        clip = tinyclip.CLIP.from_openai(published.load_tensors(path), tokenizer)
+    except ValueError as error:
+        raise cli.UserError(f"{path}: {error}") from None
+    templates = [[template.format(normalize_prompt(text)) for text in captions]
+                 for template in PUBLISHED_TEMPLATES]
+    return tinyclip.from_pixels(clip), {
+        "captions": captions, "templates": templates, "less": [], "words": [],
+        "less_true_of": torch.zeros(0, len(captions), dtype=torch.bool),
+        "data": ddpm_content["data"], "steps": 0}
 
 
 def load_judge(data_name, path=None, device="cpu"):
@@ -97,31 +138,92 @@ def load_judge(data_name, path=None, device="cpu"):
 
 # ---- prompts -------------------------------------------------------------------------------------
 
-def resolve_prompt(prompt, models):
-    """Find a prompt among the captions -> (models, its index)
+# Cosines of text features: texts that mean the same have nearly 1, the next caption about .8.
+MEANS_THE_SAME, SURE = 0.9, 0.97
 
-    Whatever its template, a known caption is found. Another prompt becomes one more caption, and
-    only its feature is computed; words that CLIP was not trained on are named, and so is a prompt
-    that exceeds the context length. UserError if it is empty.
+
+def one_letter_apart(a, b):
+    """Whether two words differ by a letter that is missing, superfluous, wrong or in a wrong place:
+    "withe" and "white" are the same without their "h"."""
+    without_one = lambda word: {word} | {word[:i] + word[i + 1:] for i in range(len(word))}
+    return bool(without_one(a) & without_one(b))
+
+
+def known_words(text, words):
+    """Reduce a normalised text to words that CLIP was trained on, and print what it does not know
+
+    A word of four letters or more that is one letter away from a known one is read as that, the
+    longest of several: "withe" is "white", not "with".
     """
-    prompt = normalize_prompt(prompt)
-    if not prompt:
-        raise cli.UserError("the prompt is empty; leave it out to sample without guidance")
-    index_of = {normalize_prompt(text): i for texts in models.templates
-                for i, text in enumerate(texts)}
-    if prompt in index_of:
-        return models, index_of[prompt]
-    known = sorted({word for text in index_of for word in text.split()})
-    unknown = [repr(word[:30]) for word in dict.fromkeys(prompt.split()) if word not in known]
-    if unknown:
-        unknown, known = (shorten(", ".join(words), 300) for words in (unknown, known))
-        print(f"CLIP was not trained on {unknown}; its words: {known}", file=sys.stderr)
+    read = {}
+    for word in dict.fromkeys(text.split()):   # each once
+        nearest = difflib.get_close_matches(word, words, cutoff=0.75)
+        typing_errors = [near for near in nearest if one_letter_apart(word, near)]
+        if word in words:
+            read[word] = word
+        elif typing_errors and len(word) > 3:
+            read[word] = max(typing_errors, key=lambda w: (len(w), sorted(w) == sorted(word)))
+            print(f"{word!r} is read as {read[word]!r}")
+        else:
+            hint = f" (it knows {nearest[0]!r})" if nearest else ""
+            print(f"left out: {word[:30]!r}, a word that CLIP was not trained on{hint}")
+    return " ".join(read[word] for word in text.split() if word in read)
+
+
+def read_text(text, models):
+    """Find out what a normalised text means to CLIP -> (models, indices of captions, their text)
+
+    What CLIP's text encoder finds as good as equal to a caption, or to a text that says less, is
+    read as that: "something red" allows all captions whose main colour is red. Any other text
+    becomes one more caption, and only its feature is computed.
+    """
+    K, own = models.less_true_of.shape[1], models.clip.config.noise_aware   # else: published
+    if own:
+        text = known_words(text, models.words)
+    if not text:
+        return models, range(K), "anything"
     longest = models.clip.config.context_length - 2   # start and end
-    if len(models.clip.tokenizer.encode(prompt)) > longest:
-        print(f"the prompt is too long: CLIP reads its first {longest} tokens", file=sys.stderr)
-    text_features = torch.cat([models.text_features, models.clip.encode_captions([prompt])])
-    return models._replace(captions=[*models.captions, prompt], text_features=text_features), \
-        len(models.captions)
+    if len(models.clip.tokenizer.encode(text)) > longest:
+        print(f"the prompt is too long: CLIP reads its first {longest} tokens")
+    captions = map(normalize_prompt, models.captions[:K])
+    index_of = {text: i for texts in (*models.templates, captions) for i, text in enumerate(texts)}
+    if text not in index_of:
+        feature = models.clip.encode_ensemble(
+            [[template.format(text)] for template in (["{}"] if own else PUBLISHED_TEMPLATES)])
+        known = torch.cat([models.text_features[:K], models.less_features])   # (K + P, E)
+        cosine, i = F.cosine_similarity(feature.float(), known).max(dim=0)
+        if cosine < MEANS_THE_SAME or not own:
+            if own:
+                print(f"nothing that CLIP was trained on means {shorten(text, 80)!r}")
+            models = models._replace(captions=[*models.captions, text],
+                                     text_features=torch.cat([models.text_features, feature]))
+            return models, [len(models.captions) - 1], text
+        if cosine < SURE:
+            print(f"not sure of {shorten(text, 80)!r}: a cosine of {cosine:.2f} with what it is "
+                  "read as")
+        index_of[text] = int(i)
+    i = index_of[text]
+    if i < K:
+        return models, [i], models.captions[i]
+    return models, models.less_true_of[i - K].nonzero()[:, 0].tolist(), models.less[i - K]
+
+
+def resolve_prompt(prompt, models):
+    """Read a prompt -> (models, targets: (K,) bool, the captions that it allows)
+
+    "red bus or blue van" allows what either does. Prints what was read, as what is not taken
+    literally; models have more captions if a text was new. UserError if the prompt is empty.
+    """
+    text, targets, readings = normalize_prompt(prompt), set(), []
+    if not text:
+        raise cli.UserError("the prompt is empty; leave it out to sample without guidance")
+    for part in text.split(" or "):
+        models, indices, reading = read_text(normalize_prompt(part), models)
+        targets |= set(indices)
+        readings.append(reading)
+    print(f"{shorten(prompt, 80)!r} is read as {shorten(' or '.join(map(repr, readings)), 300)}")
+    return models, torch.tensor([k in targets for k in range(len(models.captions))],
+                                device=models.alpha_bar.device)
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -157,29 +259,46 @@ class SamplingConfig:
             self.scale = 0.
 
 
+def for_clip(config, clip):
+    """Choose another method if CLIP was trained on clean images only, as published ones are."""
+    if clip.config.noise_aware or config.method in ("none", "classifier-free", "x0", "x0-fast"):
+        return config
+    print(f"this CLIP knows no noise: method x0-fast instead of {config.method}")
+    return dataclasses.replace(config, method="x0-fast", scale=None)
+
+
 def generate(models, prompt=None, callback=None, **options):
     """Sample images for a prompt, or unguided without one -> x_0: (n, 3, H, W) in [-1, 1]
 
     options: fields of SamplingConfig; callback: see tinyddpm.sample, of the first batch
     """
-    target = None
+    targets = None
     with torch.no_grad(), cli.autocast(models.alpha_bar.device):
         if prompt is not None:
-            models, target = resolve_prompt(prompt, models)
-        return sample_images(models, target, SamplingConfig(**options), callback)
+            models, targets = resolve_prompt(prompt, models)
+        config = for_clip(SamplingConfig(**options), models.clip)
+        return sample_images(models, targets, config, callback)
 
 
-def sample_images(models, target, config, callback=None):
-    """Sample config.n images of the caption with index target, None: unguided."""
+def sample_images(models, targets, config, callback=None):
+    """Sample config.n images of the captions that targets, (K,) bool, allow; None: unguided.
+
+    p(x | text) is the sum over captions of p(caption | text) p(x | caption): draw a caption for
+    each image, then an image of that caption. (Guidance by the summed probability of all allowed
+    captions works too, but ends at the easiest one: of "a car with a yellow roof" at yellow cars.)
+    """
     size, device, images = models.unet.config.image_size, models.alpha_bar.device, []
-    method = config.method if target is not None else "none"
+    method = config.method if targets is not None else "none"
     if method == "classifier-free" and not models.unet.config.cond_dim:
         raise cli.UserError("this DDPM is unconditional; train a conditional one with: python "
                             "train.py ddpm --clip FILE --out runs/conditional")
     for start in range(0, config.n, config.batch):
         indices = range(start, min(start + config.batch, config.n))
-        targets = torch.full((len(indices),), target or 0, device=device)   # unused if unguided
-        denoise = guide.build_denoiser(method, models, targets, config.scale, config.interval)
+        allowed = [0] if targets is None else targets.nonzero()[:, 0].tolist()   # 0: unused
+        drawn = torch.tensor([allowed[torch.randint(
+            len(allowed), (), generator=data.generator(config.seed, i, 1))] for i in indices])
+        denoise = guide.build_denoiser(method, models, drawn.to(device), config.scale,
+                                       config.interval)
         generators = [data.generator(config.seed, i) for i in indices]   # one per image
         x_T = tinyddpm.randn_per_image(generators, (3, size, size), device)
         images.append(tinyddpm.sample(
@@ -190,24 +309,30 @@ def sample_images(models, target, config, callback=None):
 
 # ---- reporting -----------------------------------------------------------------------------------
 
-def report(models, target, x_0, judge_model, content):
-    """Print CLIP's mean probability of the caption and the judge's prompt accuracy.
+def report(models, targets, x_0, judge_model, content):
+    """Print CLIP's mean probability of the targets and the judge's prompt accuracy.
 
-    The probability is optimistic if CLIP guided. judge_model, content: see load_judge; a judge can
-    only judge captions whose attributes it was trained on.
+    The probability is optimistic if CLIP guided. targets: (K,) bool; judge_model, content: see
+    load_judge. The judge looks at what the prompt names: attributes that all targets share.
     """
-    caption = models.captions[target]
-    p = models.clip.caption_probs(x_0, models.text_features)[:, target].mean()
-    print(f"CLIP's mean probability of {shorten(caption, 80)!r}: {p:.0%}, among "
-          f"{len(models.captions)} captions")
-    if judge_model is None or caption not in content["captions"]:
-        return
-    labels = torch.tensor(content["caption_labels"][content["captions"].index(caption)])   # (A,)
-    correct = judge.predict(judge_model, x_0).cpu() == labels                              # (N, A)
-    each = ", ".join(f"{name} {fraction:.0%}" for name, fraction in
-                     zip(content["attributes"], correct.float().mean(dim=0)))
-    print(f"prompt accuracy by the judge: {int(correct.all(dim=1).sum())} of {len(x_0)} ({each}); "
-          f"{content['path']}, {content['steps']:,} steps")
+    K = models.less_true_of.shape[1]
+    if targets[K:].any() or targets.all():
+        print("not judged: " + ("it names nothing" if targets.all() else "the caption is new"))
+    elif judge_model is None or content["captions"] != models.captions[:K]:
+        print("not judged: there is no judge of these captions")
+    else:
+        allowed = torch.tensor(content["caption_labels"])[targets.cpu()]      # (n, A)
+        predicted = judge.predict(judge_model, x_0).cpu()                     # (N, A)
+        correct = (predicted[:, None] == allowed).all(dim=2).any(dim=1)       # (N,)
+        each = ", ".join(
+            f"{name} {torch.isin(predicted[:, a], allowed[:, a]).float().mean():.0%}"
+            for a, (name, values) in enumerate(content["attributes"].items())
+            if len(allowed[:, a].unique()) < len(values))
+        print(f"prompt accuracy by the judge: {int(correct.sum())} of {len(x_0)} ({each}); "
+              f"{content['path']}, {content['steps']:,} steps")
+    if not targets[K:].any():   # of what it was trained on
+        p = models.clip.caption_probs(x_0, models.text_features)[:, targets].sum(dim=1).mean()
+        print(f"CLIP's mean probability of it: {p:.0%}, among {len(models.captions)} captions")
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -263,19 +388,20 @@ def main(arguments=None):
     args, config = parse(arguments)
     device, paths = cli.pick_device(args.device), output_paths(args)
     models = load_models(args.clip, args.ddpm, device)
+    config = for_clip(config, models.clip)
     judge_model, content = load_judge(models.data, args.judge, device)
     print(models.description)
     with cli.autocast(device):
         resolved = [resolve_prompt(prompt, models) if prompt is not None else (models, None)
                     for prompt in args.prompts]
-        for prompt, (extended, target), path in zip(args.prompts, resolved, paths):
+        for prompt, (extended, targets), path in zip(args.prompts, resolved, paths):
             frames, start = [], time.perf_counter()
             shown = min(8, config.n, config.batch)   # in the GIF
 
             def keep_frame(t, x_t, x_0_hat):
                 frames.append(data.to_uint8(torch.cat([x_t[:shown], x_0_hat[:shown]])))
 
-            x_0 = sample_images(extended, target, config, keep_frame if args.gif else None)
+            x_0 = sample_images(extended, targets, config, keep_frame if args.gif else None)
             images = data.to_uint8(x_0)   # waits for the device, so the time is right
             seconds = time.perf_counter() - start
             zoom = max(1, 96 // images.shape[1])   # small images get up to 96 pixels on the screen
@@ -284,8 +410,8 @@ def main(arguments=None):
                            **{key: value for key, value in metadata.items() if value is not None})
             if frames:   # one row of x_t, one of x_0_hat
                 data.save_gif(path.with_suffix(".gif"), frames, columns=shown, zoom=zoom)
-            if target is not None:
-                report(extended, target, x_0, judge_model, content)
+            if targets is not None:
+                report(extended, targets, x_0, judge_model, content)
             print(f"{config.n} images in {seconds:.1f} s ({config.steps} x {config.recurrence} "
                   f"steps, {config.method}, scale {config.scale:g}) -> {path}")
 

@@ -17,7 +17,7 @@ Shapes: B images, K captions, L tokens, D width, E embedding width; images (B, 3
 with H = W = image_size.
 
 This file imports only torch, ftfy and regex: copy it and it works.
-Left out: the published weights, ResNet encoders.
+Left out: ResNet encoders.
 """
 import collections
 import functools
@@ -46,8 +46,11 @@ def clean_text(text):
 
 
 def normalize_prompt(prompt):
-    """Map equivalent prompts to one text: "  A White and red car" -> "white and red car"."""
-    return regex.sub(r"^(a|an|the) ", "", clean_text(prompt))
+    """Map equivalent prompts to one text: 'A White/red  "car"!' -> "white red car"; & and + are and
+    """
+    text = regex.sub(r"[&+]", " and ", clean_text(prompt))
+    words = regex.sub(r"[^\w\s]|_", " ", text).split()
+    return " ".join(words[1:] if words[1:] and words[0] in ("a", "an", "the") else words)
 
 
 # ---- byte pair encoding --------------------------------------------------------------------------
@@ -212,9 +215,10 @@ class CLIPConfig:
     text_layers: int = 2
     text_heads: int = 4
     embed_dim: int = 128           # E, width of the image and text features
-    context_length: int = 16       # maximum number of tokens with start and end; published: 77
+    context_length: int = 32       # maximum number of tokens with start and end; published: 77
     max_logit_scale: float = 20.   # paper: 100; a softer p guides better (experiments/LOG.md)
     image_size: int = 32           # pixels, H and W
+    noise_aware: bool = True       # False: t does not matter, as published
 
     def __post_init__(self):
         if min(self.patch, self.width, self.layers, self.heads, self.text_width, self.text_layers,
@@ -222,6 +226,8 @@ class CLIPConfig:
             raise ValueError("every size, and every number of layers or heads, must be at least 1")
         if self.stem not in ("conv", "patch"):
             raise ValueError(f"stem must be conv or patch, not {self.stem!r}")
+        if self.stem == "conv" and not self.noise_aware:
+            raise ValueError("the conv stem depends on t; without noise-awareness use patch")
         if self.stem == "conv" and (self.patch & (self.patch - 1) or self.width % 32):
             raise ValueError("with the conv stem, patch must be a power of two and width a "
                              "multiple of 32")
@@ -414,11 +420,12 @@ class CLIP(nn.Module):
         self.tokenizer = tokenizer
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config, tokenizer)
-        # One number in, so smooth in t: nothing jumps from one sampling step to the next.
-        self.time_mlp = nn.Sequential(nn.Linear(1, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU())
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))   # sec. 2.5 of the paper
-        self.log_scale_time = nn.Linear(D, 1, bias=False)
-        nn.init.zeros_(self.log_scale_time.weight)   # at first the same for all t
+        if config.noise_aware:
+            # One number in, so smooth in t: nothing jumps from one sampling step to the next.
+            self.time_mlp = nn.Sequential(nn.Linear(1, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU())
+            self.log_scale_time = nn.Linear(D, 1, bias=False)
+            nn.init.zeros_(self.log_scale_time.weight)   # at first the same for all t
 
     @classmethod
     def from_checkpoint(cls, checkpoint):
@@ -429,6 +436,8 @@ class CLIP(nn.Module):
 
     def time_embedding(self, t):
         """t: (B,) int in 0..T -> (B, D)"""
+        if not self.config.noise_aware:
+            return torch.zeros(len(t), self.config.width, device=t.device)
         return self.time_mlp(t[:, None].float() * (4 / T))   # inputs of order 1
 
     def encode_image(self, x, t=None):
@@ -449,12 +458,22 @@ class CLIP(nn.Module):
         tokens = self.tokenizer.batch(texts, self.config.context_length)
         return self.encode_text(tokens.to(self.log_scale.device))
 
+    def encode_ensemble(self, templates):
+        """Encode S lists of N texts, ways to write the same -> (N, E), the mean of their features
+
+        Normalised before the mean, as in sec. 3.1.4 of the paper.
+        """
+        return sum(F.normalize(self.encode_captions(texts).float(), dim=-1)
+                   for texts in templates) / len(templates)
+
     def logit_scale(self, t):
         """t: (B,) int in 0..T -> (B, 1) in (0, max_logit_scale]
 
         Learned: the more noise, the less certain CLIP can be, and the flatter the softmax must be.
         """
-        log_scale = self.log_scale + self.log_scale_time(self.time_embedding(t)).float()
+        log_scale = self.log_scale.expand(len(t), 1)
+        if self.config.noise_aware:
+            log_scale = log_scale + self.log_scale_time(self.time_embedding(t)).float()
         return log_scale.clamp(max=math.log(self.config.max_logit_scale)).exp()
 
     def logits(self, image_features, text_features, t=None):
@@ -482,6 +501,105 @@ class CLIP(nn.Module):
             return self.logits(image_features, text_features, t).softmax(dim=1)
 
 
+    # ---- the published weights ----
+
+    @classmethod
+    def from_openai(cls, weights, tokenizer):
+        """Build a published CLIP with a Vision Transformer: ViT-B/32, B/16, L/14, L/14@336.
+
+        weights: name -> tensor in the published layout, or the path of such a dictionary that
+        torch.save wrote; tokenizer: Tokenizer.from_openai. Sizes come from the shapes; every tensor
+        is used. ValueError if the weights are of another kind. encode_image then takes images from
+        `preprocess`; see from_pixels for guidance.
+        """
+        if not isinstance(weights, dict):
+            weights = torch.load(weights, map_location="cpu", weights_only=True)
+        weights = {name: w.float() for name, w in weights.items()   # stored as fp16
+                   if name not in ("input_resolution", "context_length", "vocab_size")}
+        if "visual.layer1.0.conv1.weight" in weights:
+            raise ValueError("this is a ResNet CLIP; only those with a Vision Transformer fit")
+        if not {"visual.conv1.weight", "visual.proj", "text_projection"} <= weights.keys():
+            raise ValueError("these are no weights of a published CLIP")
+        D, _, _, patch = weights["visual.conv1.weight"].shape
+        blocks = {tuple(name.partition("resblocks.")[::2]) for name in weights}
+        layers = lambda tower: len({rest.split(".")[0] for start, rest in blocks
+                                    if start == f"{tower}transformer."})
+        text_width, E = weights["text_projection"].shape
+        grid = math.isqrt(len(weights["visual.positional_embedding"]) - 1)
+        config = CLIPConfig(
+            stem="patch", patch=patch, width=D, layers=layers("visual."), heads=max(1, D // 64),
+            text_width=text_width, text_layers=layers(""), text_heads=max(1, text_width // 64),
+            embed_dim=E, context_length=len(weights["positional_embedding"]),
+            max_logit_scale=100.01, image_size=patch * grid, noise_aware=False)
+        if len(weights["token_embedding.weight"]) != tokenizer.vocab_size:
+            raise ValueError(f"the weights are for {len(weights['token_embedding.weight']):,} "
+                             f"tokens, the vocabulary has {tokenizer.vocab_size:,}")
+        clip = cls(config, tokenizer)
+        names = {published_name(name): name for name in clip.state_dict()}
+        if names.keys() != weights.keys():
+            odd = sorted(names.keys() ^ weights.keys())
+            raise ValueError(f"{len(odd)} tensors are missing or superfluous, such as {odd[0]}")
+        clip.load_state_dict({ours: weights[name].T if name.endswith(TRANSPOSED) else weights[name]
+                              for name, ours in names.items()})
+        return clip.eval().requires_grad_(False)
+
+    def to_openai(self):
+        """Export the weights in the published layout -> name: tensor; ValueError if noise-aware"""
+        if self.config.noise_aware or self.config.stem != "patch":
+            raise ValueError("the published layout has no timesteps and no convolutions")
+        weights = {published_name(name): w for name, w in self.state_dict().items()}
+        return {name: w.T.contiguous() if name.endswith(TRANSPOSED) else w
+                for name, w in weights.items()}
+
+
+TRANSPOSED = "visual.proj", "text_projection"   # published as (D, E), nn.Linear has (E, D)
+
+
+def published_name(name):
+    """Translate a name of ours: "text_encoder.blocks.0.ln_1.bias" ->
+    "transformer.resblocks.0.ln_1.bias"
+    """
+    for ours, theirs in (
+            ("image_encoder.projection.weight", "visual.proj"), ("image_encoder.", "visual."),
+            ("text_encoder.projection.weight", "text_projection"), ("text_encoder.", ""),
+            ("stem.conv.", "conv1."), ("class_token", "class_embedding"),
+            ("position_embedding", "positional_embedding"), ("blocks.", "transformer.resblocks."),
+            ("attention.qkv.", "attn.in_proj_"), ("attention.out.", "attn.out_proj."),
+            ("mlp.0.", "mlp.c_fc."), ("mlp.2.", "mlp.c_proj."), ("log_scale", "logit_scale")):
+        name = name.replace(ours, theirs)
+    return name
+
+
+# Mean and standard deviation of RGB in [0, 1] over the published training images.
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def preprocess(image, size):
+    """Preprocess a PIL image as published: bicubic, centre crop, normalised -> (3, size, size)"""
+    scale = size / min(image.size)
+    image = image.convert("RGB").resize([max(size, int(n * scale)) for n in image.size],
+                                        resample=3)   # PIL's number for bicubic
+    left, top = (round((n - size) / 2) for n in image.size)
+    image = image.crop((left, top, left + size, top + size))
+    x = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3) / 255
+    return ((x - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)
+
+
+def preprocess_pixels(x, size):
+    """The same for square images in [-1, 1], differentiable: (B, 3, H, W) -> (B, 3, size, size)"""
+    x = F.interpolate(x.float(), (size, size), mode="bicubic", antialias=True) / 2 + 0.5
+    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
+    return (x - mean) / std
+
+
+def from_pixels(clip):
+    """Let encode_image of a published CLIP take what ours takes: (B, 3, H, W) in [-1, 1], of any
+    size, and a t, which it ignores -> clip"""
+    encode_image, size = clip.encode_image, clip.config.image_size
+    clip.encode_image = lambda x, t=None: encode_image(preprocess_pixels(x, size))
+    return clip
+
+
 # ---- training ------------------------------------------------------------------------------------
 
 def contrastive_loss(logits, caption_ids):
@@ -504,23 +622,24 @@ def contrastive_loss(logits, caption_ids):
 TEXT_TO_IMAGE = 0.1   # weight of the second term of closed_set_loss
 
 
-def closed_set_loss(logits, caption_ids, is_clean):
-    """Compute the loss of each image against all K captions of a closed set -> scalar
+def closed_set_loss(logits, matches, is_clean):
+    """Compute the loss of each image against all N texts of a closed set -> scalar
 
-    logits: (B, K), caption_ids: (B,) int in 0..K-1, is_clean: (B,) bool, images without noise
+    logits: (B, N); matches: (B, N), above 0 where the text is true of the image, in proportion to
+    its part in the target: "a red bus", and also "a bus"; is_clean: (B,) bool, without noise
 
     differs from the paper: where captions are few, use them all, not only those of the batch. No
     batch is too small, and the hardest negatives ("red and white") are always there. The softmax
-    then estimates p(caption | x_t), which guidance needs, to within .04 on clean images (expected
-    calibration error); within a batch it depends on which captions the batch happens to hold.
+    among the captions then estimates p(caption | x_t), which guidance needs; within a batch it
+    depends on which captions the batch happens to hold.
     Text to image (weight TEXT_TO_IMAGE): each caption against the clean images of the batch, of
     which several may be right. Noised images would be ranked by their noise, not their content.
     """
-    image_to_text = F.cross_entropy(logits, caption_ids)
+    image_to_text = F.cross_entropy(logits, matches / matches.sum(dim=1, keepdim=True))
     if not is_clean.any():
         return image_to_text
-    matches = F.one_hot(caption_ids[is_clean], logits.shape[1]).T.float()     # (K, clean images)
-    present = matches.any(dim=1)                                              # (K,) bool
+    matches = (matches[is_clean].T > 0).float()                               # (N, clean images)
+    present = matches.any(dim=1)                                              # (N,) bool
     targets = matches[present] / matches[present].sum(dim=1, keepdim=True)
     text_to_image = F.cross_entropy(logits[is_clean].T[present], targets)
     return image_to_text + TEXT_TO_IMAGE * text_to_image
@@ -548,7 +667,7 @@ if __name__ == "__main__":   # one sentence through the tokenizer, then a CLIP o
         print("  ->  ".join(" ".join(symbols) for symbols in tokenizer.bpe(word)))
     print("ids", tokenizer.batch([sentence], context_length=16).tolist()[0])
 
-    clip = CLIP(CLIPConfig(image_size=16, layers=1, text_layers=1), tokenizer)
+    clip = CLIP(CLIPConfig(image_size=16, layers=1, text_layers=1, context_length=16), tokenizer)
     optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3)
     for step in range(201):   # about four images share a caption: a loss of ln 4 = 1.39 at best
         x, captions = squares(32, generator)

@@ -19,12 +19,14 @@ import dataclasses
 import math
 import time
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -47,7 +49,7 @@ class TrainConfig:
 
 
 DEFAULTS = {   # kind -> the model's config and its training's
-    "clip": (tinyclip.CLIPConfig(), TrainConfig(steps=1500, lr=2e-3)),
+    "clip": (tinyclip.CLIPConfig(), TrainConfig(steps=1900, lr=2e-3)),
     "ddpm": (tinyddpm.UNetConfig(), TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
     "judge": (judge.JudgeConfig(), TrainConfig(steps=800))}
 
@@ -58,17 +60,20 @@ DEFAULTS = {   # kind -> the model's config and its training's
 # longer than the images, and those of the batch stand for all (contrastive_loss).
 CLOSED_SET = 1024
 CLEAN_FRACTION = 0.125   # of the images of a batch, shown to CLIP without noise
+LESS = 32                # so many of the texts that say less, drawn at random for each step,
+LESS_WEIGHT = 0.1        # each with so much of the caption's part in the target
 
 
-def clip_objective(clip, x_0, caption_ids, tokens, alpha_bar, generator,
+def clip_objective(clip, x_0, caption_ids, tokens, less_true_of, alpha_bar, generator,
                    clean_fraction=CLEAN_FRACTION):
-    """Compute the loss of matching noised images with captions -> scalar
+    """Compute the loss of matching noised images with texts -> scalar
 
-    x_0: (B, 3, H, W), caption_ids: (B,) int in 0..K-1, tokens: (S, K, L), each caption in all its
-    templates; clean_fraction of the images get t = 0, for guidance by x_0_hat and for the
-    text-to-image term of the loss, the others a timestep in 1..T
+    x_0: (B, 3, H, W), caption_ids: (B,) int in 0..K-1; tokens: (S, K + P, L), S ways to write the
+    K captions and P texts that say less; less_true_of: (P, K) bool, the captions that those are
+    true of. clean_fraction of the images get t = 0, for guidance by x_0_hat and for the
+    text-to-image term of the loss, the others a timestep in 1..T.
     """
-    (B, *_), (S, K, _) = x_0.shape, tokens.shape
+    (B, *_), S, (P, K) = x_0.shape, len(tokens), less_true_of.shape
     t = tinyddpm.stratified_timesteps(B, generator)
     shuffled = torch.randperm(B, generator=generator, device=x_0.device)   # t ascends
     t[shuffled[:math.ceil(clean_fraction * B)]] = 0
@@ -76,13 +81,16 @@ def clip_objective(clip, x_0, caption_ids, tokens, alpha_bar, generator,
     x_t = tinyddpm.q_sample(x_0, t, eps, alpha_bar)
 
     closed = K <= CLOSED_SET   # else the captions of this micro-batch, as in the paper
-    compared = torch.arange(K, device=x_0.device) if closed else caption_ids
-    template = torch.randint(S, compared.shape, generator=generator, device=x_0.device)
-    text_features = clip.encode_text(tokens[template, compared])              # (K or B, E)
-    logits = clip.logits(clip.encode_image(x_t, t), text_features, t)         # (B, K or B)
-    if closed:
-        return tinyclip.closed_set_loss(logits, caption_ids, is_clean=t == 0)
-    return tinyclip.contrastive_loss(logits, caption_ids)
+    less = torch.randperm(P, generator=generator, device=x_0.device)[:LESS]
+    texts = torch.cat([torch.arange(K, device=x_0.device), K + less]) if closed else caption_ids
+    template = torch.randint(S, texts.shape, generator=generator, device=x_0.device)
+    text_features = clip.encode_text(tokens[template, texts])                 # (N, E)
+    logits = clip.logits(clip.encode_image(x_t, t), text_features, t)         # (B, N)
+    if not closed:
+        return tinyclip.contrastive_loss(logits, caption_ids)
+    matches = torch.cat([F.one_hot(caption_ids, K).float(),
+                         LESS_WEIGHT * less_true_of[less][:, caption_ids].T], dim=1)  # (B, N)
+    return tinyclip.closed_set_loss(logits, matches, is_clean=t == 0)
 
 
 def ddpm_objective(unet, x_0, cond, alpha_bar, generator):
@@ -112,7 +120,7 @@ class Task(NamedTuple):
 def accuracy_by_timestep(clip, tokens, validation, alpha_bar):
     """Measure top-1 accuracy on 500 held-out images, the same in each call -> {t: accuracy}
 
-    tokens: (K, L)
+    tokens: (K, L), of the captions
     """
     device = alpha_bar.device
     x_0, indices = data.batch(validation, 0, 0, 500, device)
@@ -126,18 +134,42 @@ def accuracy_by_timestep(clip, tokens, validation, alpha_bar):
     return accuracy
 
 
+ENSEMBLE = 8   # templates that weights.pt holds, to average text features
+
+
+def normalized_templates(dataset):
+    """S lists of K + P texts, as prompts are normalised too"""
+    return [[tinyclip.normalize_prompt(text) for text in texts] for texts in dataset.templates]
+
+
+def report_long_texts(templates, tokenizer, context_length):
+    """Print how many texts exceed the context length, and what follows from it."""
+    texts = {text: tuple(tokenizer.encode(text)) for texts in templates for text in texts}
+    longest, kept = max(map(len, texts.values())) + 2, context_length - 2   # start and end
+    if longest > context_length:
+        alike = Counter(ids[:kept] for ids in texts.values())
+        print(f"{sum(len(ids) > kept for ids in texts.values()):,} of {len(texts):,} texts are "
+              f"longer than {kept} tokens and lose their tail, by which "
+              f"{sum(n for n in alike.values() if n > 1):,} become like others; "
+              f"--context-length {longest} would do")
+
+
 def clip_task(config, options, dataset, validation, device):
     K, alpha_bar = len(dataset.captions), tinyddpm.cosine_alpha_bar().to(device)
     caption_ids = torch.from_numpy(dataset.caption_ids).to(device)
-    tokenizer = tinyclip.Tokenizer.train(sum(dataset.templates, []), vocab_size=4096)
+    templates = normalized_templates(dataset)
+    tokenizer = tinyclip.Tokenizer.train(sum(templates, []), vocab_size=4096)
+    report_long_texts(templates, tokenizer, config.context_length)
     tokens = torch.stack([tokenizer.batch(texts, config.context_length)
-                          for texts in dataset.templates]).to(device)         # (S, K, L)
+                          for texts in templates]).to(device)                 # (S, K + P, L)
+    less_true_of = torch.from_numpy(dataset.less_true_of).to(device)          # (P, K)
 
     def objective(model, x_0, indices, generator):
-        return clip_objective(model, x_0, caption_ids[indices], tokens, alpha_bar, generator)
+        return clip_objective(model, x_0, caption_ids[indices], tokens, less_true_of, alpha_bar,
+                              generator)
 
     def preview(model, folder):
-        accuracy = accuracy_by_timestep(model, tokens[0], validation, alpha_bar)
+        accuracy = accuracy_by_timestep(model, tokens[0, :K], validation, alpha_bar)
         shown = ", ".join(f"{accuracy[t]:.1%} at t = {t}" for t in (0, 300, 500, 700))
         return f"top-1 of {K} captions on held-out images: {shown}"
 
@@ -145,12 +177,16 @@ def clip_task(config, options, dataset, validation, device):
     compared, chance = B, math.log(B)   # captions with which an image is compared
     if K <= CLOSED_SET:   # image to text, and text to image among the clean ones
         text_to_image = math.log(math.ceil(CLEAN_FRACTION * B))
-        compared, chance = K, math.log(K) + tinyclip.TEXT_TO_IMAGE * text_to_image
+        compared = K + min(LESS, len(dataset.less_true_of))
+        chance = math.log(compared) + tinyclip.TEXT_TO_IMAGE * text_to_image
     if compared < 2:
         raise cli.UserError(f"an image is compared with {compared} caption; CLIP learns from "
                             "differences: use more captions or a larger --batch")
-    content = {"captions": dataset.captions, "templates": dataset.templates,
-               "merges": tokenizer.merges}
+    content = {"captions": dataset.captions, "templates": templates[:ENSEMBLE],
+               "less": dataset.templates[0][K:], "less_true_of": less_true_of.cpu(),
+               "merges": tokenizer.merges,
+               "words": sorted({word for texts in templates for text in texts
+                                for word in text.split()})}
     return Task("clip", tinyclip.CLIP(config, tokenizer), objective, preview, content, chance)
 
 
@@ -158,11 +194,13 @@ def ddpm_task(config, options, dataset, validation, device, clip=None):
     """clip: a trained CLIP, whose text features become the condition; None: unconditional"""
     alpha_bar = tinyddpm.cosine_alpha_bar().to(device)
     caption_ids, cond = torch.from_numpy(dataset.caption_ids).to(device), None
-    content = {}
+    content = {"captions": dataset.captions}   # for guidance by a published CLIP
     if clip is not None:
-        content = {"clip": checkpoint.weights_checksum(clip)}   # sample.py needs the same one
+        content["clip"] = checkpoint.weights_checksum(clip)   # sample.py needs the same one
         config = dataclasses.replace(config, cond_dim=clip.config.embed_dim)
-        cond = guide.text_condition(clip.to(device).encode_captions(dataset.captions))   # (K, E)
+        templates = normalized_templates(dataset)[:ENSEMBLE]
+        text_features = clip.to(device).encode_ensemble(templates)            # (K + P, E)
+        cond = guide.text_condition(text_features[:len(dataset.captions)])    # (K, E)
 
     def objective(model, x_0, indices, generator):
         cond_batch = None if cond is None else cond[caption_ids[indices]]
@@ -394,7 +432,7 @@ def add_flags(parser, kind):
     for config in DEFAULTS[kind]:
         for name, value in dataclasses.asdict(config).items():
             several = isinstance(value, tuple)
-            if name not in ("cond_dim", "in_channels"):   # of --clip, and of upsamplers
+            if name not in ("cond_dim", "in_channels", "noise_aware"):   # not for users to set
                 add("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
                     nargs="+" if several else None, type=type(value[0] if several else value),
                     help=f"default: {value}")

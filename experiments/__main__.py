@@ -1,7 +1,7 @@
 """python -m experiments NAME: measure what README.md and experiments/README.md claim.
 
 Prints a Markdown table, and writes it to --out/NAME.json with commit, machine, seed and flags.
-With flags of their own (-h): second_judge, benchmark, interruptions; tables has none.
+With flags of their own (-h): predict, second_judge, benchmark, interruptions; tables has none.
 """
 import argparse
 import sys
@@ -11,16 +11,18 @@ import torch
 
 import guide
 import sample
-from experiments import (ablations, benchmark, clip, ddpm, evaluator, figures, guidance,
-                         interruptions, second_judge, tables)
+from experiments import (ablations, benchmark, clip, ddpm, english, evaluator, figures, guidance,
+                         interruptions, second_judge, tables, zeroshot)
 from infra import cli
 
 EXPERIMENTS = {   # (models, args) -> rows of a table
     "clip": clip.zero_shot, "ddpm": ddpm.unguided_quality, "judges": second_judge.judges,
     "guidance": guidance.compare_methods, "sweep": guidance.sweep, "failures": guidance.failures,
+    "english": english.english, "zeroshot": zeroshot.zero_shot,
     "ablations": ablations.ablations, "composition": ablations.composition,
     "figures": figures.figures}
 STANDALONE = {   # list of arguments -> None
+    "predict": zeroshot.predict_file,
     "second_judge": second_judge.train_second_judge, "benchmark": benchmark.main,
     "interruptions": interruptions.main, "tables": tables.write_tables}
 SETTINGS = "steps", "eta", "recurrence", "seed", "batch"   # of sample.SamplingConfig

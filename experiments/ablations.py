@@ -31,11 +31,13 @@ def hold_out_pairs(dataset):
     """The data set of cars without the captions of PAIRS of colours, in either order."""
     keep = np.array([colours(labels) not in PAIRS for labels in dataset.caption_labels])  # (K,)
     indices, new_ids = np.flatnonzero(keep[dataset.caption_ids]), keep.cumsum() - 1
-    subset = lambda texts: [text for text, flag in zip(texts, keep) if flag]
+    less = dataset.less_true_of[:, keep]
+    kept = np.append(keep, less.any(axis=1))   # what says less, too, if it says "white and red"
+    subset = lambda texts: [text for text, flag in zip(texts, kept) if flag]
     return dataset._replace(
         images=dataset.images[indices], caption_ids=new_ids[dataset.caption_ids[indices]],
         captions=subset(dataset.captions), templates=list(map(subset, dataset.templates)),
-        caption_labels=dataset.caption_labels[keep],
+        less_true_of=less[less.any(axis=1)], caption_labels=dataset.caption_labels[keep],
         report=f"{dataset.report}; {len(indices):,} and {keep.sum()} without the held-out pairs")
 
 
@@ -44,9 +46,11 @@ def clean_objective(clip, dataset, device):
     alpha_bar = tinyddpm.cosine_alpha_bar().to(device)
     caption_ids = torch.from_numpy(dataset.caption_ids).to(device)
     tokens = torch.stack([clip.tokenizer.batch(texts, clip.config.context_length)
-                          for texts in dataset.templates]).to(device)         # (S, K, L)
+                          for texts in train.normalized_templates(dataset)]).to(device)
+    less_true_of = torch.from_numpy(dataset.less_true_of).to(device)
     return lambda model, x_0, indices, generator: train.clip_objective(
-        model, x_0, caption_ids[indices], tokens, alpha_bar, generator, clean_fraction=1.)
+        model, x_0, caption_ids[indices], tokens, less_true_of, alpha_bar, generator,
+        clean_fraction=1.)
 
 
 def train_changed(kind, change, device):
@@ -86,7 +90,8 @@ def changed_models(change, kinds, models, args):
         raise cli.UserError("this experiment needs models of the built-in cars, of all captions")
     device, paths = models.alpha_bar.device, {"clip": args.clip, "ddpm": args.ddpm}
     paths |= {kind: train_changed(kind, change, device) for kind in kinds}
-    return evaluator.with_captions(sample.load_models(**paths, device=device), cars.CAPTIONS)
+    return evaluator.with_captions(sample.load_models(**paths, device=device), cars.CAPTIONS,
+                                   cars.descriptions(train.ENSEMBLE))
 
 
 def ablations(models, args):

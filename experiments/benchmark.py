@@ -24,11 +24,13 @@ from infra import cli
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 millions = lambda model: round(sum(p.numel() for p in model.parameters()) / 1e6, 1)
-BATCH, DDIM_STEPS = {"ddpm": 64, "clip": 128, "ddim": 8}, 10
+BATCH, DDIM_STEPS = {"ddpm": 64, "clip": 128, "ddim": 8, "encode": 8}, 10
 # As many parameters as the peers' U-Nets, 35.7 million; and diffusers' widths, blocks, attention.
 LARGE = tinyddpm.UNetConfig(channels=64, multipliers=(1, 2, 3, 8))
 WIDE = tinyddpm.UNetConfig(channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,))
 PATCH_CLIP = tinyclip.CLIPConfig(stem="patch")   # the stem of the published CLIP
+VIT_B_32 = tinyclip.CLIPConfig(stem="patch", patch=32, width=768, layers=12, heads=12,
+                               embed_dim=512, image_size=224, noise_aware=False)
 
 
 def fastest(functions, rounds=3):
@@ -149,13 +151,33 @@ def train_open_clip(bf16, config=PATCH_CLIP):
                      after=lambda: clip.logit_scale.data.clamp_(0, 4.6052))   # ln 100
 
 
+def encode(clip, bf16):
+    """-> a function that encodes images of 224 x 224 pixels, the model"""
+    images = torch.rand(BATCH["encode"], 3, 224, 224, device=DEVICE)
+    def run():
+        with torch.no_grad(), cli.autocast(DEVICE, bf16):
+            clip.encode_image(images)
+    return run, clip
+
+
+def encode_ours(bf16):
+    tokenizer = tinyclip.Tokenizer.train(cars.CAPTIONS, 4096)
+    return encode(tinyclip.CLIP(VIT_B_32, tokenizer).eval().to(DEVICE), bf16)
+
+
+def encode_open_clip(bf16):
+    import open_clip
+    return encode(open_clip.create_model("ViT-B-32-quickgelu").eval().to(DEVICE), bf16)
+
+
 COMPARISONS = [   # peer, key of BATCH, theirs, ours
     ("denoising-diffusion-pytorch", "ddpm", train_lucidrains, partial(train_ours, "ddpm", LARGE)),
     ("diffusers", "ddpm", train_diffusers, partial(train_ours, "ddpm", LARGE)),
     ("diffusers, with its widths", "ddpm", train_diffusers, partial(train_ours, "ddpm", WIDE)),
     ("open_clip, equal towers", "clip", train_open_clip, partial(train_ours, "clip", PATCH_CLIP)),
     ("diffusers, as many parameters", "ddim", ddim_diffusers, partial(ddim_ours, our_unet)),
-    ("diffusers, with its U-Net", "ddim", ddim_diffusers, partial(ddim_ours, diffusers_unet))]
+    ("diffusers, with its U-Net", "ddim", ddim_diffusers, partial(ddim_ours, diffusers_unet)),
+    ("open_clip, ViT-B/32", "encode", encode_open_clip, encode_ours)]
 
 
 def benchmark():

@@ -2,6 +2,7 @@
 
 N images, K captions, A attributes; models is a sample.Models, args the flags.
 """
+import numpy as np
 import torch
 
 import cars
@@ -14,7 +15,6 @@ TIMESTEPS = (0, 50, *range(100, 1000, 100), 950)
 def zero_shot(models, args):
     """CLIP by noise level: accuracy, calibration, retrieval, word order, paraphrases."""
     dataset, caption_ids, x_0, eps = evaluator.images_and_noise(models, args.seed)
-    models = evaluator.with_captions(models, dataset.captions)
     labels = torch.from_numpy(dataset.caption_labels).to(x_0.device)          # (K, A)
     for timestep in TIMESTEPS:
         t = torch.full((len(x_0),), timestep, device=x_0.device)
@@ -29,8 +29,10 @@ def zero_shot(models, args):
                **metrics.recall(logits, caption_ids)}
         if models.data == "cars":
             row["order"] = word_order(logits, caption_ids, labels)
-            other = evaluator.with_captions(models, list(map(paraphrase, labels.tolist())))
-            row["paraphrase"] = metrics.mean(caption_logits(other, x_t, t).argmax(1) == caption_ids)
+            for i, texts in enumerate(held_out_phrasings()):
+                other = evaluator.with_captions(models, texts)
+                found = caption_logits(other, x_t, t).argmax(1)
+                row[f"phrasing {i + 1}"] = metrics.mean(found == caption_ids)
         yield row
 
 
@@ -51,7 +53,20 @@ def word_order(logits, caption_ids, labels):
     return metrics.mean(logits[i, caption_ids] > logits[i, torch.as_tensor(swapped)])
 
 
-def paraphrase(labels):
-    """(3,) indices of body, main and second -> a caption in words that CLIP was not trained on"""
-    body, main, second = cars.BODIES[labels[0]], *(cars.COLOURS[i] for i in labels[1:])
-    return f"a {body} that is {main}" + (f" with a {second} roof" if main != second else "")
+# Ways to write captions that are not in cars.PHRASES: for two colours, and for one.
+HELD_OUT = [("a {n} which is {m} and {s}", "a {n} which is {c}"),
+            ("a {n} in {m} whose roof is {s}", "a {n} in {c} whose roof is {c}"),
+            ("a {m} {n} whose roof is {s}", "a {c} {n} whose roof is {c}"),
+            ("a {n}, {m} with a {s} roof", "a {n}, {c} with a {c} roof"),
+            ("a {n} of {m} and {s} colour", "a {n} of {c} colour"),
+            ("a {m} body and a {s} roof on a {n}", "a {c} body and a {c} roof on a {n}"),
+            ("a {s} roof, a {m} body, a {n}", "a {c} roof, a {c} body, a {n}"),
+            ("the {n} has a {m} body and its roof is {s}", "the {n} has a {c} body and roof"),
+            ("a {n} with a roof in {s} and a body in {m}", "a {n} with a roof and a body in {c}")]
+
+
+def held_out_phrasings():
+    """Write all captions in each of HELD_OUT -> lists of K texts"""
+    labels = cars.caption_labels(np.arange(len(cars.CAPTIONS))).tolist()
+    return [[cars.fill(one if m == s else two, cars.BODIES[b], cars.COLOURS[m], cars.COLOURS[s],
+                       None) for b, m, s in labels] for two, one in HELD_OUT]

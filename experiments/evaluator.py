@@ -30,10 +30,14 @@ METHODS = {**guide.METHODS, **variants.VARIANTS}
 SOURCE = [Path(module.__file__).read_bytes() for module in (guide, tinyclip, tinyddpm, variants)]
 
 
-def with_captions(models, captions):
-    """The models with other captions."""
-    return models._replace(captions=captions, templates=[captions],
-                           text_features=models.clip.encode_captions(captions))
+def with_captions(models, captions, templates=None):
+    """The models with other captions; templates: S lists of ways to write them, which come first"""
+    templates = [[tinyclip.normalize_prompt(text) for text in texts[:len(captions)]]
+                 for texts in templates or [captions]]
+    return models._replace(captions=captions, templates=templates, less=[],
+                           less_features=models.less_features[:0],
+                           less_true_of=models.less_true_of.new_empty((0, len(captions))),
+                           text_features=models.clip.encode_ensemble(templates))
 
 
 def images_and_noise(models, seed):

@@ -146,7 +146,7 @@ def similarity(models, path):
     images, labels = cars.render(0, range(cars.VALIDATION, cars.VALIDATION + 10), 32)
     x_0, captions = data.to_float(images), [cars.caption(*row) for row in labels]
     image_features = models.clip.encode_image(x_0).float()
-    text_features = models.clip.encode_captions(captions).float()
+    text_features = models.text_features[cars.caption_index(labels)].float()
     cosines = torch.cosine_similarity(text_features[:, None], image_features, dim=2).tolist()
 
     def tile(cosine):   # white up to 0, BLUE at 1

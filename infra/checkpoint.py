@@ -10,8 +10,8 @@ from infra.cli import UserError
 
 
 # What commands read of weights.pt besides what from_checkpoint does.
-HOLDS = {"clip": ("steps", "captions", "templates"), "ddpm": ("steps",),
-         "judge": ("steps", "captions", "caption_labels")}
+HOLDS = {"clip": ("steps", "captions", "templates", "less", "less_true_of", "words"),
+         "ddpm": ("steps",), "judge": ("steps", "captions", "caption_labels")}
 
 
 @contextlib.contextmanager

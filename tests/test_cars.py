@@ -1,5 +1,7 @@
 """The embedded data set: captions, reproducible images, and the ray cast against brute force."""
 import math
+import random
+import re
 
 import numpy as np
 import pytest
@@ -19,6 +21,117 @@ def test_order_of_colours_matters():
     assert cars.caption(0, red, white) == "a red and white car"
     assert cars.caption(1, red, red) == "a red sports car"
 
+
+# ---- English -------------------------------------------------------------------------------------
+
+LABELS = [*cars.caption_labels(np.arange(294)).tolist(), *cars.LESS]
+RED, WHITE, BUS = cars.COLOURS.index("red"), cars.COLOURS.index("white"), cars.BODIES.index("bus")
+
+
+@pytest.mark.parametrize("kind", cars.PHRASES)
+def test_every_phrase_names_what_its_kind_names(kind):
+    """With all of its braces filled in, whatever the articles, and no space too many; phrases of
+    one kind differ."""
+    phrases, colours = cars.PHRASES[kind], kind.removesuffix(" of something")
+    assert len(set(phrases)) == len(phrases) >= (24 if kind == "two colours" else 2)
+    second = "red" if colours == "one colour" else "blue"
+    named = {"two colours": {"red", "blue"}, "main": {"red"}, "second": {"blue"},
+             "one colour": {"red"}, "neither": set()}[colours]
+    for phrase in phrases:
+        for seed in range(20):
+            text = cars.fill(phrase, "bus", "red", second, random.Random(seed))
+            assert re.fullmatch(r"[a-z]+((-|,? )[a-z]+)*", text), text
+            words = set(re.findall(r"\w+", text))
+            assert words & {"red", "blue", "None"} == named, text
+            assert bool(words & {"bus", "buses"}) != kind.endswith(" of something")
+
+
+def test_articles_and_plurals():
+    """As English has them; a word that only begins or ends in an article keeps its form."""
+    fill = lambda phrase, noun="van", main="red", seed=0: cars.fill(
+        phrase, noun, main, "blue", random.Random(seed))
+    for noun, plural in (("bus", "buses"), ("omnibus", "omnibuses"), ("coach", "coaches"),
+                         ("lorry", "lorries"), ("4x4", "4x4s"), ("coupe", "coupes"),
+                         ("people carrier", "people carriers"), ("van", "vans")):
+        assert fill("{m} {N}", noun) == f"red {plural}"
+    articles = {fill("{a} {m} {n}", "bus", "emerald", seed) for seed in range(20)}
+    assert articles == {"an emerald bus", "the emerald bus", "emerald bus"}
+    assert fill("a {n} in a {m} hue", "off-roader", "ivory") == "an off-roader in an ivory hue"
+    assert fill("a {s}-roofed {n}") == "a blue-roofed van"
+    assert fill("sea {m}", main="azure") == "sea azure"
+
+
+def test_words_that_stand_apart_never_meet():
+    """In 200 descriptions of each label that could bring them together; each is used by itself."""
+    rng, noun_of, shade_of = random.Random(0), {}, {}
+    for table, names in ((noun_of, cars.NOUNS), (shade_of, cars.SHADES)):
+        table.update((word, name) for name in names for word in names[name].split(", "))
+    for pair in cars.APART:
+        (noun, shade), = [(a, b) for a in pair for b in pair if a in noun_of and b in shade_of]
+        body, colour = cars.BODIES.index(noun_of[noun]), cars.COLOURS.index(shade_of[shade])
+        texts = [cars.describe(*labels, rng) for labels in LABELS if labels[0] == body
+                 and colour in labels[1:] for _ in range(200)]
+        words = [set(re.findall(r"\w+", text)) for text in texts]
+        assert len(texts) >= 200 * 13 and not any(pair <= each for each in words)
+        assert all(sum(word in each for each in words) > 100 for word in pair)
+
+
+def test_less_true_of_by_hand():
+    """"a bus" is true of the 49 buses, "something red" of what has red as its main colour, "a white
+    and red vehicle" of one caption of each body, "something" of all."""
+    true_of = lambda *labels: {cars.CAPTIONS[k] for k in np.flatnonzero(
+        cars.LESS_TRUE_OF[cars.LESS.index(labels)])}
+    assert cars.LESS_TRUE_OF.shape == (154, 294) == (len(cars.LESS), 294)
+    assert true_of(BUS, None, None) == {text for text in cars.CAPTIONS if text.endswith(" bus")}
+    assert true_of(None, RED, None) == {text for text in cars.CAPTIONS if text.startswith("a red ")}
+    assert true_of(None, WHITE, RED) == {f"a white and red {body}" for body in cars.BODIES}
+    assert true_of(BUS, None, RED) == {"a red bus"} | {
+        f"a {colour} and red bus" for colour in cars.COLOURS if colour != "red"}
+    assert len(true_of(None, None, None)) == 294
+
+
+def test_what_says_less_has_a_plain_text():
+    """One that is different from those of all other labels, and of all captions."""
+    for labels, text in (((BUS, None, None), "a bus"), ((None, RED, None), "something red"),
+                         ((0, None, RED), "a car with a red roof"),
+                         ((BUS, RED, None), "a bus with a red body"),
+                         ((None, None, RED), "a vehicle with a red roof"),
+                         ((None, WHITE, RED), "a white and red vehicle"),
+                         ((None, RED, RED), "a red vehicle"), ((None, None, None), "something")):
+        assert cars.describe_less(*labels) == text
+    texts = {cars.describe_less(*labels) for labels in cars.LESS}
+    assert len(texts) == 154 and not texts & set(cars.CAPTIONS)
+
+
+def test_descriptions_are_of_their_labels():
+    """Each text names the body and colours that its label has, in any of their words, and no other
+    colour; one list in four is plain; the same seed gives the same lists."""
+    lists = cars.descriptions(9, seed=3)
+    assert lists == cars.descriptions(9, seed=3) != cars.descriptions(9, seed=4)
+    assert lists[0] == lists[4] == lists[8] == [
+        *cars.CAPTIONS, *(cars.describe_less(*labels) for labels in cars.LESS)]
+    assert len({tuple(texts) for texts in lists}) == 7
+    word_of = {word: i for i, name in enumerate(cars.COLOURS)
+               for word in [name, *cars.SHADES[name].split(", ")]}
+    for (body, *colours), *texts in zip(LABELS, *lists, strict=True):
+        nouns = [] if body is None else [name := cars.BODIES[body], *cars.NOUNS[name].split(", ")]
+        for text in texts:
+            named = {word_of[word] for word in re.findall(r"\w+", text) if word in word_of}
+            assert named == set(colours) - {None}, text
+            assert body is None or any(noun.rstrip("y") in text for noun in nouns), text
+
+
+def test_no_text_has_two_meanings():
+    """In 64 lists, without punctuation and the first article, no text is of two labels."""
+    label_of = {}
+    for texts in cars.descriptions(64):
+        for label, text in zip(map(tuple, LABELS), texts):
+            words = re.sub(r"^(a|an|the) ", "", " ".join(re.findall(r"\w+", text)))
+            assert label_of.setdefault(words, label) == label, text
+    assert len(label_of) > 10_000
+
+
+# ---- images --------------------------------------------------------------------------------------
 
 def test_image_is_a_function_of_seed_and_index():
     images, labels = cars.render(3, [5, 900, 7], 24)

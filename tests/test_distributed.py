@@ -112,7 +112,7 @@ def test_a_run_resumes_with_another_number_of_ranks(two_ranks, monkeypatch, caps
     assert resumed["step"] == alone["step"] == STEPS
     assert all(p.isfinite().all() for p in resumed["model"].values())
     losses = [saved["history"][-1][1] for saved in (resumed, alone)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+    assert losses[0] < 1.1 * losses[1]
 
 
 def test_a_batch_that_ranks_cannot_divide_is_refused(monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import cars
 import data
@@ -22,8 +23,8 @@ import tinyddpm
 import toys
 import train
 from experiments import __main__ as main
-from experiments import (ablations, clip, ddpm, evaluator, guidance, metrics, second_judge,
-                         variants)
+from experiments import (ablations, clip, ddpm, english, evaluator, guidance, metrics,
+                         second_judge, variants, zeroshot)
 from infra import checkpoint, cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,10 +42,11 @@ def random_cars(name, size, count, split="train"):
     """Random pixels instead of rendered cars, and every caption in turn."""
     N, seed = min(count, 600), sorted(data.SPLITS).index(split)
     images = np.random.default_rng(seed).integers(256, size=(N, size, size, 3), dtype=np.uint8)
-    captions = [caption.removeprefix("a ") for caption in cars.CAPTIONS]
+    texts, = cars.descriptions(1)
     return data.Dataset("cars", images, np.arange(N) % 294, cars.CAPTIONS,
-                        [cars.CAPTIONS, captions], cars.caption_labels(np.arange(294)),
-                        cars.ATTRIBUTES, f"{split}: {N} random images")
+                        [texts, [f"photo of {text}" for text in texts]], cars.LESS_TRUE_OF,
+                        cars.caption_labels(np.arange(294)), cars.ATTRIBUTES,
+                        f"{split}: {N} random images")
 
 
 def write_models(folder, dataset):
@@ -181,8 +183,21 @@ def test_word_order_by_hand():
         logits = torch.zeros(2, 294)
         logits[0, better] = 1
         assert clip.word_order(logits, torch.tensor([white_red, red]), labels) == fraction
-    names = [clip.paraphrase(labels[k].tolist()) for k in (white_red, red)]
-    assert names == ["a car that is white with a red roof", "a car that is red"]
+
+
+def test_held_out_phrasings_are_new():
+    """By hand, of two captions; none is a text of the training, but all their words are."""
+    white_red, red = (cars.CAPTIONS.index(f"a {c} car") for c in ("white and red", "red"))
+    phrasings = clip.held_out_phrasings()
+    assert [phrasings[i][white_red] for i in (0, 2, 6)] == [
+        "a car which is white and red", "a white car whose roof is red",
+        "a red roof, a white body, a car"]
+    assert [phrasings[i][red] for i in (0, 8)] == [
+        "a car which is red", "a car with a roof and a body in red"]
+    new, known = ({tinyclip.normalize_prompt(text) for texts in lists for text in texts}
+                  for lists in (phrasings, cars.descriptions(64)))
+    assert len(new) == 294 * len(clip.HELD_OUT) and not new & known
+    assert set(" ".join(new).split()) <= set(" ".join(known).split())
 
 
 # ---- variants of log_p ---------------------------------------------------------------------------
@@ -194,7 +209,7 @@ def test_lookahead_with_other_parts(models):
     with torch.no_grad():
         value = variants.lookahead_with(models.clip, models.text_features, targets, 2., 1.)(x, t, x)
         logits = models.clip.logits(models.clip.encode_image(x, t), models.text_features, t)
-    expected = 2 * (logits / 2).log_softmax(1)[[0, 1], targets]
+    expected = 2 * (logits / 2).log_softmax(1)[[0, 1], [5, 77]]
     assert torch.allclose(value, expected, atol=1e-4)
 
 
@@ -216,11 +231,12 @@ def test_factored_guidance_by_hand(models):
 
 
 def test_dot_product_by_hand(models):
-    x, t, targets = torch.randn(1, 3, 16, 16), torch.tensor([300]), torch.tensor([7])
+    x, t, targets = torch.randn(2, 3, 16, 16), torch.tensor([300, 300]), torch.tensor([7, 100])
+    models = models._replace(text_features=3 * models.text_features)   # not normalised
     with torch.no_grad():
         value = variants.dot_product(models.clip, models.text_features, targets)(x, t, None)
-        expected = models.clip.encode_image(x)[0] @ models.text_features[7]
-    assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+        expected = (models.clip.encode_image(x) * models.text_features[[7, 100]]).sum(dim=1)
+    assert value.shape == (2,) and torch.allclose(value, expected, rtol=1e-4)
 
 
 # ---- images and the cache ------------------------------------------------------------------------
@@ -287,7 +303,8 @@ def test_the_second_judge_in_weights(tmp_path, monkeypatch):
 # ---- changed data sets ---------------------------------------------------------------------------
 
 def test_held_out_pairs():
-    """Twelve captions for each pair leave, and every image keeps its caption."""
+    """Twelve captions for each pair leave, and what says less with such a pair; every image keeps
+    its caption, every text its templates and what it is true of."""
     dataset = random_cars("cars", 16, 600)
     less = ablations.hold_out_pairs(dataset)
     assert len(less.captions) == 294 - 36 == len(less.caption_labels)
@@ -296,7 +313,14 @@ def test_held_out_pairs():
                   for image, k in zip(dataset.images, dataset.caption_ids)}
     assert [caption_of[image.tobytes()] for image in less.images] == [
         less.captions[k] for k in less.caption_ids]
-    assert all(text == f"a {other}" for text, other in zip(*less.templates))
+    assert all(other == f"photo of {text}" for text, other in zip(*less.templates, strict=True))
+    assert less.templates[0][:258] == less.captions and len(less.templates[0]) == 258 + 154 - 6
+    true_of = {text: {less.captions[k] for k in np.flatnonzero(row)}
+               for text, row in zip(less.templates[0][258:], less.less_true_of, strict=True)}
+    assert "a white and red vehicle" not in true_of and len(true_of["a bus"]) == 43
+    assert true_of["something red"] == {c for c in less.captions if c.startswith("a red ")}
+    assert true_of["a bus with a red roof"] == {"a red bus"} | {
+        f"a {c} and red bus" for c in ("green", "blue", "yellow", "black", "gray")}
     groups = ablations.unseen_and_seen(2)
     names = {name: {cars.CAPTIONS[k % 294] for k in ids} for name, ids in groups.items()}
     assert len(groups["seen"]) == len(groups["unseen"]) == 72 == len(set(groups["seen"].tolist()))
@@ -309,7 +333,7 @@ def test_held_out_pairs():
 def test_models_by_themselves(here):
     rows = run("clip")
     assert [row["t"] for row in rows] == [0, 500]
-    assert {"top-1", "ece", "images@5", "order", "paraphrase"} <= set(rows[0])
+    assert {"top-1", "ece", "images@5", "order", "phrasing 1", "phrasing 8"} <= set(rows[0])
     rows = run("ddpm")   # by t, then eta x steps
     assert len(rows) == 6 + 4 and rows[5]["t"] == 900 and rows[-1]["steps"] == 2
     rows = run("judges")
@@ -328,6 +352,64 @@ def test_guidance(here, monkeypatch):
     assert Path("out/guidance-x0-32.png").exists()
     monkeypatch.setattr(evaluator, "generate", None)   # the second time, all is in the cache
     assert run(command) == rows
+
+
+def test_english(here, monkeypatch):
+    """Prompts say how they are read; all captions in held-out phrasings end the table."""
+    prompts = {name: english.PROMPTS[name] for name in ("grey car", "something red")}
+    monkeypatch.setattr(english, "PROMPTS", prompts)
+    monkeypatch.setattr(sample, "MEANS_THE_SAME", -1.)   # an untrained CLIP reads anything
+    rows = run("english", steps=1)
+    assert [row["prompt"] for row in rows] == [
+        *prompts, "all captions, plain", "all captions, in held-out phrasings"]
+    assert rows[1]["read as"] == "'something red'" and rows[1]["samples"] == 32
+    assert rows[1]["values of what is left open"].count(",") == 1
+    assert rows[3]["samples"] == 294
+
+
+def test_zero_shot(here, monkeypatch):
+    """Every task has its row, and the figure of words on cars is drawn."""
+    for name, small in (("HELD_OUT", 300), ("SEEN", 40), ("SIDE_VIEWS", 12), ("WITH_WORDS", 8),
+                        ("PAIRS_OF_CARS", 20)):
+        monkeypatch.setattr(zeroshot, name, small)
+    monkeypatch.setattr(ablations, "train_changed", lambda kind, change, device: (
+        Path(f"runs/{kind}/weights.pt")))
+    rows = run("zeroshot")
+    tasks = [row["task"] for row in rows]
+    assert tasks.count("body") == 2 and tasks.count("all attributes") == 3
+    assert tasks.count("pairs that CLIP never met") == 3 and len(rows) == 8 + 4 + 3
+    assert checkpoint.load("runs/ablations/clip-words/weights.pt", "clip")["steps"] == 10
+    assert Path("out/typographic.png").exists()
+
+
+def test_a_linear_probe_by_separable_features():
+    """It finds two attributes of features that tell them apart."""
+    labels = torch.tensor([[a, b] for a in range(3) for b in range(2)] * 5)
+    features = F.normalize(torch.cat([F.one_hot(labels[:, 0], 3), labels[:, 1:]], 1).float(), dim=1)
+    assert torch.equal(zeroshot.linear_probe(features, labels)(features), labels)
+
+
+def test_a_word_is_painted_on_both_sides():
+    """In letters that stand out."""
+    scene = cars.scene(0, zeroshot.from_the_side(1, 0)[0])[0]
+    plain, word = (cars.ray_cast(s, 64) for s in (scene, zeroshot.paint_word(scene, "BUS")))
+    changed = np.abs(plain - word).max(axis=2) > 0.2
+    assert 0.02 < changed.mean() < 0.3
+    other_side = scene._replace(eye=scene.eye * [1, -1, 1], forward=scene.forward * [1, -1, 1],
+                                right=-scene.right * [1, -1, 1], up=scene.up * [1, -1, 1])
+    plain, word = (cars.ray_cast(s, 64) for s in (
+        other_side, zeroshot.paint_word(other_side, "BUS")))
+    assert (np.abs(plain - word).max(axis=2) > 0.2).mean() > 0.02
+
+
+def test_predict_prints_probabilities(here, capsys):
+    """Of the given texts, the most probable one first."""
+    data.save_grid("image.png", np.zeros((1, 16, 16, 3), np.uint8))
+    main.main(["predict", "image.png", "a red car", "a blue bus"])
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    percent = [float(line.split("%")[0]) for line in lines]
+    assert percent[0] >= percent[1] and sum(percent) == pytest.approx(100, abs=0.2)
+    assert {line.split("%")[1].strip() for line in lines} == {"a red car", "a blue bus"}
 
 
 def test_sweep_and_failures(here, monkeypatch):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import cars
@@ -45,6 +46,12 @@ def here(folder, monkeypatch):
 @pytest.fixture
 def models(here):
     return sample.load_models()
+
+
+@pytest.fixture
+def all_new(monkeypatch):
+    """No text means the same as another: what is not in a template is one more caption."""
+    monkeypatch.setattr(sample, "MEANS_THE_SAME", 2.)
 
 
 @pytest.fixture
@@ -102,50 +109,130 @@ def test_the_judge_is_that_of_the_same_data(here, tmp_path, monkeypatch):
 
 # ---- prompts -------------------------------------------------------------------------------------
 
+def captions_of(models, targets):
+    """(K,) bool -> the captions that it allows"""
+    assert targets.shape == (len(models.captions),) == models.text_features.shape[:1]
+    return [models.captions[k] for k in targets.nonzero()[:, 0]]
+
+
 @pytest.mark.parametrize("prompt", [
     "a white and red car", "white and red car", "  White  and RED car ", "The white and red car",
-    "A WHITE AND RED CAR", "&#119;hite and red car"])
+    "A WHITE AND RED CAR", "&#119;hite and red car", '"White" & red car!', "white+red_car"])
 def test_a_known_caption_is_found_in_any_template_and_case(models, encoded, capsys, prompt):
-    """Nothing is encoded, and nothing printed."""
-    same, target = sample.resolve_prompt(prompt, models)
-    assert same is models and models.captions[target] == "a white and red car"
-    assert encoded == [] and capsys.readouterr() == ("", "")
+    """Nothing is encoded, and one line printed: how the prompt is read."""
+    same, targets = sample.resolve_prompt(prompt, models)
+    assert same is models and captions_of(models, targets) == ["a white and red car"]
+    out = f"{' '.join(prompt.split())!r} is read as 'a white and red car'\n"
+    assert encoded == [] and capsys.readouterr() == (out, "")
 
 
-def test_a_new_prompt_is_encoded_alone(models, encoded, capsys):
+def test_a_prompt_that_says_less_allows_several_captions(models, encoded, capsys):
+    """All of which it is true; nothing is encoded. What names nothing known allows any."""
+    for prompt, reading, expected in (
+            ("Something RED", "something red", [c for c in cars.CAPTIONS if c.startswith("a red")]),
+            ("the bus", "a bus", [c for c in cars.CAPTIONS if c.endswith(" bus")]),
+            ("zebra zoo", "anything", cars.CAPTIONS)):
+        same, targets = sample.resolve_prompt(prompt, models)
+        assert same is models and captions_of(models, targets) == expected and encoded == []
+        assert capsys.readouterr().out.endswith(f"{prompt!r} is read as {reading!r}\n")
+
+
+@pytest.mark.parametrize("prompt, readings", [
+    ("red bus or blue van", ["a red bus", "a blue van"]),
+    ("A red bus, or a blue van!", ["a red bus", "a blue van"]),
+    ("blue van or blue van or jeep", ["a blue van", "a blue van", "a jeep"])])
+def test_or_allows_what_either_part_allows(models, encoded, capsys, prompt, readings):
+    """Each part is read by itself, its article and all."""
+    same, targets = sample.resolve_prompt(prompt, models)
+    parts = [captions_of(models, sample.resolve_prompt(text, models)[1]) for text in readings]
+    assert same is models and set(captions_of(models, targets)) == set().union(*parts)
+    assert encoded == []
+    out = f"{prompt!r} is read as {' or '.join(map(repr, readings))}"
+    assert capsys.readouterr().out.splitlines()[0] == out
+
+
+def test_a_new_prompt_is_encoded_alone(models, encoded, capsys, all_new):
     """It becomes one more caption: the features of all others stay as they are. Words that no
-    caption has are named."""
-    more, target = sample.resolve_prompt("purple car of wood", models)
-    assert encoded == [1] and target == 294
-    assert more.captions == [*models.captions, "purple car of wood"]
+    text of the training has are left out and named."""
+    more, targets = sample.resolve_prompt("purple car of wood", models)
+    assert encoded == [1] and captions_of(more, targets) == ["car of"]
+    assert more.captions == [*models.captions, "car of"]
     assert torch.equal(more.text_features[:294], models.text_features)
-    expected = models.clip.encode_captions(["purple car of wood"])
-    assert torch.equal(more.text_features[294:], expected)
-    error = capsys.readouterr().err
-    assert "'purple', 'of', 'wood'" in error and "'car'" not in error and "white" in error
-    sample.resolve_prompt("red red car", models)   # known words alone need no warning
-    assert capsys.readouterr().err == ""
+    expected = F.normalize(models.clip.encode_captions(["car of"]), dim=1)
+    assert torch.allclose(more.text_features[294:], expected, atol=1e-5)
+    out = capsys.readouterr().out
+    assert "left out: 'purple'" in out and "left out: 'wood'" in out and "'car'" not in out
+    assert "nothing that CLIP was trained on means 'car of'" in out
+    more, targets = sample.resolve_prompt("red red car or red red van or bus", models)
+    assert captions_of(more, targets)[-2:] == more.captions[294:] == ["red red car", "red red van"]
+    assert targets.sum() == 49 + 2 and "left out" not in capsys.readouterr().out
 
 
-def test_every_caption_of_cars_is_resolved_to_itself(models):
-    """In both templates; of every seventh caption."""
-    for texts in models.templates:
-        for index, text in list(enumerate(texts))[::7]:
-            assert sample.resolve_prompt(text, models) == (models, index)
+def test_a_prompt_that_clip_finds_equal_is_read_as_that(models, capsys):
+    """The text whose feature has the same direction is found, however long others are: a caption,
+    or what says less."""
+    feature = models.clip.encode_captions(["red of red"])[0]
+    for name, texts, expected in (
+            ("text_features", models.captions, ["a white and red car"]),
+            ("less_features", models.less, [c for c in cars.CAPTIONS if c.startswith("a red ")])):
+        reading = "something red" if name == "less_features" else "a white and red car"
+        features = 9 * getattr(models, name)
+        features[texts.index(reading)] = 2 * feature
+        like = models._replace(**{name: features})
+        same, targets = sample.resolve_prompt("red of red", like)
+        assert same is like and captions_of(like, targets) == expected
+        assert capsys.readouterr().out == f"'red of red' is read as {reading!r}\n"
+
+
+@pytest.mark.parametrize("a, b, expected", [
+    ("withe", "white", True), ("redish", "reddish", True), ("buss", "bus", True),
+    ("jeap", "jeep", True), ("red", "bed", True), ("rotes", "red", False), ("tab", "bat", False),
+    ("car", "cabin", False), ("van", "navy", False)])
+def test_one_letter_apart(a, b, expected):
+    """A letter is missing, superfluous, wrong, or in a wrong place, and no more than that."""
+    assert sample.one_letter_apart(a, b) == sample.one_letter_apart(b, a) == expected
+
+
+@pytest.mark.parametrize("text, read, printed", [
+    ("white lorry", "white lorry", ""), ("", "", ""),
+    ("withe lory", "white lorry", "'withe' is read as 'white'\n'lory' is read as 'lorry'\n"),
+    ("gary", "gray", "'gary' is read as 'gray'\n"),   # not grey, though that is one letter apart
+    ("jep", "", "left out: 'jep', a word that CLIP was not trained on (it knows 'jeep')\n"),
+    ("bed bus", "bus", "left out: 'bed', a word that CLIP was not trained on\n"),
+    ("whitened bus", "bus",
+     "left out: 'whitened', a word that CLIP was not trained on (it knows 'white')\n"),
+    ("z" * 99, "", f"left out: '{'z' * 30}', a word that CLIP was not trained on\n")])
+def test_known_words(capsys, text, read, printed):
+    """Known ones stay, those of four letters or more one letter away from them become them, others
+    are left out; all but the first are named."""
+    words = ["bus", "grey", "gray", "jeep", "lorry", "red", "white"]
+    assert sample.known_words(text, words) == read
+    assert capsys.readouterr().out == printed
+
+
+def test_every_text_of_cars_is_resolved_to_its_captions(models):
+    """Captions and what says less: of each template every 37th text, of each another one."""
+    assert len(models.templates) == train.ENSEMBLE
+    for first, texts in enumerate(models.templates):
+        assert len(texts) == 294 + len(models.less)
+        for i, text in list(enumerate(texts))[first::37]:
+            expected = models.less_true_of[i - 294] if i >= 294 else torch.arange(294) == i
+            same, targets = sample.resolve_prompt(text, models)
+            assert same is models and torch.equal(targets, expected), text
 
 
 def test_text_features_are_encoded_once(here, encoded):
-    """All captions when the models are loaded, a new prompt when it is resolved, none while
-    sampling."""
-    sample.main(["red bus", "a purple bus", *FAST, "--out", "encoded"])
-    assert encoded == [294, 1]
+    """All texts in each template when the models are loaded, a new prompt when it is resolved, none
+    while sampling."""
+    sample.main(["red bus", "a bus of bus", *FAST, "--out", "encoded"])
+    assert encoded == [294 + len(cars.LESS)] * train.ENSEMBLE + [1]
 
 
 def test_a_prompt_of_ten_thousand_characters(here, capsys):
-    """Its first tokens are used, with a warning; no line is long."""
-    sample.main(["wheel " * 1667 + "x" * 900, *FAST, "--out", "long.png"])
+    """Its first tokens are used, with a warning; an unknown word is named once; no line is long."""
+    sample.main(["wheel car " * 910 + "x" * 900, *FAST, "--out", "long.png"])
     out, error = capsys.readouterr()
-    assert "CLIP reads its first 14 tokens" in error and "'wheel'" in error
+    assert "CLIP reads its first 30 tokens" in out and out.count("left out: 'wheel'") == 1
     assert max(map(len, (out + error).splitlines())) < 1000 and Path("long.png").exists()
 
 
@@ -210,11 +297,12 @@ def test_probabilities_of_captions_are_those_of_clip(models):
 
 def test_an_image_from_a_prompt(here, capsys):
     """The PNG has prompt, seed and settings in its metadata; the GIF has x_t above, x_0_hat below;
-    the report names CLIP's probability and the judge's accuracy."""
+    the report says how the prompt is read, the judge's accuracy and CLIP's probability."""
     sample.main("white and RED car|-n|3|--steps|3|--gif|--device|cpu|--batch|2".split("|"))
     out = capsys.readouterr().out
     assert "CLIP from runs/clip/weights.pt" in out.replace("\\", "/")
-    assert "mean probability of 'a white and red car': " in out and "among 294 captions" in out
+    assert "'white and RED car' is read as 'a white and red car'" in out
+    assert "CLIP's mean probability of it: " in out and "among 294 captions" in out
     assert "prompt accuracy by the judge: " in out and " of 3 (body " in out
     assert "runs/judge/weights.pt, 4 steps" in out.replace("\\", "/")
     assert "3 images in " in out and "(3 x 2 steps, lookahead, scale 128) -> out" in out
@@ -241,11 +329,47 @@ def test_no_prompt_is_unguided(here, capsys):
         assert "prompt" not in image.text and image.text["method"] == "none"
 
 
-def test_a_new_prompt_is_one_more_caption(here, capsys):
-    """CLIP's probability is among all of them; the judge does not know it."""
-    sample.main(["a purple car", *FAST, "--out", "purple.png"])
-    out, error = capsys.readouterr()
-    assert "'purple'" in error and "among 295 captions" in out and "prompt accuracy" not in out
+def test_a_new_prompt_is_one_more_caption(here, capsys, all_new):
+    """It is not judged, as the judge does not know it, and no probability is printed."""
+    sample.main(["a purple car of red", *FAST, "--out", "purple.png"])
+    out = capsys.readouterr().out
+    assert "left out: 'purple'" in out and "is read as 'car of red'" in out
+    assert "not judged: the caption is new" in out
+    assert "prompt accuracy" not in out and "mean probability" not in out
+
+
+@pytest.mark.parametrize("prompt, accuracy", [
+    ("a red bus", "1 of 4 (body 50%, main 50%, second 25%)"),
+    ("something red", "2 of 4 (main 50%)"), ("a bus", "2 of 4 (body 50%)"),
+    ("red bus or blue van", "2 of 4 (body 100%, main 100%, second 75%)")])
+def test_a_report_of_several_targets_by_hand(models, monkeypatch, capsys, prompt, accuracy):
+    """Images with all attributes of one target count, and each attribute that is not left open; the
+    probability is the sum over targets."""
+    red, blue, white = (cars.COLOURS.index(name) for name in ("red", "blue", "white"))
+    bus, van = cars.BODIES.index("bus"), cars.BODIES.index("van")
+    labels = [[bus, red, red], [van, blue, blue], [bus, blue, white], [van, red, blue]]
+    monkeypatch.setattr(judge, "predict", lambda model, x_0: torch.tensor(labels))
+    x_0, (models, targets) = torch.rand(4, 3, 16, 16), sample.resolve_prompt(prompt, models)
+    capsys.readouterr()
+    sample.report(models, targets, x_0, *sample.load_judge("cars"))
+    by_judge, by_clip = capsys.readouterr().out.splitlines()
+    assert by_judge.startswith(f"prompt accuracy by the judge: {accuracy}; ")
+    p = models.clip.caption_probs(x_0, models.text_features)[:, targets].sum() / 4
+    assert by_clip == f"CLIP's mean probability of it: {p:.0%}, among 294 captions"
+
+
+def test_each_image_gets_one_of_the_captions_that_a_prompt_allows(models, monkeypatch):
+    """At random, whatever the batch; of one caption each gets that."""
+    drawn, build = [], guide.build_denoiser
+    monkeypatch.setattr(guide, "build_denoiser", lambda name, models, targets, *args: (
+        drawn.extend(targets.tolist()) or build(name, models, targets, *args)))
+    targets = torch.zeros(294, dtype=torch.bool)
+    targets[[3, 50, 200]] = True
+    for batch in (64, 4):
+        sample.sample_images(models, targets, sample.SamplingConfig(n=12, steps=1, batch=batch))
+    assert drawn[:12] == drawn[12:] and set(drawn) == {3, 50, 200}
+    sample.generate(models, "a red bus", n=2, steps=1)
+    assert drawn[24:] == [cars.CAPTIONS.index("a red bus")] * 2
 
 
 def test_several_prompts_start_from_the_same_noise(here):
@@ -292,13 +416,13 @@ def test_every_method_samples(here, capsys, method):
         assert image.text["recurrence"] == "2" and image.text["method"] == method
 
 
-def test_classifier_free_needs_a_conditional_ddpm(here, capsys):
+def test_classifier_free_needs_a_conditional_ddpm(here, capsys, all_new):
     """Which takes any prompt, also one of a new caption."""
     flags = [*FAST, "--method", "classifier-free", "--out", "free.png"]
     with pytest.raises(cli.UserError, match="unconditional; .* train.py ddpm --clip FILE"):
         sample.main(["red bus", *flags])
     flags += ["--ddpm", "runs/conditional/weights.pt"]
-    for prompt in ("red bus", "a purple bus"):
+    for prompt in ("red bus", "a bus of bus"):
         sample.main([prompt, *flags])
         assert "classifier-free, scale 2" in capsys.readouterr().out
 
@@ -325,7 +449,7 @@ def test_the_condition_changes_the_image(here):
     ("--recurrence|0", "--recurrence must be"), ("--batch|0", "--batch must be"),
     ("--seed|-1", "--seed must be"), ("--interval|900|100", "--interval must be"),
     ("--interval|0|100", "--interval must be"), ("--scale|nan", "--scale must be"),
-    (" ", "prompt is empty"), ("\t&nbsp; ", "prompt is empty"),
+    (" ", "prompt is empty"), ("\t&nbsp; ", "prompt is empty"), ("?!", "prompt is empty"),
     ("a car|--out|a.jpg", "end it in .png"), ("a car|--method|magic", "invalid choice: 'magic'"),
     ("a car|--colour", "unrecognized"), ("a car|--scale", "expected one argument"),
     ("a car|--clip|none.pt", "no file none.pt"), ("a car|--judge|none.pt", "no file none.pt"),

@@ -112,13 +112,24 @@ def test_every_byte_has_its_own_printable_character():
 
 
 def test_cleaning():
-    """HTML, encoding errors, white space and case are repaired; prompts also lose the article."""
+    """HTML, encoding errors, white space and case are repaired."""
     assert tinyclip.clean_text("  A &amp;amp; B\n\nc ") == "a & b c"
     assert tinyclip.clean_text("a<b &amp;amp; c") == "a<b & c"   # here ftfy leaves HTML alone
     assert tinyclip.clean_text("schÃ¶n") == "schön"
-    for prompt in (" A  White and Red car", "white and red car", "the white and red car"):
-        assert tinyclip.normalize_prompt(prompt) == "white and red car"
-    assert tinyclip.normalize_prompt("another car") == "another car"
+
+
+@pytest.mark.parametrize("prompt, normalized", [
+    (" A  White and Red car", "white and red car"), ("white and red car", "white and red car"),
+    ("the white and red car", "white and red car"), ("another car", "another car"),
+    ("White & red car", "white and red car"), ("white+red car", "white and red car"),
+    ("White/red-roofed  'car'!", "white red roofed car"), ("a_white_car.", "white car"),
+    ('"An" (open) car: red, new?', "open car red new"), ("an 4x4 赤い Škoda", "4x4 赤い škoda"),
+    ("a", "a"), ("the the car", "the car"), ("...", ""), (" & ", "and")])
+def test_normalize_prompt(prompt, normalized):
+    """Case, the first article and punctuation do not matter; & and + are "and"; / - _ part words;
+    letters of any alphabet stay. What it returns, it leaves as it is, but for a second article."""
+    assert tinyclip.normalize_prompt(prompt) == normalized
+    assert normalized.startswith("the ") or tinyclip.normalize_prompt(normalized) == normalized
 
 
 def test_batch_has_start_end_and_padding_and_truncates_before_the_end(tokenizer):
@@ -279,7 +290,25 @@ def test_from_checkpoint_returns_the_same_clip(clip):
     assert not again.training and not logits.requires_grad
 
 
+def test_an_ensemble_is_the_mean_of_directions(clip):
+    """Each way to write a text counts the same, however long its feature is."""
+    templates = [["a red bus", "a jeep"], ["the bus is red", "one jeep"], ["red coach", "jeeps"]]
+    with torch.no_grad():
+        features = torch.stack([clip.encode_captions(texts) for texts in templates])
+        clip.text_encoder.register_forward_hook(lambda module, x, out: out * x[0].sum())
+        ensemble = clip.encode_ensemble(templates)
+    assert ensemble.shape == (2, 16) and torch.isfinite(ensemble).all()
+    assert torch.allclose(ensemble, (features / features.norm(dim=2, keepdim=True)).mean(0),
+                          atol=1e-5)
+
+
 # ---- the losses ----------------------------------------------------------------------------------
+
+def one_each(caption_ids, K):
+    """One caption's index for each image -> matches: (B, K) float"""
+    return F.one_hot(caption_ids, K).float()
+
+
 
 def test_contrastive_loss_is_the_pseudocode_of_the_paper():
     """With N different captions: labels = arange(n), the mean of the cross-entropies along both
@@ -314,9 +343,23 @@ def test_closed_set_loss_is_the_papers_when_the_captions_are_the_batchs_own():
     logits, caption_ids = torch.randn(6, 6), torch.arange(6)
     loss_i, loss_t = F.cross_entropy(logits, caption_ids), F.cross_entropy(logits.T, caption_ids)
     clean = torch.ones(6, dtype=torch.bool)
-    assert torch.allclose(closed_set_loss(logits, caption_ids, clean),
+    assert torch.allclose(closed_set_loss(logits, torch.eye(6), clean),
                           loss_i + tinyclip.TEXT_TO_IMAGE * loss_t)
-    assert torch.allclose(closed_set_loss(logits, caption_ids, ~clean), loss_i)
+    assert torch.allclose(closed_set_loss(logits, torch.eye(6), ~clean), loss_i)
+
+
+def test_closed_set_loss_with_a_text_that_says_less_by_hand():
+    """Two images, captions 0 and 1, and a text true of the second that has .3 of its caption's part
+    in the target. Softmax of image 0: (2, 1, 1)/4; of image 1: (1, 1, 8)/10; of texts over images:
+    2/3, 1/2 and 8/9."""
+    logits = torch.tensor([[2., 1., 1.], [1., 1., 8.]]).log()
+    matches = torch.tensor([[1., 0., 0.], [0., 1., .3]])
+    image_to_text = -(math.log(.5) + (math.log(.1) + .3 * math.log(.8)) / 1.3) / 2
+    text_to_image = -(math.log(2 / 3) + math.log(1 / 2) + math.log(8 / 9)) / 3
+    clean = torch.ones(2, dtype=torch.bool)
+    for flags, expected in ((~clean, image_to_text),
+                            (clean, image_to_text + tinyclip.TEXT_TO_IMAGE * text_to_image)):
+        assert closed_set_loss(logits, matches, flags).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_text_to_image_accepts_every_image_of_a_caption():
@@ -325,7 +368,8 @@ def test_text_to_image_accepts_every_image_of_a_caption():
     logits = torch.zeros(3, 4)
     logits[:2, 0] = 50.
     caption_ids, clean = torch.tensor([0, 0, 1]), torch.ones(3, dtype=torch.bool)
-    loss = closed_set_loss(logits, caption_ids, clean) - F.cross_entropy(logits, caption_ids)
+    loss = closed_set_loss(logits, one_each(caption_ids, 4), clean)
+    loss -= F.cross_entropy(logits, caption_ids)
     expected = tinyclip.TEXT_TO_IMAGE * (math.log(2) + math.log(3)) / 2
     assert loss.item() == pytest.approx(expected, abs=1e-4)
 
@@ -335,7 +379,8 @@ def test_text_to_image_is_of_clean_images_only():
     torch.manual_seed(0)
     logits, caption_ids = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0])
     clean = torch.tensor([True, True, False, False, True])
-    loss = closed_set_loss(logits, caption_ids, clean) - F.cross_entropy(logits, caption_ids)
+    loss = closed_set_loss(logits, one_each(caption_ids, 3), clean)
+    loss -= F.cross_entropy(logits, caption_ids)
     p = logits[clean].softmax(dim=0)                                          # (3 images, 3)
     terms = [-(p[0, 0].log() + p[2, 0].log()) / 2, -p[1, 1].log()]
     expected = tinyclip.TEXT_TO_IMAGE * sum(terms).item() / 2
@@ -356,7 +401,8 @@ def test_loss_at_start_is_about_chance(stem, tokenizer):
 
 
 @pytest.mark.parametrize("loss_of", [
-    lambda logits, ids: closed_set_loss(logits, ids, torch.ones(16, dtype=torch.bool)),
+    lambda logits, ids: closed_set_loss(logits, one_each(ids, logits.shape[1]),
+                                        torch.ones(16, dtype=torch.bool)),
     lambda logits, ids: contrastive_loss(logits[:, ids], ids)], ids=["closed set", "contrastive"])
 def test_learning(loss_of, tokenizer):
     """Sixteen images are assigned to their captions after a few steps, with either loss."""

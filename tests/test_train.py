@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -69,14 +71,21 @@ class RecordingCLIP:
         return self.text_features
 
 
+# Five captions and three texts that say less, each in two templates, as three tokens.
+TOKENS = torch.arange(2 * 8 * 3).view(2, 8, 3)
+LESS_TRUE_OF = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [1, 0, 0, 0, 1]]).bool()
+
+
 @pytest.mark.parametrize("fraction, clean", [(0.125, 4), (0.5, 16), (0., 0), (1., 32)])
 def test_clip_objective_has_clean_and_noised_images(alpha_bar, fraction, clean):
-    """As many images as asked for are clean; all others are noised up to a timestep in 1..T."""
+    """As many images as asked for are clean; all others are noised up to a timestep in 1..T. Each
+    is matched with its caption, and to a lower degree with what says less of it."""
     x_0, caption_ids = torch.randn(32, 3, 4, 6), torch.arange(32) % 5
-    tokens, clip, which = torch.arange(2 * 5 * 3).view(2, 5, 3), RecordingCLIP(), []
+    clip, which = RecordingCLIP(), []
+    matches = torch.cat([torch.eye(5), train.LESS_WEIGHT * LESS_TRUE_OF.T], dim=1)[caption_ids]
     for seed in range(80):
         torch.manual_seed(seed)
-        loss = train.clip_objective(clip, x_0, caption_ids, tokens, alpha_bar,
+        loss = train.clip_objective(clip, x_0, caption_ids, TOKENS, LESS_TRUE_OF, alpha_bar,
                                     data.generator(seed), fraction)
         is_clean = clip.t == 0
         assert is_clean.sum() == clean and clip.t.min() >= 0 and clip.t.max() <= tinyddpm.T
@@ -86,37 +95,43 @@ def test_clip_objective_has_clean_and_noised_images(alpha_bar, fraction, clean):
         ratio = (sigma / (1 - alpha_bar[clip.t]).sqrt())[~is_clean]
         assert ((ratio > 0.5) & (ratio < 1.5)).all()
         logits = clip.image_features @ clip.text_features.T
-        assert loss == tinyclip.closed_set_loss(logits, caption_ids, is_clean)
+        texts = clip.tokens[:, 0] // 3 % 8   # in the order in which they are compared
+        assert loss == tinyclip.closed_set_loss(logits, matches[:, texts], is_clean)
         which.append(is_clean)
     if 0 < clean < 32:   # any image may be a clean one, not only the first ones
         assert torch.stack(which).any(dim=0).all() and not torch.stack(which).all(dim=0).any()
 
 
-def test_clip_objective_draws_a_template_for_each_caption(alpha_bar):
-    """All captions of a small closed set, each in one of its templates, all templates in turn."""
-    tokens, clip, drawn = torch.arange(2 * 5 * 3).view(2, 5, 3), RecordingCLIP(), []
-    for seed in range(20):
+def test_clip_objective_draws_a_template_for_each_text(alpha_bar, monkeypatch):
+    """All captions of a small closed set, and so many of the texts that say less, each in one of
+    its templates; all texts in all templates in turn."""
+    monkeypatch.setattr(train, "LESS", 2)
+    clip, drawn = RecordingCLIP(), []
+    for seed in range(40):
         train.clip_objective(clip, torch.zeros(8, 3, 2, 2), torch.zeros(8, dtype=torch.long),
-                             tokens, alpha_bar, data.generator(seed))
-        rows = (clip.tokens[None] == tokens).all(dim=2)                       # (S, K)
-        assert (rows.sum(dim=0) == 1).all()
-        drawn.append(rows)
+                             TOKENS, LESS_TRUE_OF, alpha_bar, data.generator(seed))
+        rows = (clip.tokens == TOKENS[:, :, None]).all(dim=3).sum(dim=2)      # (S, K + P)
+        assert rows.sum(dim=0)[:5].tolist() == [1] * 5
+        assert sorted(rows.sum(dim=0)[5:].tolist()) == [0, 1, 1] and len(clip.tokens) == 7
+        drawn.append(rows.bool())
     assert torch.stack(drawn).any(dim=0).all()
 
 
 def test_clip_objective_is_the_papers_loss_if_captions_are_many(alpha_bar):
-    """Beyond CLOSED_SET captions each image is compared with the captions of its batch only."""
+    """Beyond CLOSED_SET captions each image is compared with the captions of its batch only, and
+    with no text that says less."""
     K = train.CLOSED_SET + 1
-    tokens, clip = torch.arange(2 * K).view(2, K, 1), RecordingCLIP()
+    tokens, clip = torch.arange(2 * (K + 1)).view(2, K + 1, 1), RecordingCLIP()
+    less_true_of = torch.ones(1, K, dtype=torch.bool)
     caption_ids = torch.tensor([3, K - 1, 3, 0])
-    loss = train.clip_objective(clip, torch.randn(4, 3, 2, 2), caption_ids, tokens, alpha_bar,
-                                data.generator(0))
-    assert torch.equal(clip.tokens[:, 0] % K, caption_ids)
+    loss = train.clip_objective(clip, torch.randn(4, 3, 2, 2), caption_ids, tokens, less_true_of,
+                                alpha_bar, data.generator(0))
+    assert torch.equal(clip.tokens[:, 0] % (K + 1), caption_ids)
     logits = clip.image_features @ clip.text_features.T
     assert loss == tinyclip.contrastive_loss(logits, caption_ids)
-    train.clip_objective(clip, torch.randn(4, 3, 2, 2), caption_ids % 1000, tokens[:, :-1],
-                         alpha_bar, data.generator(0))
-    assert len(clip.tokens) == train.CLOSED_SET
+    train.clip_objective(clip, torch.randn(4, 3, 2, 2), caption_ids % 1000, tokens[:, 1:],
+                         less_true_of[:, 1:], alpha_bar, data.generator(0))
+    assert len(clip.tokens) == train.CLOSED_SET + 1
 
 
 def test_ddpm_objective_drops_a_tenth_of_the_conditions(alpha_bar):
@@ -146,29 +161,67 @@ def test_ddpm_objective_without_a_condition(alpha_bar):
 
 
 def test_a_conditional_ddpm_gets_the_text_features_of_each_image(monkeypatch):
-    """The condition is text_condition of the image's own caption, as sample.py uses it."""
+    """The condition is text_condition of the image's own caption, averaged over its templates, as
+    sample.py uses it."""
     dataset, conds = toys.squares(20, seed=0), []
+    photos = [f"photo of {text}" for text in dataset.templates[0]]
+    dataset = dataset._replace(templates=[dataset.templates[0], photos])
     clip = tinyclip.CLIP(CONFIGS["clip"], tinyclip.Tokenizer.train(dataset.captions, 512))
     clip.requires_grad_(False)
     task = train.ddpm_task(CONFIGS["ddpm"], train.TrainConfig(), dataset, dataset, CPU, clip)
     assert task.model.config.cond_dim == 16 and CONFIGS["ddpm"].cond_dim == 0
-    assert task.content == {"clip": checkpoint.weights_checksum(clip)}
+    assert task.content == {"captions": dataset.captions,
+                            "clip": checkpoint.weights_checksum(clip)}
     monkeypatch.setattr(train, "ddpm_objective", lambda model, x_0, cond, *rest: conds.append(cond))
     x_0, indices = data.batch(dataset, 0, 1, 8)
     task.objective(task.model, x_0, indices, data.generator(0))
-    captions = [dataset.captions[i] for i in dataset.caption_ids[indices]]
-    assert torch.allclose(conds[0], guide.text_condition(clip.encode_captions(captions)), atol=1e-5)
+    features = [F.normalize(clip.encode_captions(texts), dim=1)[dataset.caption_ids[indices]]
+                for texts in train.normalized_templates(dataset)]
+    assert not torch.allclose(features[0], features[1], atol=1e-3)
+    expected = guide.text_condition((features[0] + features[1]) / 2)
+    assert torch.allclose(conds[0], expected, atol=1e-5)
 
 
 def test_what_cannot_be_trained_is_named():
     """A CLIP of one caption, and a judge of captions without attributes."""
     dataset = toys.squares(20, seed=0)
-    one = dataset._replace(captions=["a car"], templates=[["a car"]])
+    one = dataset._replace(captions=["a car"], templates=[["a car"]],
+                           less_true_of=np.empty((0, 1), bool))
     with pytest.raises(cli.UserError, match="compared with 1 caption; CLIP learns from diff"):
         train.clip_task(CONFIGS["clip"], train.TrainConfig(), one, one, CPU)
     none = dataset._replace(attributes={}, caption_labels=dataset.caption_labels[:, :0])
     with pytest.raises(cli.UserError, match="name no attributes"):
         train.judge_task(CONFIGS["judge"], train.TrainConfig(), none, none, CPU)
+
+
+def test_long_texts_are_reported(capsys):
+    """By hand, for three tokens between start and end: of eleven texts, seven have more; cut off,
+    both sides of a colour are alike, and for red also the text "red square on". No text is too long
+    for the context length that would do."""
+    dataset = toys.squares(20, seed=0)   # "red square on the left", "red square", ...
+    second = ["left side of it: red square", *dataset.templates[0][1:-1], "a red square on"]
+    dataset = dataset._replace(templates=[dataset.templates[0], second])
+    for context_length, report in (
+            (5, "7 of 11 texts are longer than 3 tokens and lose their tail, by which 7 become "
+                "like others; --context-length 8 would do\n"), (8, "")):
+        config = dataclasses.replace(CONFIGS["clip"], context_length=context_length)
+        train.clip_task(config, train.TrainConfig(), dataset, dataset, CPU)
+        assert capsys.readouterr().out == report
+
+
+def test_weights_of_a_clip_hold_the_texts_of_its_training():
+    """In weights.pt: the first templates, normalised; which captions a text that says less is true
+    of; all words, also those of later templates."""
+    dataset = toys.squares(20, seed=0)
+    later = [f"Late/{i} square" for i in range(9)]
+    dataset = dataset._replace(templates=[dataset.templates[0]] * train.ENSEMBLE + [later])
+    content = train.clip_task(CONFIGS["clip"], train.TrainConfig(), dataset, dataset, CPU).content
+    assert content["captions"] == dataset.captions and len(content["templates"]) == train.ENSEMBLE
+    assert content["templates"][0] == [
+        text.removeprefix("a ") for text in dataset.templates[0]]
+    assert (content["less_true_of"].numpy() == dataset.less_true_of).all()
+    assert content["words"] == sorted(
+        "red green blue square on the left right late".split() + list("012345678"))
 
 
 # ---- learning ------------------------------------------------------------------------------------
@@ -186,9 +239,10 @@ def learn(kind, folder, **options):
 
 def test_clip_learns(tmp_path, alpha_bar, capsys):
     """Held-out images find their captions among six: nearly all clean ones, few in much noise."""
-    task, clip = learn("clip", tmp_path, steps=80, batch=32, lr=2e-3)
+    task, clip = learn("clip", tmp_path, steps=160, batch=32, lr=2e-3)
     held_out = toys.squares(200, seed=2)
-    tokens = clip.tokenizer.batch(held_out.captions, clip.config.context_length)
+    captions = train.normalized_templates(held_out)[0][:6]
+    tokens = clip.tokenizer.batch(captions, clip.config.context_length)
     accuracy = train.accuracy_by_timestep(clip, tokens, held_out, alpha_bar)
     assert accuracy[0] > 0.9 and accuracy[200] > 0.8 and 0.1 < accuracy[900] < 0.8
     assert "top-1 of 6 captions on held-out images: " in capsys.readouterr().out

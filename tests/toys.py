@@ -15,7 +15,8 @@ COLOURS, SIDES = ["red", "green", "blue"], ["left", "right"]
 
 
 def squares(n, seed, size=16):
-    """A data set of n black images with one coloured square, six captions, two attributes."""
+    """A data set of n black images with one coloured square: six captions, three texts that say
+    less (each true of two captions), two attributes."""
     rng = np.random.default_rng(seed)
     labels = np.array([(colour, side) for colour in range(3) for side in range(2)])
     caption_ids, images = rng.integers(6, size=n), np.zeros((n, size, size, 3), np.uint8)
@@ -23,8 +24,10 @@ def squares(n, seed, size=16):
         left = side * size // 2 + rng.integers(2)
         image[size // 4:3 * size // 4, left:left + size // 3, colour] = 255
     captions = [f"a {COLOURS[colour]} square on the {SIDES[side]}" for colour, side in labels]
+    texts = captions + [f"a {colour} square" for colour in COLOURS]
+    less_true_of = labels[:, 0] == np.arange(3)[:, None]                      # (P = 3, K = 6)
     return data.Dataset("squares", images, caption_ids, captions,
-                        [captions, [caption.removeprefix("a ") for caption in captions]], labels,
+                        [texts, [text.removeprefix("a ") for text in texts]], less_true_of, labels,
                         {"colour": COLOURS, "side": SIDES}, f"{n} squares, seed {seed}")
 
 

@@ -1,0 +1,77 @@
+"""Prompts in English: how they are read, and what the judge finds in the images.
+
+N images, K captions, A attributes; models is a sample.Models, args the flags.
+"""
+import contextlib
+import io
+
+import torch
+
+import cars
+import data
+import guide
+import sample
+import tinyddpm
+from experiments import clip, metrics, second_judge
+from judge import predict
+
+PROMPTS = {   # -> body, main, second, None where the prompt leaves it open
+    "grey car": ("car", "gray", "gray"), "red buses": ("bus", "red", "red"),
+    "withe and red car": ("car", "white", "red"), "a redish van": ("van", "red", "red"),
+    "Red Bus!": ("bus", "red", "red"), "red bus.": ("bus", "red", "red"),
+    '"red bus"': ("bus", "red", "red"), "(red bus)": ("bus", "red", "red"),
+    "white/red car": ("car", "white", "red"), "white-and-red car": ("car", "white", "red"),
+    "red_bus": ("bus", "red", "red"), "white & red car": ("car", "white", "red"),
+    "a bus that is red": ("bus", "red", "red"), "photo of a blue van": ("van", "blue", "blue"),
+    "green car with white roof": ("car", "green", "white"),
+    "a lorry, yellow": ("truck", "yellow", "yellow"), "grey van": ("van", "gray", "gray"),
+    "a bus": ("bus", None, None), "something red": (None, "red", None),
+    "a car with a yellow roof": ("car", None, "yellow")}
+
+
+def english(models, args):
+    """Prompts as people write them, and all captions in phrasings that CLIP never met."""
+    judge, _, _ = second_judge.load_judges(models, args)
+    for prompt, names in PROMPTS.items():
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            read, targets = sample.resolve_prompt(prompt, models)
+        n = 32 if None in names else 16
+        config = sample.SamplingConfig(n=n, seed=args.seed)
+        predicted = predict(judge, sample.sample_images(read, targets, config)).cpu()   # (N, A)
+        wanted = [values.index(name) if name else None
+                  for name, values in zip(names, cars.ATTRIBUTES.values())]
+        correct = torch.stack([predicted[:, a] == value for a, value in enumerate(wanted)
+                               if value is not None], dim=1)
+        values = [len(predicted[:, a].unique()) for a, value in enumerate(wanted) if value is None]
+        yield {"prompt": prompt, "read as": out.getvalue().splitlines()[-1].split(" read as ")[1],
+               "samples": n, **metrics.accuracy_row(correct.all(dim=1)),
+               "values of what is left open": ", ".join(map(str, values))}
+    yield from held_out(models, args, judge)
+
+
+def held_out(models, args, judge):
+    """Guidance by held-out phrasings, caption k in phrasing k % 8, beside the plain captions."""
+    phrasings, K = clip.held_out_phrasings(), len(models.captions)
+    plain, read = torch.arange(K), []
+    for k in range(K):
+        with contextlib.redirect_stdout(io.StringIO()):
+            _, targets = sample.resolve_prompt(phrasings[k % len(phrasings)][k], models)
+        first = targets[:K].nonzero()[:1, 0].tolist()   # none if it became a new caption,
+        read += first or [(k + 1) % K]                  # which counts as wrong
+    labels = torch.from_numpy(cars.caption_labels(plain.numpy()))
+    for name, targets in (("all captions, plain", plain),
+                          ("all captions, in held-out phrasings", torch.tensor(read))):
+        predicted = predict(judge, sample_each(models, targets, args)).cpu()
+        yield {"prompt": name, "samples": K, **metrics.accuracy_row((predicted == labels).all(1))}
+
+
+def sample_each(models, targets, args):
+    """Sample one image of each of these captions, (N,) int -> x_0"""
+    images, (size, device) = [], (models.unet.config.image_size, models.alpha_bar.device)
+    for indices in torch.arange(len(targets)).split(args.batch):
+        denoise = guide.build_denoiser(guide.DEFAULT, models, targets[indices].to(device))
+        generators = [data.generator(args.seed, i) for i in indices.tolist()]
+        x_T = tinyddpm.randn_per_image(generators, (3, size, size), device)
+        images.append(tinyddpm.sample(denoise, x_T, generators, models.alpha_bar, args.steps,
+                                      args.eta, recurrence=args.recurrence))
+    return torch.cat(images)

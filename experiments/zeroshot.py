@@ -1,0 +1,294 @@
+"""What a shared space of images and texts gives without training for a task, and what it does not.
+
+    python -m experiments predict out/red-bus.png "a red bus" "a blue van"     probabilities
+
+Zero-shot prediction beside a linear probe and the judge; words painted on cars, which CLIP may read
+(Goh et al. 2021, "Multimodal Neurons", distill.pub/2021/multimodal-neurons); two cars in one image.
+N images, K captions, A attributes, E embedding width; models is a sample.Models, args the flags.
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import cars
+import data
+import sample
+import tinyclip
+import tinyddpm
+import train
+from experiments import ablations, evaluator, figures, metrics, second_judge
+from infra import cli
+from infra.image_folders import read_image
+from judge import predict
+
+HELD_OUT, SEEN = 2000, 10_000          # images to test on, and to fit the linear probe on
+SIDE_VIEWS, WITH_WORDS = 400, 4000     # cars to test words on, and to train on
+PAIRS_OF_CARS = 300
+FONT = {"B": "###,#.#,##.,#.#,###", "C": "###,#..,#..,#..,###", "J": "..#,..#,..#,#.#,###",
+        "N": "###,#.#,#.#,#.#,#.#", "P": "###,#.#,###,#..,#..", "R": "###,#.#,##.,#.#,#.#",
+        "S": "###,#..,###,..#,###", "U": "#.#,#.#,#.#,#.#,###", "V": "#.#,#.#,#.#,#.#,.#.",
+        "A": "###,#.#,###,#.#,#.#", "E": "###,#..,##.,#..,###", "K": "#.#,#.#,##.,#.#,#.#",
+        "T": "###,.#.,.#.,.#.,.#."}   # 3 x 5, from the top
+WORDS = {"BUS": 3, "VAN": 4, "JEEP": 2, "CAR": 0}   # the body that each names
+
+
+def predict_file(arguments=None):
+    """CLIP's probabilities of texts for an image file."""
+    parser = cli.Parser("python -m experiments predict", description=predict_file.__doc__)
+    parser.add_argument("image", type=Path)
+    parser.add_argument("texts", nargs="+")
+    parser.add_argument("--clip", help="its weights.pt; default: as sample.py")
+    args = parser.parse_args(arguments)
+    models = sample.load_models(args.clip)
+    x = data.to_float(read_image(args.image, models.unet.config.image_size)[None])
+    with torch.no_grad():
+        features = models.clip.encode_captions(list(map(tinyclip.normalize_prompt, args.texts)))
+        for p, text in sorted(zip(models.clip.caption_probs(x, features)[0].tolist(), args.texts),
+                              reverse=True):
+            print(f"{p:6.1%}  {text}")
+
+
+# ---- zero-shot, linear probe, judge --------------------------------------------------------------
+
+def linear_probe(features, labels, steps=300):
+    """Fit softmax regression of labels (N, A) on features (N, E) -> a function features -> (N, A)
+    """
+    heads = [torch.nn.Linear(features.shape[1], int(labels[:, a].max()) + 1)
+             for a in range(labels.shape[1])]
+    optimizer = torch.optim.Adam([p for head in heads for p in head.parameters()], lr=0.05)
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        for _ in range(steps):
+            loss = sum(F.cross_entropy(10 * head(features), labels[:, a])
+                       for a, head in enumerate(heads))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return lambda x: torch.stack([head(x).argmax(dim=1) for head in heads], dim=1)
+
+
+def image_features(models, x):
+    return F.normalize(torch.cat([models.clip.encode_image(part) for part in x.split(250)]).float(),
+                       dim=-1)
+
+
+def predicted_labels(models, x, text_features, labels_of_text):
+    """Zero-shot: labels_of_text (n, A) of the most probable of n texts -> (N, A)"""
+    return labels_of_text[models.clip.caption_probs(x, text_features).argmax(dim=1).cpu()]
+
+
+def zero_shot(models, args):
+    """Zero-shot prediction beside a linear probe and the judge; painted words; two cars."""
+    judge, _, _ = second_judge.load_judges(models, args)
+    labels = torch.from_numpy(cars.caption_labels(np.arange(len(cars.CAPTIONS))))
+    held_out = data.load("cars", judge.config.image_size, HELD_OUT, "validation")
+    x, truth = data.to_float(held_out.images[:]), torch.from_numpy(held_out.labels)
+    seen = data.load("cars", judge.config.image_size, 50_000)
+    x_seen, seen_labels = data.to_float(seen.images[:SEEN]), torch.from_numpy(seen.labels[:SEEN])
+
+    names = ["a " + name for name in cars.BODIES]
+    bodies = [cars.LESS.index((b, None, None)) for b in range(len(cars.BODIES))]
+    plain = models.clip.encode_captions([tinyclip.normalize_prompt(name) for name in names])
+    for way, features in (("zero-shot, one prompt", plain),
+                          ("zero-shot, 8 prompts", models.less_features[bodies])):
+        found = models.clip.caption_probs(x, features).argmax(dim=1)
+        yield row("body", way, found == truth[:, 0])
+    probe = linear_probe(image_features(models, x_seen), seen_labels)
+    ways = {"zero-shot, 294 captions": predicted_labels(models, x, models.text_features, labels),
+            "linear probe, 10,000 images": probe(image_features(models, x)),
+            "the judge, 50,000 images": predict(judge, x).cpu()}
+    for way, found in ways.items():
+        yield row("all attributes", way, (found == truth).all(dim=1))
+
+    # Pairs of colours that CLIP never met, neither in images nor in texts.
+    pairs = ablations.changed_models("pairs", ("clip",), models, args)
+    unseen = torch.tensor([ablations.colours(row) in ablations.PAIRS for row in truth.tolist()])
+    known = torch.tensor([ablations.colours(row) not in ablations.PAIRS
+                          for row in seen_labels.tolist()])
+    probe = linear_probe(image_features(pairs, x_seen[known]), seen_labels[known])
+    ways = {"zero-shot, 294 captions": predicted_labels(pairs, x, pairs.text_features, labels),
+            "linear probe": probe(image_features(pairs, x)),
+            "the judge, which met them": predict(judge, x).cpu()}
+    for way, found in ways.items():
+        yield row("pairs that CLIP never met", way, (found == truth).all(dim=1)[unseen])
+    yield from typographic(models, args)
+    yield from two_cars(models)
+
+
+def row(task, way, correct):
+    return {"task": task, "way": way, "samples": len(correct), **metrics.accuracy_row(correct)}
+
+
+# ---- words on cars -------------------------------------------------------------------------------
+
+def paint_word(scene, word):
+    """Paint a word on both sides of a car, in letters as high as half of it -> Scene"""
+    vertices = np.concatenate([solid.vertices for solid in scene.solids])
+    (x0, y0, _), (x1, y1, height) = vertices.min(axis=0), vertices.max(axis=0)
+    rows = [".".join(FONT[letter].split(",")[i] for letter in word) for i in range(5)]
+    width, step = len(rows[0]), .08 * height
+    dx = min(.85 * (x1 - x0) / width, 2 * step)
+    dark = scene.paints["main"] @ np.array([.3, .6, .1]) < .45
+    letters = []
+    for i, line in enumerate(rows):
+        for j in (j for j, mark in enumerate(line) if mark == "#"):
+            z = .32 * height + (4 - i) * step
+            for side in (-1, 1):   # it reads from left to right on both
+                x = (x0 + x1) / 2 - side * (j - width / 2) * dx
+                ends = sorted((x, x - side * dx))
+                half = max(abs(y0), abs(y1))
+                letters.append(cars.box("headlight" if dark else "tyre", *ends,
+                                        *sorted((side * (half - .1), side * (half + .02))),
+                                        z, z + step))
+    return scene._replace(solids=[*scene.solids, *letters])
+
+
+def from_the_side(count, start):
+    """-> `count` indices of cars that are viewed from the side, not from above"""
+    found, index = [], start
+    while len(found) < count:
+        forward = cars.scene(0, index)[0].forward
+        if abs(forward[1]) > .75:
+            found.append(index)
+        index += 1
+    return found
+
+
+def render_with_words(indices, words, size):
+    """Render cars with a word on each, None: without -> images uint8, labels (N, 3)"""
+    images, labels = [], []
+    for index, word in zip(indices, words):
+        scene, label = cars.scene(0, index)
+        scene = paint_word(scene, word) if word else scene
+        images.append(np.round(cars.ray_cast(scene, size) * 255).astype(np.uint8))
+        labels.append(label)
+    return np.stack(images), np.array(labels)
+
+
+def words_objective(images, caption_ids, words, dataset, tokenizer, length, device):
+    """The loss of train.clip_objective, but one image in four carries a word, and has a caption of
+    its own that says so; its plain caption is true as well.
+
+    images: (N, H, W, 3) uint8 with words, caption_ids, words: (N,) int -> an objective for a Task
+    """
+    alpha_bar, K = tinyddpm.cosine_alpha_bar().to(device), len(dataset.captions)
+    ids, templates = torch.from_numpy(dataset.caption_ids), train.normalized_templates(dataset)[:16]
+    tokens = torch.stack([tokenizer.batch(texts[:K], length) for texts in templates])  # (S, K, L)
+    with_word = torch.stack([torch.stack([
+        tokenizer.batch([f"{text} that says {word.lower()}" for text in texts[:K]], length)
+        for texts in templates]) for word in WORDS])                          # (W, S, K, L)
+
+    def objective(model, x_0, indices, generator):
+        n = len(x_0) // 4
+        chosen = torch.randint(len(images), (n,), generator=generator)
+        x_0 = torch.cat([data.to_float(images[chosen.numpy()]).to(device), x_0[n:]])
+        caption, word = torch.cat([caption_ids[chosen], ids[indices[n:]]]), words[chosen]
+        t = tinyddpm.stratified_timesteps(len(x_0), generator)
+        t = t[torch.randperm(len(x_0), generator=generator)]
+        t[torch.randperm(len(x_0), generator=generator)[:len(x_0) // 8]] = 0
+        eps = torch.randn(x_0.shape, generator=generator)
+        template = torch.randint(len(tokens), (K + n,), generator=generator)
+        text_features = model.encode_text(torch.cat([
+            tokens[template[:K], torch.arange(K)], with_word[word, template[K:], caption[:n]]]))
+        has_word = torch.cat([word, word.new_full((len(x_0) - n,), -1)])
+        same = (caption[:, None] == caption[:n]) & (has_word[:, None] == word)
+        matches = torch.cat([F.one_hot(caption, K).float(), same.float()], dim=1)  # (B, K + n)
+        image_features = model.encode_image(tinyddpm.q_sample(x_0, t, eps, alpha_bar), t)
+        logits = model.logits(image_features, text_features, t)
+        return tinyclip.closed_set_loss(logits, matches, is_clean=t == 0)
+    return objective
+
+
+def train_with_words(models):
+    """Train a CLIP on images of which one in four carries a word -> the path of its weights"""
+    config, options = train.DEFAULTS["clip"]
+    dataset = data.load("cars", config.image_size, options.images)
+    validation = data.load("cars", config.image_size, evaluator.HELD_OUT, "validation")
+    indices = from_the_side(WITH_WORDS, cars.TRAIN)
+    words = np.random.default_rng(0).integers(len(WORDS), size=len(indices))
+    images, labels = render_with_words(indices, [list(WORDS)[i] for i in words], config.image_size)
+    torch.manual_seed(0)
+    device, folder = models.alpha_bar.device, Path("runs/ablations/clip-words")
+    task = train.clip_task(config, options, dataset, validation, device)
+    objective = words_objective(
+        images, torch.from_numpy(cars.caption_index(labels)), torch.from_numpy(words), dataset,
+        task.model.tokenizer, config.context_length, device)
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        train.train(task._replace(objective=objective), options, dataset, folder, device=device)
+    return folder / "weights.pt"
+
+
+def typographic(models, args):
+    """Words on cars: how often zero-shot prediction of the body follows the word."""
+    reader = sample.load_models(train_with_words(models), args.ddpm, models.alpha_bar.device)
+    indices = from_the_side(SIDE_VIEWS, cars.VALIDATION)
+    words = [list(WORDS)[i % len(WORDS)] for i in range(len(indices))]
+    size = models.unet.config.image_size
+    bodies = [cars.LESS.index((b, None, None)) for b in range(len(cars.BODIES))]
+    named, shown = torch.tensor([WORDS[word] for word in words]), []
+    for painted in (False, True):
+        images, labels = render_with_words(indices, words if painted else [None] * len(words), size)
+        x, truth = data.to_float(images), torch.from_numpy(labels[:, 0])
+        other = named != truth
+        for name, clip in (("CLIP", models), ("CLIP trained with words", reader)):
+            probs = clip.clip.caption_probs(x, clip.less_features[bodies])
+            found = probs.argmax(dim=1)
+            yield {**row("a word that names another body" if painted else "the same without a word",
+                         name, (found == truth)[other]),
+                   "as the word": metrics.mean((found == named)[other])}
+            shown.append((images, probs))
+    draw_attack(shown, words, labels, args.out / "typographic.png")
+
+
+def draw_attack(shown, words, labels, path):
+    """Four cars without and with a word, and what both CLIPs take each for."""
+    chosen = [i for i in range(len(words)) if WORDS[words[i]] != labels[i, 0]][:4]
+    rows = []
+    for images, probs in shown:
+        cells = []
+        for i in chosen:
+            image, draw = figures.canvas(180, 208)
+            image.paste(Image.fromarray(images[i]).resize((160, 160), Image.NEAREST), (10, 0))
+            p, body = probs[i].max(dim=0)
+            draw.text((90, 184), f"{cars.BODIES[body]} {p:.0%}", "black", figures.FONT, "mm")
+            cells.append(image)
+        rows.append(cells)
+    figures.labelled_grid(rows, ["CLIP, no word", "trained on words, no word", "CLIP, word",
+                                 "trained on words, word"],
+                          [f"{words[i]} on a {cars.BODIES[labels[i, 0]]}" for i in chosen]).save(
+        path)
+
+
+# ---- two cars in one image -----------------------------------------------------------------------
+
+def two_cars(models):
+    """Relations: which car is left, which colour is whose, how many; chance is 50 %."""
+    n, size = PAIRS_OF_CARS, models.unet.config.image_size // 2
+    rng = np.random.default_rng(0)
+    labels = np.stack([rng.integers(6, size=2 * n), rng.integers(7, size=2 * n)], axis=1)
+    cast = lambda body, color: cars.ray_cast(cars.build_scene(body, color, color, rng), size)
+    images = np.stack([np.round(255 * cast(*pair)) for pair in labels]).astype(np.uint8)
+    side_by_side = lambda left, right: np.pad(np.concatenate([left, right], axis=2), (
+        (0, 0), (size // 2, size // 2), (0, 0), (0, 0)), constant_values=255)
+    name = lambda body, main: f"{cars.COLOURS[main]} {cars.BODIES[body]}"
+    encode = lambda texts: F.normalize(models.clip.encode_captions(texts).float(), dim=-1)
+
+    left, right = labels[:n].tolist(), labels[n:].tolist()
+    use = [i for i in range(n) if left[i][0] != right[i][0] and left[i][1] != right[i][1]]
+    features = image_features(models, data.to_float(side_by_side(images[:n], images[n:])[use]))
+    score = lambda texts: (features * encode(texts)).sum(dim=1)
+    pairs = [(*left[i], *right[i]) for i in use]
+    true = score([f"{name(b, m)} left of {name(c, o)}" for b, m, c, o in pairs])
+    for way, texts in (
+            ("left and right", [f"{name(c, o)} left of {name(b, m)}" for b, m, c, o in pairs]),
+            ("whose colour", [f"{name(b, o)} left of {name(c, m)}" for b, m, c, o in pairs])):
+        yield row(f"two cars: {way}", "zero-shot, of two texts", true > score(texts))
+
+    one = np.pad(images[:n], ((0, 0), *2 * [(size // 2, size // 2)], (0, 0)), constant_values=255)
+    features = image_features(models, data.to_float(np.concatenate(
+        [one, side_by_side(images[:n], images[:n])])))
+    texts = [name(*car) for car in left] * 2
+    more = score([f"two {text}s" for text in texts]) > score([f"one {text}" for text in texts])
+    yield row("one car or two", "zero-shot, of two texts", more == (torch.arange(2 * n) >= n))
