@@ -127,7 +127,7 @@ PHRASES = {kind: re.split(r" \| |\n +", text.strip()) for kind, text in {
     "second of something": "something with {a} {s} roof | anything with {s} roof | {a} {s} roof",
     "neither of something": "something | anything"}.items()}
 PREFIXES = ["", "", "", "", "photo of ", "a picture of ", "an image of ", "a rendering of ",
-            "this is ", "show me ", "I see ", "I want ", "draw "]   # not of sentences
+            "this is ", "show me ", "I see ", "I want ", "draw "]   # not before "the bus is red"
 
 
 def fill(phrase, noun, main, second, rng):
@@ -162,16 +162,16 @@ def describe(body, main, second, rng):
             return prefix + fill(phrase, noun, m, s, rng)
 
 
-# Labels of all that can be described: of the captions, then of what says less, with None for what
-# is not named; and which captions the latter are true of.
-LESS = [labels for labels in itertools.product(
-    [*range(6), None], [*range(7), None], [*range(7), None]) if None in labels]
-LESS_TRUE_OF = np.array([[all(a in (None, b) for a, b in zip(labels, full)) for full in
-                          caption_labels(np.arange(len(CAPTIONS))).tolist()] for labels in LESS])
+# Partial captions, such as "a bus": their labels, None for what they do not name, and the captions
+# of which they are true.
+PARTIAL = [labels for labels in itertools.product(*(
+    [*range(len(values)), None] for values in ATTRIBUTES.values())) if None in labels]
+PARTIAL_TRUE_OF = np.array([[all(a in (None, b) for a, b in zip(labels, full)) for full in
+                          caption_labels(np.arange(len(CAPTIONS))).tolist()] for labels in PARTIAL])
 
 
-def describe_less(body, main, second):
-    """Write what says less than a caption, plainly: "a bus", "something red"
+def partial_caption(body, main, second):
+    """Write a partial caption, plainly: "a bus", "something red"
 
     body, main, second: as in describe()
     """
@@ -185,11 +185,11 @@ def describe_less(body, main, second):
 
 
 def descriptions(count, seed=0):
-    """Write `count` lists of texts: of the 294 captions, then of the 154 labels that say less. One
-    list in four is plain, the first has the captions themselves; the others are random."""
+    """Write `count` lists of texts: the 294 captions, then the 154 partial ones. One list in four
+    is plain, the first has the captions themselves; the others are random."""
     rng, full = random.Random(seed), caption_labels(np.arange(len(CAPTIONS))).tolist()
-    plain = [*CAPTIONS, *(describe_less(*less) for less in LESS)]
-    return [plain if i % 4 == 0 else [describe(*labels, rng) for labels in [*full, *LESS]]
+    plain = [*CAPTIONS, *(partial_caption(*labels) for labels in PARTIAL)]
+    return [plain if i % 4 == 0 else [describe(*labels, rng) for labels in [*full, *PARTIAL]]
             for i in range(count)]
 
 

@@ -4,7 +4,7 @@ Images are uint8 (N, H, W, 3) in storage and float (N, 3, H, W) in [-1, 1] every
 `to_float` and `to_uint8` are the only way between the two. A data set is the built-in "cars"
 (cars.py) or a folder of your own images, which infra/image_folders.py reads.
 
-Shapes: N images (B in a batch), K captions, S templates, P texts that say less, A attributes.
+Shapes: N images (B in a batch), K captions, S templates, P partial captions, A attributes.
 """
 import math
 import zlib
@@ -58,9 +58,9 @@ class Dataset(NamedTuple):
     images: np.ndarray           # (N, H, W, 3) uint8, perhaps memory-mapped
     caption_ids: np.ndarray      # (N,) int64, each image's index into captions
     captions: list               # K different captions
-    templates: list              # S lists of texts: ways to write the K captions, then P texts
-                                 # that say less, each true of several captions
-    less_true_of: np.ndarray     # (P, K) bool, of which; P = 0 for folders
+    templates: list              # S lists of texts: ways to write the K captions, then P partial
+                                 # captions ("a bus"), each true of several captions
+    partial_true_of: np.ndarray     # (P, K) bool, which of them; P = 0 for folders
     caption_labels: np.ndarray   # (K, A) int64, the attributes that each caption names
     attributes: dict             # name of attribute -> its values; empty if none is known
     report: str                  # one line: what was found
@@ -93,7 +93,7 @@ def _load_cars(size, count, split):
     images, caption_ids = cache.load_packed(indices, _render_cars, size, path)
     K = len(cars.CAPTIONS)
     return Dataset(
-        "cars", images, caption_ids, cars.CAPTIONS, cars.descriptions(64), cars.LESS_TRUE_OF,
+        "cars", images, caption_ids, cars.CAPTIONS, cars.descriptions(64), cars.PARTIAL_TRUE_OF,
         cars.caption_labels(np.arange(K)), cars.ATTRIBUTES,
         f"{split}: {count:,} images of the built-in cars, {K} captions")
 
@@ -156,7 +156,7 @@ def save_grid(path, images, columns=8, zoom=1, **metadata):
     """Write a grid as PNG; the metadata (prompt, seed, ...) becomes text fields of the file."""
     info = PngImagePlugin.PngInfo()
     for key, value in metadata.items():
-        info.add_itxt(key, str(value))
+        info.add_itxt(key, str(value).encode("utf-8", "replace").decode())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     image_grid(images, columns, zoom=zoom).save(path, pnginfo=info)
 

@@ -44,13 +44,13 @@ class Models(NamedTuple):
     unet: tinyddpm.UNet
     alpha_bar: torch.Tensor       # (T + 1,)
     captions: list                # K
-    templates: list               # S lists of K + P texts: ways to write each caption, and P texts
-                                  # that say less
-    less: list                    # these P texts, plainly
-    less_true_of: torch.Tensor    # (P, K) bool, the captions that they are true of
+    templates: list               # S lists of K + P texts: ways to write each caption, and P
+                                  # partial captions, such as "a bus"
+    partial: list                 # these P, plainly
+    partial_true_of: torch.Tensor    # (P, K) bool, the captions that they are true of
     words: list                   # all words of the training
     text_features: torch.Tensor   # (K, E), of the captions
-    less_features: torch.Tensor   # (P, E), of what says less
+    partial_features: torch.Tensor   # (P, E), of partial captions
     data: str                     # the name of the data set
     description: str              # files and device
 
@@ -82,7 +82,8 @@ def load_models(clip=None, ddpm=None, device="cpu"):
         if for_clip != for_ddpm:
             raise cli.UserError(f"these models do not fit together: CLIP is for {for_clip}, the "
                                 f"DDPM for {for_ddpm}; train both alike")
-    if ddpm_content.get("clip") not in (None, checkpoint.weights_checksum(clip)):
+    of_clip = ddpm_content.get("clip")
+    if of_clip is not None and of_clip != checkpoint.weights_checksum(clip):
         raise cli.UserError(f"{ddpm_path} is conditional on the text features of another CLIP; "
                             "give that one with --clip")
     clip, unet = (m.to(device, memory_format=torch.channels_last) for m in (clip, unet))
@@ -90,8 +91,8 @@ def load_models(clip=None, ddpm=None, device="cpu"):
         text_features = clip.encode_ensemble(clip_content["templates"])       # (K + P, E)
     K = len(clip_content["captions"])
     return Models(clip, unet, tinyddpm.cosine_alpha_bar().to(device), clip_content["captions"],
-                  clip_content["templates"], clip_content["less"],
-                  clip_content["less_true_of"].to(device), clip_content["words"],
+                  clip_content["templates"], clip_content["partial"],
+                  clip_content["partial_true_of"].to(device), clip_content["words"],
                   text_features[:K], text_features[K:], clip_content["data"],
                   f"CLIP from {clip_path} ({clip_content['steps']:,} steps), DDPM from {ddpm_path} "
                   f"({ddpm_content['steps']:,} steps), on {device}")
@@ -111,13 +112,14 @@ def load_published(path, ddpm_content):
     tokenizer = tinyclip.Tokenizer.from_openai(vocabulary)
     try:
         clip = tinyclip.CLIP.from_openai(published.load_tensors(path), tokenizer)
-    except ValueError as error:
-        raise cli.UserError(f"{path}: {error}") from None
+    except (ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise cli.UserError(f"{path} does not fit the published layout: {reason}") from None
     templates = [[template.format(normalize_prompt(text)) for text in captions]
                  for template in PUBLISHED_TEMPLATES]
     return tinyclip.from_pixels(clip), {
-        "captions": captions, "templates": templates, "less": [], "words": [],
-        "less_true_of": torch.zeros(0, len(captions), dtype=torch.bool),
+        "captions": captions, "templates": templates, "partial": [], "words": [],
+        "partial_true_of": torch.zeros(0, len(captions), dtype=torch.bool),
         "data": ddpm_content["data"], "steps": 0}
 
 
@@ -173,24 +175,25 @@ def known_words(text, words):
 def read_text(text, models):
     """Find out what a normalised text means to CLIP -> (models, indices of captions, their text)
 
-    What CLIP's text encoder finds as good as equal to a caption, or to a text that says less, is
-    read as that: "something red" allows all captions whose main colour is red. Any other text
+    What CLIP's text encoder finds as good as equal to a caption, or to a partial caption, is read
+    as that: "something red" allows all captions whose main colour is red. Any other text
     becomes one more caption, and only its feature is computed.
     """
-    K, own = models.less_true_of.shape[1], models.clip.config.noise_aware   # else: published
+    K, own = models.partial_true_of.shape[1], models.clip.config.noise_aware   # else: published
     if own:
         text = known_words(text, models.words)
     if not text:
-        return models, range(K), "anything"
+        return models, range(len(models.captions)), "anything"
     longest = models.clip.config.context_length - 2   # start and end
     if len(models.clip.tokenizer.encode(text)) > longest:
         print(f"the prompt is too long: CLIP reads its first {longest} tokens")
-    captions = map(normalize_prompt, models.captions[:K])
-    index_of = {text: i for texts in (*models.templates, captions) for i, text in enumerate(texts)}
+    captions = list(map(normalize_prompt, models.captions[:K]))
+    index_of = {known: i for texts in [*models.templates, captions]
+                for i, known in enumerate(texts)}
     if text not in index_of:
         feature = models.clip.encode_ensemble(
             [[template.format(text)] for template in (["{}"] if own else PUBLISHED_TEMPLATES)])
-        known = torch.cat([models.text_features[:K], models.less_features])   # (K + P, E)
+        known = torch.cat([models.text_features[:K], models.partial_features])   # (K + P, E)
         cosine, i = F.cosine_similarity(feature.float(), known).max(dim=0)
         if cosine < MEANS_THE_SAME or not own:
             if own:
@@ -205,22 +208,24 @@ def read_text(text, models):
     i = index_of[text]
     if i < K:
         return models, [i], models.captions[i]
-    return models, models.less_true_of[i - K].nonzero()[:, 0].tolist(), models.less[i - K]
+    return models, models.partial_true_of[i - K].nonzero()[:, 0].tolist(), models.partial[i - K]
 
 
 def resolve_prompt(prompt, models):
     """Read a prompt -> (models, targets: (K,) bool, the captions that it allows)
 
-    "red bus or blue van" allows what either does. Prints what was read, as what is not taken
-    literally; models have more captions if a text was new. UserError if the prompt is empty.
+    "red bus or blue van" allows what either does. Prints how the prompt was read; models have more
+    captions if a text was new. UserError if the prompt is empty.
     """
     text, targets, readings = normalize_prompt(prompt), set(), []
     if not text:
         raise cli.UserError("the prompt is empty; leave it out to sample without guidance")
-    for part in text.split(" or "):
+    known = text in map(normalize_prompt, models.captions)
+    for part in [text] if known else text.split(" or "):
         models, indices, reading = read_text(normalize_prompt(part), models)
-        targets |= set(indices)
-        readings.append(reading)
+        if len(indices) < len(models.captions) or " or " not in text:   # else it says nothing
+            targets |= set(indices)
+            readings.append(reading)
     print(f"{shorten(prompt, 80)!r} is read as {shorten(' or '.join(map(repr, readings)), 300)}")
     return models, torch.tensor([k in targets for k in range(len(models.captions))],
                                 device=models.alpha_bar.device)
@@ -261,10 +266,12 @@ class SamplingConfig:
 
 def for_clip(config, clip):
     """Choose another method if CLIP was trained on clean images only, as published ones are."""
-    if clip.config.noise_aware or config.method in ("none", "classifier-free", "x0", "x0-fast"):
+    if clip.config.noise_aware or config.method not in ("lookahead", "noise-aware", "spherical"):
         return config
-    print(f"this CLIP knows no noise: method x0-fast instead of {config.method}")
-    return dataclasses.replace(config, method="x0-fast", scale=None)
+    print(f"this CLIP was trained on clean images: method x0-fast instead of {config.method}")
+    own = guide.METHODS[config.method].scale   # else the user's
+    return dataclasses.replace(config, method="x0-fast",
+                               scale=None if config.scale == own else config.scale)
 
 
 def generate(models, prompt=None, callback=None, **options):
@@ -272,11 +279,11 @@ def generate(models, prompt=None, callback=None, **options):
 
     options: fields of SamplingConfig; callback: see tinyddpm.sample, of the first batch
     """
-    targets = None
+    targets, config = None, SamplingConfig(**options)
     with torch.no_grad(), cli.autocast(models.alpha_bar.device):
         if prompt is not None:
             models, targets = resolve_prompt(prompt, models)
-        config = for_clip(SamplingConfig(**options), models.clip)
+            config = for_clip(config, models.clip)
         return sample_images(models, targets, config, callback)
 
 
@@ -313,9 +320,9 @@ def report(models, targets, x_0, judge_model, content):
     """Print CLIP's mean probability of the targets and the judge's prompt accuracy.
 
     The probability is optimistic if CLIP guided. targets: (K,) bool; judge_model, content: see
-    load_judge. The judge looks at what the prompt names: attributes that all targets share.
+    load_judge. An image is right if the judge's labels are those of one of the targets.
     """
-    K = models.less_true_of.shape[1]
+    K = models.partial_true_of.shape[1]
     if targets[K:].any() or targets.all():
         print("not judged: " + ("it names nothing" if targets.all() else "the caption is new"))
     elif judge_model is None or content["captions"] != models.captions[:K]:
@@ -330,7 +337,7 @@ def report(models, targets, x_0, judge_model, content):
             if len(allowed[:, a].unique()) < len(values))
         print(f"prompt accuracy by the judge: {int(correct.sum())} of {len(x_0)} ({each}); "
               f"{content['path']}, {content['steps']:,} steps")
-    if not targets[K:].any():   # of what it was trained on
+    if not targets[K:].any() and not targets.all():   # of a new caption it means little
         p = models.clip.caption_probs(x_0, models.text_features)[:, targets].sum(dim=1).mean()
         print(f"CLIP's mean probability of it: {p:.0%}, among {len(models.captions)} captions")
 
@@ -356,7 +363,7 @@ def parse(arguments):
     add("--batch", type=int, default=default.batch, help="images at a time")
     add("--out", help="the PNG to write, or the folder if there are several prompts; default out")
     add("--gif", action="store_true", help="also an animation: x_t above, x_0_hat below")
-    add("--clip", help="a CLIP's weights.pt")
+    add("--clip", help="a CLIP's weights.pt, or OpenAI's weights beside their vocabulary")
     add("--ddpm", help="a DDPM's weights.pt")
     add("--judge", help="a judge's weights.pt")
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")

@@ -505,7 +505,8 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_openai(cls, weights, tokenizer):
-        """Build a published CLIP with a Vision Transformer: ViT-B/32, B/16, L/14, L/14@336.
+        """Build one of OpenAI's CLIPs with a Vision Transformer: ViT-B/32, B/16, L/14, L/14@336.
+        (QuickGELU, 64 channels a head: other projects' weights in this layout may differ in that.)
 
         weights: name -> tensor in the published layout, or the path of such a dictionary that
         torch.save wrote; tokenizer: Tokenizer.from_openai. Sizes come from the shapes; every tensor
@@ -521,16 +522,15 @@ class CLIP(nn.Module):
         if not {"visual.conv1.weight", "visual.proj", "text_projection"} <= weights.keys():
             raise ValueError("these are no weights of a published CLIP")
         D, _, _, patch = weights["visual.conv1.weight"].shape
-        blocks = {tuple(name.partition("resblocks.")[::2]) for name in weights}
-        layers = lambda tower: len({rest.split(".")[0] for start, rest in blocks
-                                    if start == f"{tower}transformer."})
+        layers = lambda tower: sum(name.startswith(f"{tower}transformer.") and
+                                   name.endswith("ln_1.weight") for name in weights)
         text_width, E = weights["text_projection"].shape
         grid = math.isqrt(len(weights["visual.positional_embedding"]) - 1)
         config = CLIPConfig(
             stem="patch", patch=patch, width=D, layers=layers("visual."), heads=max(1, D // 64),
             text_width=text_width, text_layers=layers(""), text_heads=max(1, text_width // 64),
             embed_dim=E, context_length=len(weights["positional_embedding"]),
-            max_logit_scale=100.01, image_size=patch * grid, noise_aware=False)
+            max_logit_scale=101., image_size=patch * grid, noise_aware=False)
         if len(weights["token_embedding.weight"]) != tokenizer.vocab_size:
             raise ValueError(f"the weights are for {len(weights['token_embedding.weight']):,} "
                              f"tokens, the vocabulary has {tokenizer.vocab_size:,}")
@@ -545,7 +545,7 @@ class CLIP(nn.Module):
 
     def to_openai(self):
         """Export the weights in the published layout -> name: tensor; ValueError if noise-aware"""
-        if self.config.noise_aware or self.config.stem != "patch":
+        if self.config.noise_aware:
             raise ValueError("the published layout has no timesteps and no convolutions")
         weights = {published_name(name): w for name, w in self.state_dict().items()}
         return {name: w.T.contiguous() if name.endswith(TRANSPOSED) else w
@@ -576,9 +576,8 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 def preprocess(image, size):
     """Preprocess a PIL image as published: bicubic, centre crop, normalised -> (3, size, size)"""
-    scale = size / min(image.size)
-    image = image.convert("RGB").resize([max(size, int(n * scale)) for n in image.size],
-                                        resample=3)   # PIL's number for bicubic
+    image = image.convert("RGB").resize([size * n // min(image.size) for n in image.size],
+                                        resample=3)   # Pillow's number for bicubic
     left, top = (round((n - size) / 2) for n in image.size)
     image = image.crop((left, top, left + size, top + size))
     x = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3) / 255
@@ -586,7 +585,10 @@ def preprocess(image, size):
 
 
 def preprocess_pixels(x, size):
-    """The same for square images in [-1, 1], differentiable: (B, 3, H, W) -> (B, 3, size, size)"""
+    """Preprocess square images in [-1, 1], differentiable: (B, 3, H, W) -> (B, 3, size, size)
+
+    Like `preprocess`, but for its rounding and clipping to bytes.
+    """
     x = F.interpolate(x.float(), (size, size), mode="bicubic", antialias=True) / 2 + 0.5
     mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
     return (x - mean) / std

@@ -60,20 +60,20 @@ DEFAULTS = {   # kind -> the model's config and its training's
 # longer than the images, and those of the batch stand for all (contrastive_loss).
 CLOSED_SET = 1024
 CLEAN_FRACTION = 0.125   # of the images of a batch, shown to CLIP without noise
-LESS = 32                # so many of the texts that say less, drawn at random for each step,
-LESS_WEIGHT = 0.1        # each with so much of the caption's part in the target
+PARTIAL = 32             # partial captions ("a bus") in a step, drawn at random
+PARTIAL_WEIGHT = 0.1     # of each in the target, beside 1 of the caption
 
 
-def clip_objective(clip, x_0, caption_ids, tokens, less_true_of, alpha_bar, generator,
+def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, generator,
                    clean_fraction=CLEAN_FRACTION):
     """Compute the loss of matching noised images with texts -> scalar
 
     x_0: (B, 3, H, W), caption_ids: (B,) int in 0..K-1; tokens: (S, K + P, L), S ways to write the
-    K captions and P texts that say less; less_true_of: (P, K) bool, the captions that those are
+    K captions and P partial captions; partial_true_of: (P, K) bool, the captions that those are
     true of. clean_fraction of the images get t = 0, for guidance by x_0_hat and for the
     text-to-image term of the loss, the others a timestep in 1..T.
     """
-    (B, *_), S, (P, K) = x_0.shape, len(tokens), less_true_of.shape
+    (B, *_), S, (P, K) = x_0.shape, len(tokens), partial_true_of.shape
     t = tinyddpm.stratified_timesteps(B, generator)
     shuffled = torch.randperm(B, generator=generator, device=x_0.device)   # t ascends
     t[shuffled[:math.ceil(clean_fraction * B)]] = 0
@@ -81,15 +81,15 @@ def clip_objective(clip, x_0, caption_ids, tokens, less_true_of, alpha_bar, gene
     x_t = tinyddpm.q_sample(x_0, t, eps, alpha_bar)
 
     closed = K <= CLOSED_SET   # else the captions of this micro-batch, as in the paper
-    less = torch.randperm(P, generator=generator, device=x_0.device)[:LESS]
-    texts = torch.cat([torch.arange(K, device=x_0.device), K + less]) if closed else caption_ids
+    partial = torch.randperm(P, generator=generator, device=x_0.device)[:PARTIAL]
+    texts = torch.cat([torch.arange(K, device=x_0.device), K + partial]) if closed else caption_ids
     template = torch.randint(S, texts.shape, generator=generator, device=x_0.device)
     text_features = clip.encode_text(tokens[template, texts])                 # (N, E)
     logits = clip.logits(clip.encode_image(x_t, t), text_features, t)         # (B, N)
     if not closed:
         return tinyclip.contrastive_loss(logits, caption_ids)
-    matches = torch.cat([F.one_hot(caption_ids, K).float(),
-                         LESS_WEIGHT * less_true_of[less][:, caption_ids].T], dim=1)  # (B, N)
+    true_partial = partial_true_of[partial][:, caption_ids].T                 # (B, PARTIAL)
+    matches = torch.cat([F.one_hot(caption_ids, K), PARTIAL_WEIGHT * true_partial], dim=1)
     return tinyclip.closed_set_loss(logits, matches, is_clean=t == 0)
 
 
@@ -138,7 +138,7 @@ ENSEMBLE = 8   # templates that weights.pt holds, to average text features
 
 
 def normalized_templates(dataset):
-    """S lists of K + P texts, as prompts are normalised too"""
+    """The texts of a data set, normalised like prompts -> S lists of K + P texts"""
     return [[tinyclip.normalize_prompt(text) for text in texts] for texts in dataset.templates]
 
 
@@ -162,10 +162,10 @@ def clip_task(config, options, dataset, validation, device):
     report_long_texts(templates, tokenizer, config.context_length)
     tokens = torch.stack([tokenizer.batch(texts, config.context_length)
                           for texts in templates]).to(device)                 # (S, K + P, L)
-    less_true_of = torch.from_numpy(dataset.less_true_of).to(device)          # (P, K)
+    partial_true_of = torch.from_numpy(dataset.partial_true_of).to(device)          # (P, K)
 
     def objective(model, x_0, indices, generator):
-        return clip_objective(model, x_0, caption_ids[indices], tokens, less_true_of, alpha_bar,
+        return clip_objective(model, x_0, caption_ids[indices], tokens, partial_true_of, alpha_bar,
                               generator)
 
     def preview(model, folder):
@@ -177,13 +177,13 @@ def clip_task(config, options, dataset, validation, device):
     compared, chance = B, math.log(B)   # captions with which an image is compared
     if K <= CLOSED_SET:   # image to text, and text to image among the clean ones
         text_to_image = math.log(math.ceil(CLEAN_FRACTION * B))
-        compared = K + min(LESS, len(dataset.less_true_of))
+        compared = K + min(PARTIAL, len(dataset.partial_true_of))
         chance = math.log(compared) + tinyclip.TEXT_TO_IMAGE * text_to_image
     if compared < 2:
         raise cli.UserError(f"an image is compared with {compared} caption; CLIP learns from "
                             "differences: use more captions or a larger --batch")
     content = {"captions": dataset.captions, "templates": templates[:ENSEMBLE],
-               "less": dataset.templates[0][K:], "less_true_of": less_true_of.cpu(),
+               "partial": dataset.templates[0][K:], "partial_true_of": partial_true_of.cpu(),
                "merges": tokenizer.merges,
                "words": sorted({word for texts in templates for text in texts
                                 for word in text.split()})}

@@ -31,13 +31,13 @@ def hold_out_pairs(dataset):
     """The data set of cars without the captions of PAIRS of colours, in either order."""
     keep = np.array([colours(labels) not in PAIRS for labels in dataset.caption_labels])  # (K,)
     indices, new_ids = np.flatnonzero(keep[dataset.caption_ids]), keep.cumsum() - 1
-    less = dataset.less_true_of[:, keep]
-    kept = np.append(keep, less.any(axis=1))   # what says less, too, if it says "white and red"
+    partial = dataset.partial_true_of[:, keep]
+    kept = np.append(keep, partial.any(axis=1))   # no partial caption without a caption either
     subset = lambda texts: [text for text, flag in zip(texts, kept) if flag]
     return dataset._replace(
         images=dataset.images[indices], caption_ids=new_ids[dataset.caption_ids[indices]],
         captions=subset(dataset.captions), templates=list(map(subset, dataset.templates)),
-        less_true_of=less[less.any(axis=1)], caption_labels=dataset.caption_labels[keep],
+        partial_true_of=partial[partial.any(axis=1)], caption_labels=dataset.caption_labels[keep],
         report=f"{dataset.report}; {len(indices):,} and {keep.sum()} without the held-out pairs")
 
 
@@ -47,9 +47,9 @@ def clean_objective(clip, dataset, device):
     caption_ids = torch.from_numpy(dataset.caption_ids).to(device)
     tokens = torch.stack([clip.tokenizer.batch(texts, clip.config.context_length)
                           for texts in train.normalized_templates(dataset)]).to(device)
-    less_true_of = torch.from_numpy(dataset.less_true_of).to(device)
+    partial_true_of = torch.from_numpy(dataset.partial_true_of).to(device)
     return lambda model, x_0, indices, generator: train.clip_objective(
-        model, x_0, caption_ids[indices], tokens, less_true_of, alpha_bar, generator,
+        model, x_0, caption_ids[indices], tokens, partial_true_of, alpha_bar, generator,
         clean_fraction=1.)
 
 

@@ -36,7 +36,8 @@ def english(models, args):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             read, targets = sample.resolve_prompt(prompt, models)
         n = 32 if None in names else 16
-        config = sample.SamplingConfig(n=n, seed=args.seed)
+        config = sample.SamplingConfig(n=n, **{key: getattr(args, key) for key in (
+            "steps", "eta", "recurrence", "seed", "batch", "interval")})
         predicted = predict(judge, sample.sample_images(read, targets, config)).cpu()   # (N, A)
         wanted = [values.index(name) if name else None
                   for name, values in zip(names, cars.ATTRIBUTES.values())]
@@ -50,7 +51,7 @@ def english(models, args):
 
 
 def held_out(models, args, judge):
-    """Guidance by held-out phrasings, caption k in phrasing k % 8, beside the plain captions."""
+    """Guidance by held-out phrasings, caption k in phrasing k % 9, beside the plain captions."""
     phrasings, K = clip.held_out_phrasings(), len(models.captions)
     plain, read = torch.arange(K), []
     for k in range(K):

@@ -34,9 +34,9 @@ def with_captions(models, captions, templates=None):
     """The models with other captions; templates: S lists of ways to write them, which come first"""
     templates = [[tinyclip.normalize_prompt(text) for text in texts[:len(captions)]]
                  for texts in templates or [captions]]
-    return models._replace(captions=captions, templates=templates, less=[],
-                           less_features=models.less_features[:0],
-                           less_true_of=models.less_true_of.new_empty((0, len(captions))),
+    return models._replace(captions=captions, templates=templates, partial=[],
+                           partial_features=models.partial_features[:0],
+                           partial_true_of=models.partial_true_of.new_empty((0, len(captions))),
                            text_features=models.clip.encode_ensemble(templates))
 
 

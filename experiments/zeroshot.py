@@ -89,10 +89,10 @@ def zero_shot(models, args):
     x_seen, seen_labels = data.to_float(seen.images[:SEEN]), torch.from_numpy(seen.labels[:SEEN])
 
     names = ["a " + name for name in cars.BODIES]
-    bodies = [cars.LESS.index((b, None, None)) for b in range(len(cars.BODIES))]
+    bodies = [cars.PARTIAL.index((b, None, None)) for b in range(len(cars.BODIES))]
     plain = models.clip.encode_captions([tinyclip.normalize_prompt(name) for name in names])
     for way, features in (("zero-shot, one prompt", plain),
-                          ("zero-shot, 8 prompts", models.less_features[bodies])):
+                          ("zero-shot, 8 prompts", models.partial_features[bodies])):
         found = models.clip.caption_probs(x, features).argmax(dim=1)
         yield row("body", way, found == truth[:, 0])
     probe = linear_probe(image_features(models, x_seen), seen_labels)
@@ -124,7 +124,7 @@ def row(task, way, correct):
 # ---- words on cars -------------------------------------------------------------------------------
 
 def paint_word(scene, word):
-    """Paint a word on both sides of a car, in letters as high as half of it -> Scene"""
+    """Paint a word on both sides of a car, in letters of .4 of its height -> Scene"""
     vertices = np.concatenate([solid.vertices for solid in scene.solids])
     (x0, y0, _), (x1, y1, height) = vertices.min(axis=0), vertices.max(axis=0)
     rows = [".".join(FONT[letter].split(",")[i] for letter in word) for i in range(5)]
@@ -187,7 +187,7 @@ def words_objective(images, caption_ids, words, dataset, tokenizer, length, devi
         caption, word = torch.cat([caption_ids[chosen], ids[indices[n:]]]), words[chosen]
         t = tinyddpm.stratified_timesteps(len(x_0), generator)
         t = t[torch.randperm(len(x_0), generator=generator)]
-        t[torch.randperm(len(x_0), generator=generator)[:len(x_0) // 8]] = 0
+        t[:int(train.CLEAN_FRACTION * len(x_0))] = 0   # they are in random order
         eps = torch.randn(x_0.shape, generator=generator)
         template = torch.randint(len(tokens), (K + n,), generator=generator)
         text_features = model.encode_text(torch.cat([
@@ -226,14 +226,14 @@ def typographic(models, args):
     indices = from_the_side(SIDE_VIEWS, cars.VALIDATION)
     words = [list(WORDS)[i % len(WORDS)] for i in range(len(indices))]
     size = models.unet.config.image_size
-    bodies = [cars.LESS.index((b, None, None)) for b in range(len(cars.BODIES))]
+    bodies = [cars.PARTIAL.index((b, None, None)) for b in range(len(cars.BODIES))]
     named, shown = torch.tensor([WORDS[word] for word in words]), []
     for painted in (False, True):
         images, labels = render_with_words(indices, words if painted else [None] * len(words), size)
         x, truth = data.to_float(images), torch.from_numpy(labels[:, 0])
         other = named != truth
         for name, clip in (("CLIP", models), ("CLIP trained with words", reader)):
-            probs = clip.clip.caption_probs(x, clip.less_features[bodies])
+            probs = clip.clip.caption_probs(x, clip.partial_features[bodies])
             found = probs.argmax(dim=1)
             yield {**row("a word that names another body" if painted else "the same without a word",
                          name, (found == truth)[other]),
@@ -287,8 +287,10 @@ def two_cars(models):
         yield row(f"two cars: {way}", "zero-shot, of two texts", true > score(texts))
 
     one = np.pad(images[:n], ((0, 0), *2 * [(size // 2, size // 2)], (0, 0)), constant_values=255)
+    again = np.stack([np.round(255 * cast(*car)) for car in left]).astype(np.uint8)
     features = image_features(models, data.to_float(np.concatenate(
-        [one, side_by_side(images[:n], images[:n])])))
-    texts = [name(*car) for car in left] * 2
-    more = score([f"two {text}s" for text in texts]) > score([f"one {text}" for text in texts])
+        [one, side_by_side(images[:n], again)])))
+    texts = lambda phrase: 2 * [
+        cars.fill(phrase, cars.BODIES[b], cars.COLOURS[m], cars.COLOURS[m], None) for b, m in left]
+    more = score(texts("two {m} {N}")) > score(texts("one {m} {n}"))
     yield row("one car or two", "zero-shot, of two texts", more == (torch.arange(2 * n) >= n))

@@ -24,10 +24,13 @@ def is_published(path):
     path = Path(path)
     if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
         return path.suffix == ".safetensors"
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        pickled = [name for name in names if name.endswith("/data.pkl")]
-        return _is_torchscript(names) or any(b"visual.proj" in archive.read(n) for n in pickled)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            pickled = [name for name in names if name.endswith("/data.pkl")]
+            return _is_torchscript(names) or any(b"visual.proj" in archive.read(n) for n in pickled)
+    except zipfile.BadZipFile:   # checkpoint.load will say so
+        return False
 
 
 def load_tensors(path):

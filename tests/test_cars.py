@@ -24,7 +24,7 @@ def test_order_of_colours_matters():
 
 # ---- English -------------------------------------------------------------------------------------
 
-LABELS = [*cars.caption_labels(np.arange(294)).tolist(), *cars.LESS]
+LABELS = [*cars.caption_labels(np.arange(294)).tolist(), *cars.PARTIAL]
 RED, WHITE, BUS = cars.COLOURS.index("red"), cars.COLOURS.index("white"), cars.BODIES.index("bus")
 
 
@@ -80,8 +80,8 @@ def test_less_true_of_by_hand():
     """"a bus" is true of the 49 buses, "something red" of what has red as its main colour, "a white
     and red vehicle" of one caption of each body, "something" of all."""
     true_of = lambda *labels: {cars.CAPTIONS[k] for k in np.flatnonzero(
-        cars.LESS_TRUE_OF[cars.LESS.index(labels)])}
-    assert cars.LESS_TRUE_OF.shape == (154, 294) == (len(cars.LESS), 294)
+        cars.PARTIAL_TRUE_OF[cars.PARTIAL.index(labels)])}
+    assert cars.PARTIAL_TRUE_OF.shape == (154, 294) == (len(cars.PARTIAL), 294)
     assert true_of(BUS, None, None) == {text for text in cars.CAPTIONS if text.endswith(" bus")}
     assert true_of(None, RED, None) == {text for text in cars.CAPTIONS if text.startswith("a red ")}
     assert true_of(None, WHITE, RED) == {f"a white and red {body}" for body in cars.BODIES}
@@ -98,8 +98,8 @@ def test_what_says_less_has_a_plain_text():
                          ((None, None, RED), "a vehicle with a red roof"),
                          ((None, WHITE, RED), "a white and red vehicle"),
                          ((None, RED, RED), "a red vehicle"), ((None, None, None), "something")):
-        assert cars.describe_less(*labels) == text
-    texts = {cars.describe_less(*labels) for labels in cars.LESS}
+        assert cars.partial_caption(*labels) == text
+    texts = {cars.partial_caption(*labels) for labels in cars.PARTIAL}
     assert len(texts) == 154 and not texts & set(cars.CAPTIONS)
 
 
@@ -109,7 +109,7 @@ def test_descriptions_are_of_their_labels():
     lists = cars.descriptions(9, seed=3)
     assert lists == cars.descriptions(9, seed=3) != cars.descriptions(9, seed=4)
     assert lists[0] == lists[4] == lists[8] == [
-        *cars.CAPTIONS, *(cars.describe_less(*labels) for labels in cars.LESS)]
+        *cars.CAPTIONS, *(cars.partial_caption(*labels) for labels in cars.PARTIAL)]
     assert len({tuple(texts) for texts in lists}) == 7
     word_of = {word: i for i, name in enumerate(cars.COLOURS)
                for word in [name, *cars.SHADES[name].split(", ")]}

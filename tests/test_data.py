@@ -58,9 +58,9 @@ def test_cars_have_the_captions_of_their_images(here, monkeypatch):
     assert (dataset.labels == labels).all()
     assert dataset.captions[dataset.caption_ids[3]] == cars.caption(*labels[3])
     assert dataset.captions == dataset.templates[0][:294] == cars.CAPTIONS
-    K_and_P = len(cars.CAPTIONS) + len(dataset.less_true_of)
+    K_and_P = len(cars.CAPTIONS) + len(dataset.partial_true_of)
     assert len(dataset.templates) == 64 and {*map(len, dataset.templates)} == {K_and_P}
-    less = dict(zip(dataset.templates[0][294:], dataset.less_true_of))
+    less = dict(zip(dataset.templates[0][294:], dataset.partial_true_of))
     assert [cars.CAPTIONS[k] for k in np.flatnonzero(less["a bus"])] == [
         caption for caption in cars.CAPTIONS if caption.endswith(" bus")]
     monkeypatch.setattr(cache, "pack", None)
@@ -108,7 +108,7 @@ def test_a_class_folder_is_a_data_set(here):
     assert dataset.captions == ["a photo of an airplane", "a photo of a fire truck"]
     assert dataset.templates[1] == ["an airplane", "a fire truck"]
     assert dataset.attributes == {"class": ["airplane", "fire truck"]}
-    assert dataset.less_true_of.shape == (0, 2) and dataset.less_true_of.dtype == bool
+    assert dataset.partial_true_of.shape == (0, 2) and dataset.partial_true_of.dtype == bool
     blue = dataset.images[..., 2] > dataset.images[..., 0]
     assert (blue.all(axis=(1, 2)) == (dataset.caption_ids == 0)).all()
     assert (dataset.labels == dataset.caption_ids[:, None]).all()

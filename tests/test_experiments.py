@@ -44,7 +44,7 @@ def random_cars(name, size, count, split="train"):
     images = np.random.default_rng(seed).integers(256, size=(N, size, size, 3), dtype=np.uint8)
     texts, = cars.descriptions(1)
     return data.Dataset("cars", images, np.arange(N) % 294, cars.CAPTIONS,
-                        [texts, [f"photo of {text}" for text in texts]], cars.LESS_TRUE_OF,
+                        [texts, [f"photo of {text}" for text in texts]], cars.PARTIAL_TRUE_OF,
                         cars.caption_labels(np.arange(294)), cars.ATTRIBUTES,
                         f"{split}: {N} random images")
 
@@ -303,7 +303,7 @@ def test_the_second_judge_in_weights(tmp_path, monkeypatch):
 # ---- changed data sets ---------------------------------------------------------------------------
 
 def test_held_out_pairs():
-    """Twelve captions for each pair leave, and what says less with such a pair; every image keeps
+    """Twelve captions for each pair leave, and partial captions of such a pair; every image keeps
     its caption, every text its templates and what it is true of."""
     dataset = random_cars("cars", 16, 600)
     less = ablations.hold_out_pairs(dataset)
@@ -316,7 +316,7 @@ def test_held_out_pairs():
     assert all(other == f"photo of {text}" for text, other in zip(*less.templates, strict=True))
     assert less.templates[0][:258] == less.captions and len(less.templates[0]) == 258 + 154 - 6
     true_of = {text: {less.captions[k] for k in np.flatnonzero(row)}
-               for text, row in zip(less.templates[0][258:], less.less_true_of, strict=True)}
+               for text, row in zip(less.templates[0][258:], less.partial_true_of, strict=True)}
     assert "a white and red vehicle" not in true_of and len(true_of["a bus"]) == 43
     assert true_of["something red"] == {c for c in less.captions if c.startswith("a red ")}
     assert true_of["a bus with a red roof"] == {"a red bus"} | {

@@ -16,6 +16,7 @@ import sample
 import tinyclip
 import toys
 import train
+from experiments import clip, english
 from infra import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,12 +171,13 @@ def test_a_new_prompt_is_encoded_alone(models, encoded, capsys, all_new):
 
 def test_a_prompt_that_clip_finds_equal_is_read_as_that(models, capsys):
     """The text whose feature has the same direction is found, however long others are: a caption,
-    or what says less."""
+    or a partial caption."""
     feature = models.clip.encode_captions(["red of red"])[0]
     for name, texts, expected in (
             ("text_features", models.captions, ["a white and red car"]),
-            ("less_features", models.less, [c for c in cars.CAPTIONS if c.startswith("a red ")])):
-        reading = "something red" if name == "less_features" else "a white and red car"
+            ("partial_features", models.partial,
+             [c for c in cars.CAPTIONS if c.startswith("a red ")])):
+        reading = "something red" if name == "partial_features" else "a white and red car"
         features = 9 * getattr(models, name)
         features[texts.index(reading)] = 2 * feature
         like = models._replace(**{name: features})
@@ -211,12 +213,12 @@ def test_known_words(capsys, text, read, printed):
 
 
 def test_every_text_of_cars_is_resolved_to_its_captions(models):
-    """Captions and what says less: of each template every 37th text, of each another one."""
+    """Captions and partial captions: of each template every 37th text, of each another one."""
     assert len(models.templates) == train.ENSEMBLE
     for first, texts in enumerate(models.templates):
-        assert len(texts) == 294 + len(models.less)
+        assert len(texts) == 294 + len(models.partial)
         for i, text in list(enumerate(texts))[first::37]:
-            expected = models.less_true_of[i - 294] if i >= 294 else torch.arange(294) == i
+            expected = models.partial_true_of[i - 294] if i >= 294 else torch.arange(294) == i
             same, targets = sample.resolve_prompt(text, models)
             assert same is models and torch.equal(targets, expected), text
 
@@ -225,7 +227,7 @@ def test_text_features_are_encoded_once(here, encoded):
     """All texts in each template when the models are loaded, a new prompt when it is resolved, none
     while sampling."""
     sample.main(["red bus", "a bus of bus", *FAST, "--out", "encoded"])
-    assert encoded == [294 + len(cars.LESS)] * train.ENSEMBLE + [1]
+    assert encoded == [294 + len(cars.PARTIAL)] * train.ENSEMBLE + [1]
 
 
 def test_a_prompt_of_ten_thousand_characters(here, capsys):
@@ -514,3 +516,23 @@ def test_the_shipped_judge_recognises_rendered_cars(shipped):
     assert content["captions"] == shipped.captions == cars.CAPTIONS
     probs = shipped.clip.caption_probs(x, shipped.text_features)
     assert probs[range(64), cars.caption_index(labels)].mean() > 0.9
+
+
+def test_the_shipped_clip_reads_english(shipped):
+    """Prompts as people write them, pairs of words that never met in training, and all captions in
+    phrasings that it never met."""
+    prompts = {**english.PROMPTS, "a crimson lorry": ("truck", "red", "red"),
+               "a navy coach": ("bus", "blue", "blue"), "silver minivan": ("van", "gray", "gray"),
+               "emerald pickup": ("truck", "green", "green"),
+               "ivory sedan": ("car", "white", "white")}
+    labels = [[values[i] for values, i in zip(cars.ATTRIBUTES.values(), row)]
+              for row in cars.caption_labels(np.arange(294))]
+    for prompt, names in prompts.items():
+        _, targets = sample.resolve_prompt(prompt, shipped)
+        assert targets.tolist() == [all(name in (None, value) for name, value in zip(names, row))
+                                    for row in labels], prompt
+    known = torch.cat([shipped.text_features, shipped.partial_features])
+    for texts in clip.held_out_phrasings():
+        features = shipped.clip.encode_captions(list(map(tinyclip.normalize_prompt, texts)))
+        found = (F.normalize(features, dim=1) @ F.normalize(known, dim=1).T).argmax(dim=1)
+        assert (found == torch.arange(294)).float().mean() > 0.95, texts[1]

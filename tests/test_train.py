@@ -71,21 +71,22 @@ class RecordingCLIP:
         return self.text_features
 
 
-# Five captions and three texts that say less, each in two templates, as three tokens.
+# Five captions and three partial captions, each in two templates, as three tokens.
 TOKENS = torch.arange(2 * 8 * 3).view(2, 8, 3)
-LESS_TRUE_OF = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [1, 0, 0, 0, 1]]).bool()
+PARTIAL_TRUE_OF = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [1, 0, 0, 0, 1]]).bool()
 
 
 @pytest.mark.parametrize("fraction, clean", [(0.125, 4), (0.5, 16), (0., 0), (1., 32)])
 def test_clip_objective_has_clean_and_noised_images(alpha_bar, fraction, clean):
     """As many images as asked for are clean; all others are noised up to a timestep in 1..T. Each
-    is matched with its caption, and to a lower degree with what says less of it."""
+    is matched with its caption, and to a lower degree with a partial caption of it."""
     x_0, caption_ids = torch.randn(32, 3, 4, 6), torch.arange(32) % 5
     clip, which = RecordingCLIP(), []
-    matches = torch.cat([torch.eye(5), train.LESS_WEIGHT * LESS_TRUE_OF.T], dim=1)[caption_ids]
+    matches = torch.cat([torch.eye(5), train.PARTIAL_WEIGHT * PARTIAL_TRUE_OF.T], dim=1)
+    matches = matches[caption_ids]
     for seed in range(80):
         torch.manual_seed(seed)
-        loss = train.clip_objective(clip, x_0, caption_ids, TOKENS, LESS_TRUE_OF, alpha_bar,
+        loss = train.clip_objective(clip, x_0, caption_ids, TOKENS, PARTIAL_TRUE_OF, alpha_bar,
                                     data.generator(seed), fraction)
         is_clean = clip.t == 0
         assert is_clean.sum() == clean and clip.t.min() >= 0 and clip.t.max() <= tinyddpm.T
@@ -103,13 +104,13 @@ def test_clip_objective_has_clean_and_noised_images(alpha_bar, fraction, clean):
 
 
 def test_clip_objective_draws_a_template_for_each_text(alpha_bar, monkeypatch):
-    """All captions of a small closed set, and so many of the texts that say less, each in one of
+    """All captions of a small closed set, and so many of the partial captions, each in one of
     its templates; all texts in all templates in turn."""
-    monkeypatch.setattr(train, "LESS", 2)
+    monkeypatch.setattr(train, "PARTIAL", 2)
     clip, drawn = RecordingCLIP(), []
     for seed in range(40):
         train.clip_objective(clip, torch.zeros(8, 3, 2, 2), torch.zeros(8, dtype=torch.long),
-                             TOKENS, LESS_TRUE_OF, alpha_bar, data.generator(seed))
+                             TOKENS, PARTIAL_TRUE_OF, alpha_bar, data.generator(seed))
         rows = (clip.tokens == TOKENS[:, :, None]).all(dim=3).sum(dim=2)      # (S, K + P)
         assert rows.sum(dim=0)[:5].tolist() == [1] * 5
         assert sorted(rows.sum(dim=0)[5:].tolist()) == [0, 1, 1] and len(clip.tokens) == 7
@@ -119,18 +120,18 @@ def test_clip_objective_draws_a_template_for_each_text(alpha_bar, monkeypatch):
 
 def test_clip_objective_is_the_papers_loss_if_captions_are_many(alpha_bar):
     """Beyond CLOSED_SET captions each image is compared with the captions of its batch only, and
-    with no text that says less."""
+    with no partial caption."""
     K = train.CLOSED_SET + 1
     tokens, clip = torch.arange(2 * (K + 1)).view(2, K + 1, 1), RecordingCLIP()
-    less_true_of = torch.ones(1, K, dtype=torch.bool)
+    partial_true_of = torch.ones(1, K, dtype=torch.bool)
     caption_ids = torch.tensor([3, K - 1, 3, 0])
-    loss = train.clip_objective(clip, torch.randn(4, 3, 2, 2), caption_ids, tokens, less_true_of,
+    loss = train.clip_objective(clip, torch.randn(4, 3, 2, 2), caption_ids, tokens, partial_true_of,
                                 alpha_bar, data.generator(0))
     assert torch.equal(clip.tokens[:, 0] % (K + 1), caption_ids)
     logits = clip.image_features @ clip.text_features.T
     assert loss == tinyclip.contrastive_loss(logits, caption_ids)
     train.clip_objective(clip, torch.randn(4, 3, 2, 2), caption_ids % 1000, tokens[:, 1:],
-                         less_true_of[:, 1:], alpha_bar, data.generator(0))
+                         partial_true_of[:, 1:], alpha_bar, data.generator(0))
     assert len(clip.tokens) == train.CLOSED_SET + 1
 
 
@@ -186,7 +187,7 @@ def test_what_cannot_be_trained_is_named():
     """A CLIP of one caption, and a judge of captions without attributes."""
     dataset = toys.squares(20, seed=0)
     one = dataset._replace(captions=["a car"], templates=[["a car"]],
-                           less_true_of=np.empty((0, 1), bool))
+                           partial_true_of=np.empty((0, 1), bool))
     with pytest.raises(cli.UserError, match="compared with 1 caption; CLIP learns from diff"):
         train.clip_task(CONFIGS["clip"], train.TrainConfig(), one, one, CPU)
     none = dataset._replace(attributes={}, caption_labels=dataset.caption_labels[:, :0])
@@ -210,7 +211,7 @@ def test_long_texts_are_reported(capsys):
 
 
 def test_weights_of_a_clip_hold_the_texts_of_its_training():
-    """In weights.pt: the first templates, normalised; which captions a text that says less is true
+    """In weights.pt: the first templates, normalised; which captions a partial caption is true
     of; all words, also those of later templates."""
     dataset = toys.squares(20, seed=0)
     later = [f"Late/{i} square" for i in range(9)]
@@ -219,7 +220,7 @@ def test_weights_of_a_clip_hold_the_texts_of_its_training():
     assert content["captions"] == dataset.captions and len(content["templates"]) == train.ENSEMBLE
     assert content["templates"][0] == [
         text.removeprefix("a ") for text in dataset.templates[0]]
-    assert (content["less_true_of"].numpy() == dataset.less_true_of).all()
+    assert (content["partial_true_of"].numpy() == dataset.partial_true_of).all()
     assert content["words"] == sorted(
         "red green blue square on the left right late".split() + list("012345678"))
 

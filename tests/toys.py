@@ -25,9 +25,10 @@ def squares(n, seed, size=16):
         image[size // 4:3 * size // 4, left:left + size // 3, colour] = 255
     captions = [f"a {COLOURS[colour]} square on the {SIDES[side]}" for colour, side in labels]
     texts = captions + [f"a {colour} square" for colour in COLOURS]
-    less_true_of = labels[:, 0] == np.arange(3)[:, None]                      # (P = 3, K = 6)
+    partial_true_of = labels[:, 0] == np.arange(3)[:, None]                      # (P = 3, K = 6)
     return data.Dataset("squares", images, caption_ids, captions,
-                        [texts, [text.removeprefix("a ") for text in texts]], less_true_of, labels,
+                        [texts, [text.removeprefix("a ") for text in texts]], partial_true_of,
+                        labels,
                         {"colour": COLOURS, "side": SIDES}, f"{n} squares, seed {seed}")
 
 
