@@ -293,6 +293,13 @@ NUMBERS = [   # near this text, the README has this figure; results file, row, k
        {"held_out_from": held_out, "pairs": "held out", "guidance": "lookahead"},
        "prompt_accuracy", fraction) for text, held_out in (("71.3 %", "both"),
                                                            ("92.6 %", "neither"))),
+    *(("English is", text, "zeroshot", {"task": task, "way": way}, "prompt_accuracy", fraction)
+      for text, task, way in (
+          ("99.5 %", "all attributes", "zero-shot, 294 captions"),
+          ("99.0 %", "all attributes", "linear probe, 10,000 images"),
+          ("67.2 %", "pairs that CLIP never met", "zero-shot, 294 captions"),
+          ("51.6 %", "two cars: left and right", "zero-shot, of two texts"),
+          ("50.2 %", "one car or two", "zero-shot, of two texts"))),
     ("On photographs", "60.0 %", "photographs_models",
      {"command": "python train.py judge --data photos --steps 1500"}, "accuracy", fraction),
     *(("`python train.py clip`", text, "training_loss", {"model": "clip"}, step, "{:.2f}".format)
