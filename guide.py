@@ -252,7 +252,7 @@ def build_denoiser(name, models, targets, scale=None, interval=None):
     """Build the denoiser of one of METHODS, with its own scale and interval unless given.
 
     models: a sample.Models, or anything with clip, unet, alpha_bar and text_features;
-    targets: (B,) int
+    targets: (B,) int, unused by "none"
     """
     method, denoise = METHODS[name], denoiser(models.unet, models.alpha_bar)
     scale = method.scale if scale is None else scale

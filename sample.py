@@ -2,11 +2,13 @@
 
     python sample.py "a blue van" -n 4 --gif      four of them, and an animation from noise to image
     python sample.py "red bus" "blue bus"         one file for each prompt, from the same noise
+    python sample.py "something red"              prompts are English, and may leave things open
+    python sample.py "red bus" --clip ViT-B-32.pt         guided by a published CLIP
     python sample.py -n 64                        no prompt: unguided
 
 Uses runs/clip and runs/ddpm if both were trained, else the models in weights/. Writes one PNG with
-prompt, seed and settings in its metadata, and prints CLIP's probability of the prompt and the
-judge's prompt accuracy. From Python: load_models, then generate (see README.md).
+prompt, seed and settings in its metadata, and prints how CLIP reads the prompt, CLIP's probability
+of it and the judge's prompt accuracy. From Python: load_models, then generate (see README.md).
 """
 import argparse
 import dataclasses
@@ -42,17 +44,17 @@ class Models(NamedTuple):
     """A matching CLIP and diffusion model, and what CLIP was trained on."""
     clip: tinyclip.CLIP
     unet: tinyddpm.UNet
-    alpha_bar: torch.Tensor       # (T + 1,)
-    captions: list                # K
-    templates: list               # S lists of K + P texts: ways to write each caption, and P
-                                  # partial captions, such as "a bus"
-    partial: list                 # these P, plainly
+    alpha_bar: torch.Tensor          # (T + 1,)
+    captions: list                   # K, and behind them those that a new prompt adds
+    templates: list                  # S lists of K + P texts: ways to write each caption, and P
+                                     # partial captions, such as "a bus"
+    partial: list                    # these P, plainly
     partial_true_of: torch.Tensor    # (P, K) bool, the captions that they are true of
-    words: list                   # all words of the training
-    text_features: torch.Tensor   # (K, E), of the captions
-    partial_features: torch.Tensor   # (P, E), of partial captions
-    data: str                     # the name of the data set
-    description: str              # files and device
+    words: list                      # all words of the training
+    text_features: torch.Tensor      # (K, E), of the captions, and of those that are added
+    partial_features: torch.Tensor   # (P, E)
+    data: str                        # the name of the data set
+    description: str                 # files and device
 
 
 def find_weights(clip=None, ddpm=None):
@@ -140,12 +142,13 @@ def load_judge(data_name, path=None, device="cpu"):
 
 # ---- prompts -------------------------------------------------------------------------------------
 
-# Cosines of text features: texts that mean the same have nearly 1, the next caption about .8.
+# Cosines of text features, as measured for the cars: texts that mean the same have nearly 1, the
+# next caption about .8.
 MEANS_THE_SAME, SURE = 0.9, 0.97
 
 
 def one_letter_apart(a, b):
-    """Whether two words differ by a letter that is missing, superfluous, wrong or in a wrong place:
+    """Whether two words differ by a letter that is missing, extra, wrong or in a wrong place:
     "withe" and "white" are the same without their "h"."""
     without_one = lambda word: {word} | {word[:i] + word[i + 1:] for i in range(len(word))}
     return bool(without_one(a) & without_one(b))
@@ -160,11 +163,11 @@ def known_words(text, words):
     read = {}
     for word in dict.fromkeys(text.split()):   # each once
         nearest = difflib.get_close_matches(word, words, cutoff=0.75)
-        typing_errors = [near for near in nearest if one_letter_apart(word, near)]
+        intended = [near for near in nearest if one_letter_apart(word, near)]
         if word in words:
             read[word] = word
-        elif typing_errors and len(word) > 3:
-            read[word] = max(typing_errors, key=lambda w: (len(w), sorted(w) == sorted(word)))
+        elif intended and len(word) > 3:   # a typo
+            read[word] = max(intended, key=lambda w: (len(w), sorted(w) == sorted(word)))
             print(f"{word!r} is read as {read[word]!r}")
         else:
             hint = f" (it knows {nearest[0]!r})" if nearest else ""
@@ -172,43 +175,48 @@ def known_words(text, words):
     return " ".join(read[word] for word in text.split() if word in read)
 
 
+def nearest_text(text, models):
+    """Find the text of the training whose feature is most similar to that of a new one
+
+    -> feature: (1, E), index: a caption's, or K + that of a partial caption, cosine
+    """
+    templates = ["{}"] if models.clip.config.noise_aware else PUBLISHED_TEMPLATES
+    feature = models.clip.encode_ensemble([[template.format(text)] for template in templates])
+    trained = models.text_features[:models.partial_true_of.shape[1]]          # (K, E)
+    cosines = F.cosine_similarity(feature, torch.cat([trained, models.partial_features]))
+    return feature, int(cosines.argmax()), cosines.max().item()
+
+
 def read_text(text, models):
     """Find out what a normalised text means to CLIP -> (models, indices of captions, their text)
 
     What CLIP's text encoder finds as good as equal to a caption, or to a partial caption, is read
-    as that: "something red" allows all captions whose main colour is red. Any other text
-    becomes one more caption, and only its feature is computed.
+    as that: "something red" means all captions whose main colour is red. Any other text, and with a
+    published CLIP every new one, becomes one more caption; only its feature is computed.
     """
-    K, own = models.partial_true_of.shape[1], models.clip.config.noise_aware   # else: published
-    if own:
-        text = known_words(text, models.words)
-    if not text:
-        return models, range(len(models.captions)), "anything"
+    K, noise_aware = models.partial_true_of.shape[1], models.clip.config.noise_aware
     longest = models.clip.config.context_length - 2   # start and end
     if len(models.clip.tokenizer.encode(text)) > longest:
         print(f"the prompt is too long: CLIP reads its first {longest} tokens")
     captions = list(map(normalize_prompt, models.captions[:K]))
     index_of = {known: i for texts in [*models.templates, captions]
                 for i, known in enumerate(texts)}
-    if text not in index_of:
-        feature = models.clip.encode_ensemble(
-            [[template.format(text)] for template in (["{}"] if own else PUBLISHED_TEMPLATES)])
-        known = torch.cat([models.text_features[:K], models.partial_features])   # (K + P, E)
-        cosine, i = F.cosine_similarity(feature.float(), known).max(dim=0)
-        if cosine < MEANS_THE_SAME or not own:
-            if own:
-                print(f"nothing that CLIP was trained on means {shorten(text, 80)!r}")
+    index = index_of.get(text)
+    if index is None:
+        feature, index, cosine = nearest_text(text, models)
+        if noise_aware and cosine < MEANS_THE_SAME:
+            print(f"nothing that CLIP was trained on means {shorten(text, 80)!r}")
+        elif noise_aware and cosine < SURE:
+            print(f"not sure of {shorten(text, 80)!r}: a cosine of {cosine:.2f} with what it is "
+                  "read as")
+        if cosine < MEANS_THE_SAME or not noise_aware:
             models = models._replace(captions=[*models.captions, text],
                                      text_features=torch.cat([models.text_features, feature]))
             return models, [len(models.captions) - 1], text
-        if cosine < SURE:
-            print(f"not sure of {shorten(text, 80)!r}: a cosine of {cosine:.2f} with what it is "
-                  "read as")
-        index_of[text] = int(i)
-    i = index_of[text]
-    if i < K:
-        return models, [i], models.captions[i]
-    return models, models.partial_true_of[i - K].nonzero()[:, 0].tolist(), models.partial[i - K]
+    if index < K:
+        return models, [index], models.captions[index]
+    true_of = models.partial_true_of[index - K].nonzero()[:, 0].tolist()
+    return models, true_of, models.partial[index - K]
 
 
 def resolve_prompt(prompt, models):
@@ -220,12 +228,16 @@ def resolve_prompt(prompt, models):
     text, targets, readings = normalize_prompt(prompt), set(), []
     if not text:
         raise cli.UserError("the prompt is empty; leave it out to sample without guidance")
-    known = text in map(normalize_prompt, models.captions)
-    for part in [text] if known else text.split(" or "):
-        models, indices, reading = read_text(normalize_prompt(part), models)
-        if len(indices) < len(models.captions) or " or " not in text:   # else it says nothing
-            targets |= set(indices)
-            readings.append(reading)
+    is_caption = text in map(normalize_prompt, models.captions)
+    parts = [text] if is_caption else map(normalize_prompt, text.split(" or "))
+    if models.clip.config.noise_aware:
+        parts = [known_words(part, models.words) for part in parts]
+    for part in filter(None, parts):   # what has no known word says nothing
+        models, indices, reading = read_text(part, models)
+        targets |= set(indices)
+        readings.append(reading)
+    if not readings:
+        targets, readings = range(len(models.captions)), ["anything"]
     print(f"{shorten(prompt, 80)!r} is read as {shorten(' or '.join(map(repr, readings)), 300)}")
     return models, torch.tensor([k in targets for k in range(len(models.captions))],
                                 device=models.alpha_bar.device)
@@ -294,18 +306,25 @@ def sample_images(models, targets, config, callback=None):
     each image, then an image of that caption. (Guidance by the summed probability of all allowed
     captions works too, but ends at the easiest one: of "a car with a yellow roof" at yellow cars.)
     """
+    if targets is None:
+        return sample_captions(models, None, config, callback)
+    allowed = targets.nonzero()[:, 0]                                         # (number of True,)
+    drawn = [torch.randint(len(allowed), (), generator=data.generator(config.seed, i, 1))
+             for i in range(config.n)]
+    return sample_captions(models, allowed[torch.stack(drawn)], config, callback)
+
+
+def sample_captions(models, caption_ids, config, callback=None):
+    """Sample an image of each of config.n captions, (n,) int; None: unguided -> (n, 3, H, W)"""
     size, device, images = models.unet.config.image_size, models.alpha_bar.device, []
-    method = config.method if targets is not None else "none"
+    method = config.method if caption_ids is not None else "none"
     if method == "classifier-free" and not models.unet.config.cond_dim:
         raise cli.UserError("this DDPM is unconditional; train a conditional one with: python "
                             "train.py ddpm --clip FILE --out runs/conditional")
     for start in range(0, config.n, config.batch):
         indices = range(start, min(start + config.batch, config.n))
-        allowed = [0] if targets is None else targets.nonzero()[:, 0].tolist()   # 0: unused
-        drawn = torch.tensor([allowed[torch.randint(
-            len(allowed), (), generator=data.generator(config.seed, i, 1))] for i in indices])
-        denoise = guide.build_denoiser(method, models, drawn.to(device), config.scale,
-                                       config.interval)
+        targets = caption_ids[list(indices)].to(device) if method != "none" else None   # (B,)
+        denoise = guide.build_denoiser(method, models, targets, config.scale, config.interval)
         generators = [data.generator(config.seed, i) for i in indices]   # one per image
         x_T = tinyddpm.randn_per_image(generators, (3, size, size), device)
         images.append(tinyddpm.sample(

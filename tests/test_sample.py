@@ -152,6 +152,15 @@ def test_or_allows_what_either_part_allows(models, encoded, capsys, prompt, read
     assert capsys.readouterr().out.splitlines()[0] == out
 
 
+@pytest.mark.parametrize("prompt, count", [
+    ("zebra or tiger", 294), ("zebra", 294), ("red bus or zebra", 1), ("red bus or something", 294)])
+def test_unknown_parts_of_a_prompt_say_nothing(models, prompt, count):
+    """Unless all are unknown: then it allows anything, as "something" does."""
+    _, targets = sample.resolve_prompt(prompt, models)
+    assert targets.sum() == count
+    assert len(sample.sample_images(models, targets, sample.SamplingConfig(n=1, steps=1))) == 1
+
+
 def test_a_new_prompt_is_encoded_alone(models, encoded, capsys, all_new):
     """It becomes one more caption: the features of all others stay as they are. Words that no
     text of the training has are left out and named."""
