@@ -10,7 +10,8 @@ upper hemisphere.
 World coordinates in metres: x forward, y to the left, z up, the ground at z = 0.
 Shapes: N images, F faces and V vertices of a solid. Images are RGB, uint8 (N, size, size, 3).
 
-The other chapters need only the captions below and render() at the end, not what lies between.
+The other chapters need only captions and descriptions below and render() at the end, not what lies
+between.
 This file imports only numpy: copy it and it works. `python cars.py` prints a car.
 Left out: shadows, reflections, curved surfaces, backgrounds.
 """
@@ -40,8 +41,12 @@ def caption(body, main, second):
     The order matters: main is the body shell, second the roof with its pillars, the stripe and the
     lower band (on buses, jeeps and vans a panel on a roof of the main colour).
     """
-    colours = COLOURS[main] if main == second else f"{COLOURS[main]} and {COLOURS[second]}"
-    return f"a {colours} {BODIES[body]}"
+    return f"a {colour_words(main, second)} {BODIES[body]}"
+
+
+def colour_words(main, second):
+    """Name two colours, indices into COLOURS: "white and red", or "red" if both are"""
+    return COLOURS[main] if main == second else f"{COLOURS[main]} and {COLOURS[second]}"
 
 
 def caption_index(labels):
@@ -147,8 +152,12 @@ def describe(body, main, second, rng):
 
     body, main, second: indices as in caption(), None for what is not named; rng: random.Random
     """
-    kind = {(False, False): "neither", (True, False): "main", (False, True): "second"}.get(
-        (main is not None, second is not None), "one colour" if main == second else "two colours")
+    if main is None:
+        kind = "neither" if second is None else "second"
+    elif second is None:
+        kind = "main"
+    else:
+        kind = "one colour" if main == second else "two colours"
     phrases = PHRASES[kind] + (PHRASES[f"{kind} of something"] if body is None else [])
     either = lambda name, others: rng.choice([name, *others[name].split(", ")])
     while True:
@@ -166,8 +175,9 @@ def describe(body, main, second, rng):
 # of which they are true.
 PARTIAL = [labels for labels in itertools.product(*(
     [*range(len(values)), None] for values in ATTRIBUTES.values())) if None in labels]
-PARTIAL_TRUE_OF = np.array([[all(a in (None, b) for a, b in zip(labels, full)) for full in
-                          caption_labels(np.arange(len(CAPTIONS))).tolist()] for labels in PARTIAL])
+PARTIAL_TRUE_OF = np.array(   # (154, 294) bool
+    [[all(a in (None, b) for a, b in zip(labels, full))
+      for full in caption_labels(np.arange(len(CAPTIONS))).tolist()] for labels in PARTIAL])
 
 
 def partial_caption(body, main, second):
@@ -175,13 +185,14 @@ def partial_caption(body, main, second):
 
     body, main, second: as in describe()
     """
-    noun = "vehicle" if body is None else BODIES[body]
     if body is None and second is None:
         return "something" if main is None else f"something {COLOURS[main]}"
-    if body is None and main is not None:
-        return caption(0, main, second).removesuffix("car") + noun
-    return f"a {noun}" + (f" with a {COLOURS[main]} body" if main is not None else "") + (
-        f" with a {COLOURS[second]} roof" if second is not None else "")
+    if main is not None and second is not None:
+        return f"a {colour_words(main, second)} vehicle"
+    noun = "a vehicle" if body is None else f"a {BODIES[body]}"
+    if main is not None:
+        return f"{noun} with a {COLOURS[main]} body"
+    return noun if second is None else f"{noun} with a {COLOURS[second]} roof"
 
 
 def descriptions(count, seed=0):

@@ -443,7 +443,8 @@ class CLIP(nn.Module):
     def encode_image(self, x, t=None):
         """Encode images -> image_features: (B, E), unnormalised.
 
-        x: (B, 3, H, W) in [-1, 1], noised up to t; t: (B,) int in 0..T, None: all are clean, t = 0
+        x: (B, 3, H, W) in [-1, 1], noised up to t; t: (B,) int in 0..T, None: all are clean, t = 0.
+        A published CLIP takes x from `preprocess` instead, and t does not matter.
         """
         if t is None:
             t = torch.zeros(len(x), dtype=torch.long, device=x.device)
@@ -500,9 +501,6 @@ class CLIP(nn.Module):
         with torch.autocast(x.device.type, enabled=False):   # bf16 could reorder close captions
             return self.logits(image_features, text_features, t).softmax(dim=1)
 
-
-    # ---- the published weights ----
-
     @classmethod
     def from_openai(cls, weights, tokenizer):
         """Build one of OpenAI's CLIPs with a Vision Transformer: ViT-B/32, B/16, L/14, L/14@336.
@@ -520,7 +518,7 @@ class CLIP(nn.Module):
         if "visual.layer1.0.conv1.weight" in weights:
             raise ValueError("this is a ResNet CLIP; only those with a Vision Transformer fit")
         if not {"visual.conv1.weight", "visual.proj", "text_projection"} <= weights.keys():
-            raise ValueError("these are no weights of a published CLIP")
+            raise ValueError("these are not the weights of a published CLIP")
         D, _, _, patch = weights["visual.conv1.weight"].shape
         layers = lambda tower: sum(name.startswith(f"{tower}transformer.") and
                                    name.endswith("ln_1.weight") for name in weights)
@@ -538,7 +536,7 @@ class CLIP(nn.Module):
         names = {published_name(name): name for name in clip.state_dict()}
         if names.keys() != weights.keys():
             odd = sorted(names.keys() ^ weights.keys())
-            raise ValueError(f"{len(odd)} tensors are missing or superfluous, such as {odd[0]}")
+            raise ValueError(f"{len(odd)} tensors are missing or extra, such as {odd[0]}")
         clip.load_state_dict({ours: weights[name].T if name.endswith(TRANSPOSED) else weights[name]
                               for name, ours in names.items()})
         return clip.eval().requires_grad_(False)
@@ -551,6 +549,8 @@ class CLIP(nn.Module):
         return {name: w.T.contiguous() if name.endswith(TRANSPOSED) else w
                 for name, w in weights.items()}
 
+
+# ---- the published layout ------------------------------------------------------------------------
 
 TRANSPOSED = "visual.proj", "text_projection"   # published as (D, E), nn.Linear has (E, D)
 

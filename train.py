@@ -60,8 +60,9 @@ DEFAULTS = {   # kind -> the model's config and its training's
 # longer than the images, and those of the batch stand for all (contrastive_loss).
 CLOSED_SET = 1024
 CLEAN_FRACTION = 0.125   # of the images of a batch, shown to CLIP without noise
-PARTIAL = 32             # partial captions ("a bus") in a step, drawn at random
+PARTIAL_PER_STEP = 32    # partial captions ("a bus"), drawn at random for each step
 PARTIAL_WEIGHT = 0.1     # of each in the target, beside 1 of the caption
+ENSEMBLE = 8             # templates that weights.pt holds, to average text features
 
 
 def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, generator,
@@ -81,15 +82,15 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     x_t = tinyddpm.q_sample(x_0, t, eps, alpha_bar)
 
     closed = K <= CLOSED_SET   # else the captions of this micro-batch, as in the paper
-    partial = torch.randperm(P, generator=generator, device=x_0.device)[:PARTIAL]
+    partial = torch.randperm(P, generator=generator, device=x_0.device)[:PARTIAL_PER_STEP]
     texts = torch.cat([torch.arange(K, device=x_0.device), K + partial]) if closed else caption_ids
     template = torch.randint(S, texts.shape, generator=generator, device=x_0.device)
     text_features = clip.encode_text(tokens[template, texts])                 # (N, E)
     logits = clip.logits(clip.encode_image(x_t, t), text_features, t)         # (B, N)
     if not closed:
         return tinyclip.contrastive_loss(logits, caption_ids)
-    true_partial = partial_true_of[partial][:, caption_ids].T                 # (B, PARTIAL)
-    matches = torch.cat([F.one_hot(caption_ids, K), PARTIAL_WEIGHT * true_partial], dim=1)
+    is_true = partial_true_of[partial][:, caption_ids].T                      # (B, N - K) bool
+    matches = torch.cat([F.one_hot(caption_ids, K), PARTIAL_WEIGHT * is_true], dim=1)  # (B, N)
     return tinyclip.closed_set_loss(logits, matches, is_clean=t == 0)
 
 
@@ -117,7 +118,7 @@ class Task(NamedTuple):
 
 
 @torch.no_grad()
-def accuracy_by_timestep(clip, tokens, validation, alpha_bar):
+def accuracy_by_timestep(clip, tokens, validation, alpha_bar, timesteps=(0, 300, 500, 700)):
     """Measure top-1 accuracy on 500 held-out images, the same in each call -> {t: accuracy}
 
     tokens: (K, L), of the captions
@@ -127,14 +128,11 @@ def accuracy_by_timestep(clip, tokens, validation, alpha_bar):
     eps = torch.randn(x_0.shape, generator=data.generator(0, 0, device=device), device=device)
     caption_ids = torch.from_numpy(validation.caption_ids[indices]).to(device)
     text_features, accuracy = clip.encode_text(tokens), {}
-    for timestep in range(0, tinyddpm.T, 100):
+    for timestep in timesteps:
         t = torch.full((len(x_0),), timestep, device=device)
         probs = clip.caption_probs(tinyddpm.q_sample(x_0, t, eps, alpha_bar), text_features, t)
         accuracy[timestep] = (probs.argmax(dim=1) == caption_ids).float().mean().item()
     return accuracy
-
-
-ENSEMBLE = 8   # templates that weights.pt holds, to average text features
 
 
 def normalized_templates(dataset):
@@ -143,7 +141,7 @@ def normalized_templates(dataset):
 
 
 def report_long_texts(templates, tokenizer, context_length):
-    """Print how many texts exceed the context length, and what follows from it."""
+    """Print how many texts exceed the context length, and how many then have the same tokens."""
     texts = {text: tuple(tokenizer.encode(text)) for texts in templates for text in texts}
     longest, kept = max(map(len, texts.values())) + 2, context_length - 2   # start and end
     if longest > context_length:
@@ -162,7 +160,7 @@ def clip_task(config, options, dataset, validation, device):
     report_long_texts(templates, tokenizer, config.context_length)
     tokens = torch.stack([tokenizer.batch(texts, config.context_length)
                           for texts in templates]).to(device)                 # (S, K + P, L)
-    partial_true_of = torch.from_numpy(dataset.partial_true_of).to(device)          # (P, K)
+    partial_true_of = torch.from_numpy(dataset.partial_true_of).to(device)    # (P, K)
 
     def objective(model, x_0, indices, generator):
         return clip_objective(model, x_0, caption_ids[indices], tokens, partial_true_of, alpha_bar,
@@ -170,14 +168,14 @@ def clip_task(config, options, dataset, validation, device):
 
     def preview(model, folder):
         accuracy = accuracy_by_timestep(model, tokens[0, :K], validation, alpha_bar)
-        shown = ", ".join(f"{accuracy[t]:.1%} at t = {t}" for t in (0, 300, 500, 700))
+        shown = ", ".join(f"{p:.1%} at t = {t}" for t, p in accuracy.items())
         return f"top-1 of {K} captions on held-out images: {shown}"
 
     B = options.batch // (options.accumulate * distributed.world_size())   # of a micro-batch
     compared, chance = B, math.log(B)   # captions with which an image is compared
     if K <= CLOSED_SET:   # image to text, and text to image among the clean ones
         text_to_image = math.log(math.ceil(CLEAN_FRACTION * B))
-        compared = K + min(PARTIAL, len(dataset.partial_true_of))
+        compared = K + min(PARTIAL_PER_STEP, len(dataset.partial_true_of))
         chance = math.log(compared) + tinyclip.TEXT_TO_IMAGE * text_to_image
     if compared < 2:
         raise cli.UserError(f"an image is compared with {compared} caption; CLIP learns from "

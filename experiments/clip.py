@@ -54,19 +54,20 @@ def word_order(logits, caption_ids, labels):
 
 
 # Ways to write captions that are not in cars.PHRASES: for two colours, and for one.
-HELD_OUT = [("a {n} which is {m} and {s}", "a {n} which is {c}"),
-            ("a {n} in {m} whose roof is {s}", "a {n} in {c} whose roof is {c}"),
-            ("a {m} {n} whose roof is {s}", "a {c} {n} whose roof is {c}"),
-            ("a {n}, {m} with a {s} roof", "a {n}, {c} with a {c} roof"),
-            ("a {n} of {m} and {s} colour", "a {n} of {c} colour"),
-            ("a {m} body and a {s} roof on a {n}", "a {c} body and a {c} roof on a {n}"),
-            ("a {s} roof, a {m} body, a {n}", "a {c} roof, a {c} body, a {n}"),
-            ("the {n} has a {m} body and its roof is {s}", "the {n} has a {c} body and roof"),
-            ("a {n} with a roof in {s} and a body in {m}", "a {n} with a roof and a body in {c}")]
+HELD_OUT_PHRASINGS = [
+    ("a {n} which is {m} and {s}", "a {n} which is {c}"),
+    ("a {n} in {m} whose roof is {s}", "a {n} in {c} whose roof is {c}"),
+    ("a {m} {n} whose roof is {s}", "a {c} {n} whose roof is {c}"),
+    ("a {n}, {m} with a {s} roof", "a {n}, {c} with a {c} roof"),
+    ("a {n} of {m} and {s} colour", "a {n} of {c} colour"),
+    ("a {m} body and a {s} roof on a {n}", "a {c} body and a {c} roof on a {n}"),
+    ("a {s} roof, a {m} body, a {n}", "a {c} roof, a {c} body, a {n}"),
+    ("the {n} has a {m} body and its roof is {s}", "the {n} has a {c} body and roof"),
+    ("a {n} with a roof in {s} and a body in {m}", "a {n} with a roof and a body in {c}")]
 
 
 def held_out_phrasings():
-    """Write all captions in each of HELD_OUT -> lists of K texts"""
+    """Write all captions in each of HELD_OUT_PHRASINGS -> lists of K texts"""
     labels = cars.caption_labels(np.arange(len(cars.CAPTIONS))).tolist()
     return [[cars.fill(one if m == s else two, cars.BODIES[b], cars.COLOURS[m], cars.COLOURS[s],
-                       None) for b, m, s in labels] for two, one in HELD_OUT]
+                       None) for b, m, s in labels] for two, one in HELD_OUT_PHRASINGS]

@@ -8,10 +8,7 @@ import io
 import torch
 
 import cars
-import data
-import guide
 import sample
-import tinyddpm
 from experiments import clip, metrics, second_judge
 from judge import predict
 
@@ -29,15 +26,18 @@ PROMPTS = {   # -> body, main, second, None where the prompt leaves it open
     "a car with a yellow roof": ("car", None, "yellow")}
 
 
+def sampling_config(args, n):
+    return sample.SamplingConfig(n=n, **{key: getattr(args, key) for key in (
+        "steps", "eta", "recurrence", "seed", "batch", "interval")})
+
+
 def english(models, args):
     """Prompts as people write them, and all captions in phrasings that CLIP never met."""
     judge, _, _ = second_judge.load_judges(models, args)
     for prompt, names in PROMPTS.items():
         with contextlib.redirect_stdout(io.StringIO()) as out:
             read, targets = sample.resolve_prompt(prompt, models)
-        n = 32 if None in names else 16
-        config = sample.SamplingConfig(n=n, **{key: getattr(args, key) for key in (
-            "steps", "eta", "recurrence", "seed", "batch", "interval")})
+        config = sampling_config(args, n=32 if None in names else 16)
         predicted = predict(judge, sample.sample_images(read, targets, config)).cpu()   # (N, A)
         wanted = [values.index(name) if name else None
                   for name, values in zip(names, cars.ATTRIBUTES.values())]
@@ -45,8 +45,8 @@ def english(models, args):
                                if value is not None], dim=1)
         values = [len(predicted[:, a].unique()) for a, value in enumerate(wanted) if value is None]
         yield {"prompt": prompt, "read as": out.getvalue().splitlines()[-1].split(" read as ")[1],
-               "samples": n, **metrics.accuracy_row(correct.all(dim=1)),
-               "values of what is left open": ", ".join(map(str, values))}
+               "samples": config.n, **metrics.accuracy_row(correct.all(dim=1)),
+               "values left open": ", ".join(map(str, values))}
     yield from held_out(models, args, judge)
 
 
@@ -59,20 +59,10 @@ def held_out(models, args, judge):
             _, targets = sample.resolve_prompt(phrasings[k % len(phrasings)][k], models)
         first = targets[:K].nonzero()[:1, 0].tolist()   # none if it became a new caption,
         read += first or [(k + 1) % K]                  # which counts as wrong
+    config = sampling_config(args, K)
     labels = torch.from_numpy(cars.caption_labels(plain.numpy()))
     for name, targets in (("all captions, plain", plain),
                           ("all captions, in held-out phrasings", torch.tensor(read))):
-        predicted = predict(judge, sample_each(models, targets, args)).cpu()
+        predicted = predict(judge, sample.sample_captions(models, targets, config)).cpu()
         yield {"prompt": name, "samples": K, **metrics.accuracy_row((predicted == labels).all(1))}
 
-
-def sample_each(models, targets, args):
-    """Sample one image of each of these captions, (N,) int -> x_0"""
-    images, (size, device) = [], (models.unet.config.image_size, models.alpha_bar.device)
-    for indices in torch.arange(len(targets)).split(args.batch):
-        denoise = guide.build_denoiser(guide.DEFAULT, models, targets[indices].to(device))
-        generators = [data.generator(args.seed, i) for i in indices.tolist()]
-        x_T = tinyddpm.randn_per_image(generators, (3, size, size), device)
-        images.append(tinyddpm.sample(denoise, x_T, generators, models.alpha_bar, args.steps,
-                                      args.eta, recurrence=args.recurrence))
-    return torch.cat(images)

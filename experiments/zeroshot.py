@@ -24,7 +24,7 @@ from infra import cli
 from infra.image_folders import read_image
 from judge import predict
 
-HELD_OUT, SEEN = 2000, 10_000          # images to test on, and to fit the linear probe on
+TEST_IMAGES, SEEN = 2000, 10_000       # images to test on, and to fit the linear probe on
 SIDE_VIEWS, WITH_WORDS = 400, 4000     # cars to test words on, and to train on
 PAIRS_OF_CARS = 300
 FONT = {"B": "###,#.#,##.,#.#,###", "C": "###,#..,#..,#..,###", "J": "..#,..#,..#,#.#,###",
@@ -83,7 +83,7 @@ def zero_shot(models, args):
     """Zero-shot prediction beside a linear probe and the judge; painted words; two cars."""
     judge, _, _ = second_judge.load_judges(models, args)
     labels = torch.from_numpy(cars.caption_labels(np.arange(len(cars.CAPTIONS))))
-    held_out = data.load("cars", judge.config.image_size, HELD_OUT, "validation")
+    held_out = data.load("cars", judge.config.image_size, TEST_IMAGES, "validation")
     x, truth = data.to_float(held_out.images[:]), torch.from_numpy(held_out.labels)
     seen = data.load("cars", judge.config.image_size, 50_000)
     x_seen, seen_labels = data.to_float(seen.images[:SEEN]), torch.from_numpy(seen.labels[:SEEN])

@@ -22,14 +22,13 @@ STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32,
 def is_published(path):
     """Whether a file holds published weights and not one of our checkpoints."""
     path = Path(path)
-    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
-        return path.suffix == ".safetensors"
+    if path.suffix == ".safetensors" or _is_torchscript(path):
+        return True
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            pickled = [name for name in names if name.endswith("/data.pkl")]
-            return _is_torchscript(names) or any(b"visual.proj" in archive.read(n) for n in pickled)
-    except zipfile.BadZipFile:   # checkpoint.load will say so
+            return any(b"visual.proj" in archive.read(name) for name in archive.namelist()
+                       if name.endswith("/data.pkl"))
+    except (OSError, zipfile.BadZipFile):   # checkpoint.load will say so
         return False
 
 
@@ -39,7 +38,7 @@ def load_tensors(path):
     try:
         if path.suffix == ".safetensors":
             tensors = _read_safetensors(path.read_bytes())
-        elif zipfile.is_zipfile(path) and _is_torchscript(zipfile.ZipFile(path).namelist()):
+        elif _is_torchscript(path):
             tensors = _read_torchscript(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -65,8 +64,11 @@ def _read_safetensors(content):
     return tensors
 
 
-def _is_torchscript(names):
-    return any("/code/" in name for name in names)
+def _is_torchscript(path):
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
 
 
 class _Object:

@@ -106,7 +106,7 @@ def test_clip_objective_has_clean_and_noised_images(alpha_bar, fraction, clean):
 def test_clip_objective_draws_a_template_for_each_text(alpha_bar, monkeypatch):
     """All captions of a small closed set, and so many of the partial captions, each in one of
     its templates; all texts in all templates in turn."""
-    monkeypatch.setattr(train, "PARTIAL", 2)
+    monkeypatch.setattr(train, "PARTIAL_PER_STEP", 2)
     clip, drawn = RecordingCLIP(), []
     for seed in range(40):
         train.clip_objective(clip, torch.zeros(8, 3, 2, 2), torch.zeros(8, dtype=torch.long),
@@ -244,7 +244,7 @@ def test_clip_learns(tmp_path, alpha_bar, capsys):
     held_out = toys.squares(200, seed=2)
     captions = train.normalized_templates(held_out)[0][:6]
     tokens = clip.tokenizer.batch(captions, clip.config.context_length)
-    accuracy = train.accuracy_by_timestep(clip, tokens, held_out, alpha_bar)
+    accuracy = train.accuracy_by_timestep(clip, tokens, held_out, alpha_bar, (0, 200, 900))
     assert accuracy[0] > 0.9 and accuracy[200] > 0.8 and 0.1 < accuracy[900] < 0.8
     assert "top-1 of 6 captions on held-out images: " in capsys.readouterr().out
 
