@@ -153,7 +153,8 @@ def test_or_allows_what_either_part_allows(models, encoded, capsys, prompt, read
 
 
 @pytest.mark.parametrize("prompt, count", [
-    ("zebra or tiger", 294), ("zebra", 294), ("red bus or zebra", 1), ("red bus or something", 294)])
+    ("zebra or tiger", 294), ("zebra", 294), ("red bus or zebra", 1),
+    ("red bus or something", 294)])
 def test_unknown_parts_of_a_prompt_say_nothing(models, prompt, count):
     """Unless all are unknown: then it allows anything, as "something" does."""
     _, targets = sample.resolve_prompt(prompt, models)
