@@ -117,8 +117,8 @@ def load_published(path, ddpm_content):
     except (ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise cli.UserError(f"{path} does not fit the published layout: {reason}") from None
-    templates = [[template.format(normalize_prompt(text)) for text in captions]
-                 for template in PUBLISHED_TEMPLATES]
+    names = [re.sub("^photo of an? ", "", normalize_prompt(text)) for text in captions]
+    templates = [[template.format(name) for name in names] for template in PUBLISHED_TEMPLATES]
     return tinyclip.from_pixels(clip), {
         "captions": captions, "templates": templates, "partial": [], "words": [],
         "partial_true_of": torch.zeros(0, len(captions), dtype=torch.bool),

@@ -20,11 +20,9 @@ import math
 import time
 import zlib
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -37,7 +35,7 @@ import tinyddpm
 from infra import checkpoint, cli, distributed, muon, plot
 
 
-@dataclass
+@dataclasses.dataclass
 class TrainConfig:
     steps: int = 1000            # the length of the whole run; the learning rate reaches zero there
     batch: int = 128             # images per step, over all ranks
@@ -48,17 +46,9 @@ class TrainConfig:
     images: int = 50_000         # built-in cars to render; of a folder all images are used
 
 
-DEFAULTS = {   # kind -> the model's config and its training's
-    "clip": (tinyclip.CLIPConfig(), TrainConfig(steps=1900, lr=2e-3)),
-    "ddpm": (tinyddpm.UNetConfig(), TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
-    "judge": (judge.JudgeConfig(), TrainConfig(steps=800))}
-
-
 # ---- what each model is trained for --------------------------------------------------------------
 
-# Up to so many captions, each step encodes all of them (closed_set_loss); with more that would take
-# longer than the images, and those of the batch stand for all (contrastive_loss).
-CLOSED_SET = 1024
+CLOSED_SET = 1024        # captions, all encoded in each step; more would take longer than images
 CLEAN_FRACTION = 0.125   # of the images of a batch, shown to CLIP without noise
 PARTIAL_PER_STEP = 32    # partial captions ("a bus"), drawn at random for each step
 PARTIAL_WEIGHT = 0.1     # of each in the target, beside 1 of the caption
@@ -70,9 +60,9 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     """Compute the loss of matching noised images with texts -> scalar
 
     x_0: (B, 3, H, W), caption_ids: (B,) int in 0..K-1; tokens: (S, K + P, L), S ways to write the
-    K captions and P partial captions; partial_true_of: (P, K) bool, the captions that those are
-    true of. clean_fraction of the images get t = 0, for guidance by x_0_hat and for the
-    text-to-image term of the loss, the others a timestep in 1..T.
+    K captions and P partial captions; partial_true_of: (P, K) bool, which captions those are true
+    of. clean_fraction of the images get t = 0, for guidance by x_0_hat and for the text-to-image
+    term of the loss, the others a timestep in 1..T.
     """
     (B, *_), S, (P, K) = x_0.shape, len(tokens), partial_true_of.shape
     t = tinyddpm.stratified_timesteps(B, generator)
@@ -95,10 +85,7 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
 
 
 def ddpm_objective(unet, x_0, cond, alpha_bar, generator):
-    """Compute the loss of denoising -> scalar
-
-    x_0: (B, 3, H, W), cond: (B, cond_dim), or None for an unconditional model
-    """
+    """Compute the loss of denoising; x_0: (B, 3, H, W), cond: (B, cond_dim) or None -> scalar"""
     t = tinyddpm.stratified_timesteps(len(x_0), generator)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     if cond is not None:   # drop one in ten, to train unconditionally too (Ho & Salimans 2022)
@@ -111,28 +98,10 @@ class Task(NamedTuple):
     """A model and how it is trained; kind is "clip", "ddpm" or "judge"."""
     kind: str
     model: torch.nn.Module
-    objective: Callable   # (model, x_0, indices into the data set, generator) -> scalar loss
+    objective: Callable   # (model, x_0, caption_ids, generator) -> scalar loss
     preview: Callable     # (averaged model, folder) -> a line to print; may draw into the folder
     content: dict         # what weights.pt holds of this kind, besides what it always holds
     chance: float         # the loss of a model that has learned nothing, about
-
-
-@torch.no_grad()
-def accuracy_by_timestep(clip, tokens, validation, alpha_bar, timesteps=(0, 300, 500, 700)):
-    """Measure top-1 accuracy on 500 held-out images, the same in each call -> {t: accuracy}
-
-    tokens: (K, L), of the captions
-    """
-    device = alpha_bar.device
-    x_0, indices = data.batch(validation, 0, 0, 500, device)
-    eps = torch.randn(x_0.shape, generator=data.generator(0, 0, device=device), device=device)
-    caption_ids = torch.from_numpy(validation.caption_ids[indices]).to(device)
-    text_features, accuracy = clip.encode_text(tokens), {}
-    for timestep in timesteps:
-        t = torch.full((len(x_0),), timestep, device=device)
-        probs = clip.caption_probs(tinyddpm.q_sample(x_0, t, eps, alpha_bar), text_features, t)
-        accuracy[timestep] = (probs.argmax(dim=1) == caption_ids).float().mean().item()
-    return accuracy
 
 
 def normalized_templates(dataset):
@@ -140,58 +109,60 @@ def normalized_templates(dataset):
     return [[tinyclip.normalize_prompt(text) for text in texts] for texts in dataset.templates]
 
 
-def report_long_texts(templates, tokenizer, context_length):
+def report_long_texts(texts, tokenizer, context_length):
     """Print how many texts exceed the context length, and how many then have the same tokens."""
-    texts = {text: tuple(tokenizer.encode(text)) for texts in templates for text in texts}
-    longest, kept = max(map(len, texts.values())) + 2, context_length - 2   # start and end
+    encoded = [tuple(tokenizer.encode(text)) for text in set(texts)]
+    longest, kept = max(map(len, encoded)) + 2, context_length - 2   # start and end
     if longest > context_length:
-        alike = Counter(ids[:kept] for ids in texts.values())
-        print(f"{sum(len(ids) > kept for ids in texts.values()):,} of {len(texts):,} texts are "
-              f"longer than {kept} tokens and lose their tail, by which "
+        alike = Counter(ids[:kept] for ids in encoded)
+        print(f"{sum(len(ids) > kept for ids in encoded):,} of {len(encoded):,} texts are longer "
+              f"than {kept} tokens and lose their tail, by which "
               f"{sum(n for n in alike.values() if n > 1):,} become like others; "
               f"--context-length {longest} would do")
 
 
 def clip_task(config, options, dataset, validation, device):
     K, alpha_bar = len(dataset.captions), tinyddpm.cosine_alpha_bar().to(device)
-    caption_ids = torch.from_numpy(dataset.caption_ids).to(device)
+    partial_true_of = torch.from_numpy(dataset.partial_true_of).to(device)    # (P, K)
     templates = normalized_templates(dataset)
-    tokenizer = tinyclip.Tokenizer.train(sum(templates, []), vocab_size=4096)
-    report_long_texts(templates, tokenizer, config.context_length)
+    all_texts = sum(templates, [])
+    tokenizer = tinyclip.Tokenizer.train(all_texts, vocab_size=4096)
+    report_long_texts(all_texts, tokenizer, config.context_length)
     tokens = torch.stack([tokenizer.batch(texts, config.context_length)
                           for texts in templates]).to(device)                 # (S, K + P, L)
-    partial_true_of = torch.from_numpy(dataset.partial_true_of).to(device)    # (P, K)
 
-    def objective(model, x_0, indices, generator):
-        return clip_objective(model, x_0, caption_ids[indices], tokens, partial_true_of, alpha_bar,
-                              generator)
+    objective = lambda model, x_0, caption_ids, generator: clip_objective(
+        model, x_0, caption_ids, tokens, partial_true_of, alpha_bar, generator)
 
-    def preview(model, folder):
-        accuracy = accuracy_by_timestep(model, tokens[0, :K], validation, alpha_bar)
-        shown = ", ".join(f"{p:.1%} at t = {t}" for t, p in accuracy.items())
-        return f"top-1 of {K} captions on held-out images: {shown}"
+    @torch.no_grad()
+    def preview(model, folder):   # the same images and noise in each call
+        x_0, indices = data.batch(validation, 0, 0, 500, device)
+        eps = torch.randn(x_0.shape, generator=data.generator(0, 0, device=device), device=device)
+        text_features, accuracies = model.encode_text(tokens[0, :K]), []
+        for timestep in (0, 300, 500, 700):
+            t = torch.full((len(x_0),), timestep, device=device)
+            probs = model.caption_probs(tinyddpm.q_sample(x_0, t, eps, alpha_bar), text_features, t)
+            correct = probs.argmax(dim=1).cpu().numpy() == validation.caption_ids[indices]
+            accuracies.append(f"{correct.mean():.1%} at t = {timestep}")
+        return f"top-1 of {K} captions on held-out images: {', '.join(accuracies)}"
 
     B = options.batch // (options.accumulate * distributed.world_size())   # of a micro-batch
-    compared, chance = B, math.log(B)   # captions with which an image is compared
-    if K <= CLOSED_SET:   # image to text, and text to image among the clean ones
-        text_to_image = math.log(math.ceil(CLEAN_FRACTION * B))
-        compared = K + min(PARTIAL_PER_STEP, len(dataset.partial_true_of))
-        chance = math.log(compared) + tinyclip.TEXT_TO_IMAGE * text_to_image
+    compared = K + min(PARTIAL_PER_STEP, len(partial_true_of)) if K <= CLOSED_SET else B
+    chance = math.log(compared)   # of an image among the texts with which it is compared
+    if K <= CLOSED_SET:   # and of a text among the clean images
+        chance += tinyclip.TEXT_TO_IMAGE * math.log(math.ceil(CLEAN_FRACTION * B))
     if compared < 2:
         raise cli.UserError(f"an image is compared with {compared} caption; CLIP learns from "
                             "differences: use more captions or a larger --batch")
     content = {"captions": dataset.captions, "templates": templates[:ENSEMBLE],
                "partial": dataset.templates[0][K:], "partial_true_of": partial_true_of.cpu(),
-               "merges": tokenizer.merges,
-               "words": sorted({word for texts in templates for text in texts
-                                for word in text.split()})}
+               "merges": tokenizer.merges, "words": sorted(set(" ".join(all_texts).split()))}
     return Task("clip", tinyclip.CLIP(config, tokenizer), objective, preview, content, chance)
 
 
 def ddpm_task(config, options, dataset, validation, device, clip=None):
     """clip: a trained CLIP, whose text features become the condition; None: unconditional"""
-    alpha_bar = tinyddpm.cosine_alpha_bar().to(device)
-    caption_ids, cond = torch.from_numpy(dataset.caption_ids).to(device), None
+    alpha_bar, cond = tinyddpm.cosine_alpha_bar().to(device), None
     content = {"captions": dataset.captions}   # for guidance by a published CLIP
     if clip is not None:
         content["clip"] = checkpoint.weights_checksum(clip)   # sample.py needs the same one
@@ -199,10 +170,8 @@ def ddpm_task(config, options, dataset, validation, device, clip=None):
         templates = normalized_templates(dataset)[:ENSEMBLE]
         text_features = clip.to(device).encode_ensemble(templates)            # (K + P, E)
         cond = guide.text_condition(text_features[:len(dataset.captions)])    # (K, E)
-
-    def objective(model, x_0, indices, generator):
-        cond_batch = None if cond is None else cond[caption_ids[indices]]
-        return ddpm_objective(model, x_0, cond_batch, alpha_bar, generator)
+    objective = lambda model, x_0, caption_ids, generator: ddpm_objective(
+        model, x_0, None if cond is None else cond[caption_ids], alpha_bar, generator)
 
     @torch.no_grad()
     def preview(model, folder):   # unconditional
@@ -226,16 +195,14 @@ def judge_task(config, options, dataset, validation, device):
     if not dataset.attributes:
         raise cli.UserError("a judge needs the built-in cars or class folders; other captions name "
                             "no attributes that it could learn")
-    labels = torch.from_numpy(dataset.labels).to(device)
+    labels = torch.from_numpy(dataset.caption_labels).to(device)              # (K, A)
     sizes = {name: len(values) for name, values in dataset.attributes.items()}
-
-    def objective(model, x_0, indices, generator):
-        return judge.judge_loss(model, x_0, labels[indices])
+    objective = lambda model, x_0, caption_ids, generator: judge.judge_loss(
+        model, x_0, labels[caption_ids])
 
     def preview(model, folder):
         x = data.to_float(validation.images).to(device)
-        predictions = judge.predict(model, x).cpu()
-        correct = predictions == torch.from_numpy(validation.labels)          # (N, A)
+        correct = judge.predict(model, x).cpu() == torch.from_numpy(validation.labels)   # (N, A)
         each = ", ".join(f"{name} {p:.2%}" for name, p in zip(sizes, correct.float().mean(dim=0)))
         return f"on {len(x)} held-out images: all {correct.all(1).float().mean():.2%}, {each}"
 
@@ -245,22 +212,30 @@ def judge_task(config, options, dataset, validation, device):
                 sum(math.log(n) for n in sizes.values()))
 
 
-TASKS = {"clip": clip_task, "ddpm": ddpm_task, "judge": judge_task}
+TASKS = {   # kind -> what makes its Task; default configs of the model and of its training
+    "clip": (clip_task, tinyclip.CLIPConfig(), TrainConfig(steps=1900, lr=2e-3)),
+    "ddpm": (ddpm_task, tinyddpm.UNetConfig(),
+             TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
+    "judge": (judge_task, judge.JudgeConfig(), TrainConfig(steps=800))}
 
 
 # ---- a run ---------------------------------------------------------------------------------------
 
 class Run:
-    """A model in training, its moving average and its optimizers. settings: all that must be the
-    same when it is resumed."""
+    """A model in training, its moving average and its optimizers."""
 
-    def __init__(self, task, options, dataset, folder, settings, device):
+    def __init__(self, task, options, dataset, folder, seed, device):
         self.task, self.options, self.dataset = task, options, dataset
-        self.folder, self.settings, self.device = folder, settings, device
+        self.folder, self.seed, self.device = folder, seed, device
+        checksum = zlib.crc32(repr(dataset.templates).encode() + dataset.caption_ids.tobytes())
+        self.settings = {   # all that must be the same when the run is resumed
+            "data": dataset.name, "data set": dataset.report, "captions' checksum": checksum,
+            "CLIP": task.content.get("clip"), "seed": seed,
+            **dataclasses.asdict(task.model.config), **dataclasses.asdict(options)}
+        del self.settings["accumulate"]   # a resumed run may use another one
         self.model = task.model.to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
-        # Muon sets all singular values of a weight's update to about 1, so rare directions count
-        # too: less than half of AdamW's steps to the same loss (infra/muon.py).
+        # Muon takes less than half of AdamW's steps to the same loss; infra/muon.py says why.
         matrices, others = muon.split(self.model)
         self.optimizers = (
             muon.Muon(matrices, options.lr, options.weight_decay),
@@ -269,13 +244,10 @@ class Run:
         self.step, self.history = 0, []   # history: (step, mean loss since the entry before)
 
     def save(self):
-        """Write weights.pt, to use; checkpoint.pt, to resume from; loss.png, to look at.
-
-        checkpoint.pt comes last: if it says that the run is finished, the weights are final too.
-        """
+        """Write all files, weights.pt first: beside a finished checkpoint.pt it is never older."""
         checkpoint.save(self.folder / "weights.pt", {
             "kind": self.task.kind, "config": dataclasses.asdict(self.model.config),
-            "data": self.settings["data"], "steps": self.step,
+            "data": self.dataset.name, "steps": self.step,
             "weights": checkpoint.fp16_weights(self.ema), **self.task.content})
         checkpoint.save(self.folder / "checkpoint.pt", {
             "kind": f"{self.task.kind} run", "settings": self.settings, "step": self.step,
@@ -304,8 +276,6 @@ class Run:
             self.bf16 = saved["bf16"]
 
 
-# ---- the loop ------------------------------------------------------------------------------------
-
 def learning_rate(step, options):
     """Linear warm-up, then half a cosine down to zero; step = 1, 2, ..."""
     warmup = max(1, round(options.warmup * options.steps))
@@ -317,19 +287,16 @@ def learning_rate(step, options):
 
 def train_step(run, step):
     """Update the model and its moving average once -> (2,) loss and gradient norm"""
-    options, seed, device, rank = run.options, run.settings["seed"], run.device, distributed.rank()
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, options)
-
+    options, seed, device, rank = run.options, run.seed, run.device, distributed.rank()
     size = options.batch // distributed.world_size()
     x_0, indices = data.batch(run.dataset, seed, step, size, device, rank)
+    caption_ids = torch.from_numpy(run.dataset.caption_ids[indices]).to(device)
     generator = data.generator(seed, step, rank, device=device)
     torch.manual_seed(data.generator(seed, step, rank, 1).initial_seed())   # for dropout
     total = 0.
-    for x, i in zip(x_0.chunk(options.accumulate), np.array_split(indices, options.accumulate)):
+    for x, ids in zip(x_0.chunk(options.accumulate), caption_ids.chunk(options.accumulate)):
         with cli.autocast(device, run.bf16):
-            loss = run.task.objective(run.model, x, i, generator) / options.accumulate
+            loss = run.task.objective(run.model, x, ids, generator) / options.accumulate
         loss.backward()
         total += loss.detach()
 
@@ -337,6 +304,8 @@ def train_step(run, step):
     # For AdamW; Muon's step does not depend on the size of the gradient.
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, options)
         optimizer.step()
         optimizer.zero_grad()
     tinyddpm.ema_update(run.ema, run.model, step)
@@ -346,24 +315,19 @@ def train_step(run, step):
 def record(run, measured):
     """Append the mean loss of the last steps to the history; UserError if any is not finite."""
     measured = distributed.mean_over_ranks(torch.stack(measured)).cpu()   # (steps, 2)
-    finite = measured.isfinite().all(dim=1).tolist()
-    if not all(finite):   # so nothing of it gets into a checkpoint
-        raise cli.UserError(
-            "the loss or its gradient is not finite at step "
-            f"{run.step - len(finite) + 1 + finite.index(False):,}; {run.folder} keeps what it "
-            "held before; try --fresh with half the --lr, or look for odd values in the data")
+    for step, values in enumerate(measured, run.step - len(measured) + 1):
+        if not values.isfinite().all():   # so nothing of it gets into a checkpoint
+            raise cli.UserError(
+                f"the loss or its gradient is not finite at step {step:,}; {run.folder} keeps "
+                "what it held before; try --fresh with half the --lr, or look for odd values in "
+                "the data")
     run.history.append((run.step, measured[:, 0].mean().item()))
 
 
 def train(task, options, dataset, folder, seed=0, device=torch.device("cpu"),
           minutes=math.inf, save_every=120., fresh=False):
     """Train a task, or resume it, until its last step or until minutes or a signal stop it."""
-    checksum = zlib.crc32(repr(dataset.templates).encode() + dataset.caption_ids.tobytes())
-    settings = {"data": dataset.name, "data set": dataset.report, "captions' checksum": checksum,
-                "CLIP": task.content.get("clip"), "seed": seed,
-                **dataclasses.asdict(task.model.config), **dataclasses.asdict(options)}
-    del settings["accumulate"]   # a resumed run may use another one
-    run = Run(task, options, dataset, folder, settings, device)
+    run, rank_0 = Run(task, options, dataset, folder, seed, device), distributed.rank() == 0
     if not fresh:
         run.resume()
     if run.step == options.steps:
@@ -374,30 +338,17 @@ def train(task, options, dataset, folder, seed=0, device=torch.device("cpu"),
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     print(f"{millions:.2f} million parameters on {device}; chance is a loss of {task.chance:.2f}")
 
-    signals = loop(run, time.monotonic() + 60 * minutes, save_every)
-    if run.step == options.steps:
-        print(f"finished: {folder}/weights.pt")
-    else:
-        print(f"stopped at step {run.step:,} of {options.steps:,}; the same command resumes"
-              + (" (without --fresh)" if fresh else ""))
-    if signals:   # all is saved; the caller should know why it ended
-        raise SystemExit(128 + signals[0])
-
-
-def loop(run, deadline, save_every):
-    """Take the steps that remain, until the deadline or a signal -> the signals received"""
-    options, rank_0 = run.options, distributed.rank() == 0
-    preview_every = max(50, options.steps // 10)
-    measured, save_at = [], time.monotonic() + save_every
+    measured, start = [], time.monotonic()
+    save_at = start + save_every
     bar = tqdm(total=options.steps * options.batch, initial=run.step * options.batch,
-               desc=run.task.kind, unit="image", unit_scale=True, disable=not rank_0)
+               desc=task.kind, unit="image", unit_scale=True, disable=not rank_0)
     with cli.catch_signals() as signals, bar:
         for step in range(run.step + 1, options.steps + 1):
             measured.append(train_step(run, step))
             run.step, last, now = step, step == options.steps, time.monotonic()
             bar.update(options.batch)
-            stop, save = distributed.any_rank(last or bool(signals) or now > deadline,
-                                              now > save_at)
+            stop, save = distributed.any_rank(
+                last or bool(signals) or now > start + 60 * minutes, rank_0 and now > save_at)
             if step % 50 == 0 or stop or save:   # not every step: it waits for the device
                 record(run, measured)
                 measured = []
@@ -405,76 +356,63 @@ def loop(run, deadline, save_every):
             if rank_0 and (stop or save):
                 run.save()
                 save_at = now + save_every
-            if rank_0 and (step % preview_every == 0 or last):
-                with cli.autocast(run.device, run.bf16):
-                    bar.write(f"step {step:,}: {run.task.preview(run.ema, run.folder)}")
+            if rank_0 and (step % max(50, options.steps // 10) == 0 or last):
+                with cli.autocast(device, run.bf16):
+                    bar.write(f"step {step:,}: {task.preview(run.ema, folder)}")
             if stop:
-                return signals
+                break
+
+    if last:
+        print(f"finished: {folder}/weights.pt")
+    else:
+        print(f"stopped at step {step:,} of {options.steps:,}; the same command resumes"
+              + (" (without --fresh)" if fresh else ""))
+    if signals:   # all is saved; the caller should know why it ended
+        raise SystemExit(128 + signals[0])
 
 
 # ---- the command line ----------------------------------------------------------------------------
 
-def add_flags(parser, kind):
-    add = parser.add_argument
-    add("--data", default="cars", help="cars, the built-in data set, or a folder of your own")
-    add("--minutes", type=float, default=math.inf, help="stop after this many, to resume later")
-    add("--save-every", type=float, default=120., metavar="SECONDS", help="default 120")
-    add("--out", default=f"runs/{kind}", help=f"the run's folder; default runs/{kind}")
-    add("--seed", type=int, default=0)
-    add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
-    add("--fresh", action="store_true", help="start over, even if there is a run")
-    if kind == "ddpm":
-        add("--clip", help="a CLIP's weights.pt: condition on its text features, for "
-            "sample.py --method classifier-free")
-    # A default lives once, in DEFAULTS: a flag that is not given sets nothing.
-    for config in DEFAULTS[kind]:
-        for name, value in dataclasses.asdict(config).items():
-            several = isinstance(value, tuple)
-            if name not in ("cond_dim", "in_channels", "noise_aware"):   # not for users to set
-                add("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
-                    nargs="+" if several else None, type=type(value[0] if several else value),
-                    help=f"default: {value}")
-
-
 def parse(arguments):
-    """-> args, the model's config and the training's: DEFAULTS, changed by flags"""
+    """-> args, the model's config and the training's: the defaults of TASKS, changed by flags"""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind in TASKS:
-        add_flags(kinds.add_parser(kind, help=f"python train.py {kind} -h lists its flags"), kind)
+    for kind, (_, config, options) in TASKS.items():
+        add = kinds.add_parser(kind, help=f"python train.py {kind} -h lists its flags").add_argument
+        add("--data", default="cars", help="cars, the built-in data set, or a folder of your own")
+        add("--minutes", type=float, default=math.inf, help="stop after this many, to resume later")
+        add("--save-every", type=float, default=120., metavar="SECONDS", help="default 120")
+        add("--out", default=f"runs/{kind}", help=f"the run's folder; default runs/{kind}")
+        add("--seed", type=int, default=0)
+        add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
+        add("--fresh", action="store_true", help="start over, even if there is a run")
+        if kind == "ddpm":
+            add("--clip", help="a CLIP's weights.pt: condition on its text features, for "
+                "sample.py --method classifier-free")
+        for name, value in {**vars(config), **vars(options)}.items():
+            several = isinstance(value, tuple)
+            if name not in ("cond_dim", "in_channels", "noise_aware"):   # not for users to set
+                add("--" + name.replace("_", "-"), default=value, nargs="+" if several else None,
+                    type=type(value[0] if several else value), help=f"default: {value}")
     args = parser.parse_args(arguments)
     try:
         config, options = (
             dataclasses.replace(default, **{
                 name: type(value)(getattr(args, name))   # argparse makes lists of tuples
-                for name, value in dataclasses.asdict(default).items() if name in args})
-            for default in DEFAULTS[args.kind])
+                for name, value in vars(default).items() if name in args})
+            for default in TASKS[args.kind][1:])
     except ValueError as error:   # a config refuses what cannot be built
         raise cli.UserError(str(error)) from None
-    values = {**vars(args), **dataclasses.asdict(options)}
     for name, low, high in (
             ("steps", 1, math.inf), ("batch", 1, math.inf), ("accumulate", 1, math.inf),
             ("images", 1, math.inf), ("warmup", 0, 1), ("seed", 0, 2 ** 63 - 1),
             ("lr", 0, math.inf), ("minutes", 0, math.inf), ("save_every", 0, math.inf)):
-        cli.check_range(f"--{name.replace('_', '-')}", values[name], low, high)
-    if options.batch % (distributed.world_size() * options.accumulate):
-        raise cli.UserError(
-            f"--batch {options.batch} is not a multiple of {distributed.world_size()} ranks x "
-            f"{options.accumulate} micro-batches")
+        cli.check_range(f"--{name.replace('_', '-')}", getattr(args, name), low, high)
+    ranks = distributed.world_size()
+    if options.batch % (ranks * options.accumulate):
+        raise cli.UserError(f"--batch {options.batch} is not a multiple of {ranks} ranks x "
+                            f"{options.accumulate} micro-batches")
     return args, config, options
-
-
-def load_data(args, config, options):
-    """Load the data sets for training and for previews, and name them."""
-    splits = {"train": options.images, "validation": 2000}
-    if args.kind == "judge":   # trained on other images than CLIP and the diffusion model
-        splits = {"judge": options.images, "judge-test": 5000}
-    with distributed.local_rank_0_first():
-        datasets = [data.load(args.data, config.image_size, min(count, options.images), split)
-                    for split, count in splits.items()]
-    for dataset in datasets:
-        print(dataset.report)
-    return datasets
 
 
 def main(arguments=None):
@@ -484,13 +422,19 @@ def main(arguments=None):
     folder.mkdir(parents=True, exist_ok=True)   # or fail now, not after the first save
     if args.kind == "ddpm" and args.clip:
         condition["clip"], content = checkpoint.load_model(args.clip, "clip", tinyclip.CLIP)
-    dataset, validation = load_data(args, config, options)
+    split, held_out, count = "train", "validation", min(2000, options.images)
+    if args.kind == "judge":   # trained on other images than CLIP and the diffusion model
+        split, held_out, count = "judge", "judge-test", min(5000, options.images)
+    with distributed.local_rank_0_first():
+        dataset = data.load(args.data, config.image_size, options.images, split)
+        validation = data.load(args.data, config.image_size, count, held_out)
+    print(f"{dataset.report}\n{validation.report}")
     if condition and (content["data"], condition["clip"].config.image_size) != (
             dataset.name, config.image_size):
         raise cli.UserError(f"--clip {args.clip} was trained on {content['data']} at "
                             f"{content['config']['image_size']} pixels; train both alike")
     torch.manual_seed(args.seed)   # for the initial weights
-    task = TASKS[args.kind](config, options, dataset, validation, device, **condition)
+    task = TASKS[args.kind][0](config, options, dataset, validation, device, **condition)
     train(task, options, dataset, folder, args.seed, device, args.minutes, args.save_every,
           args.fresh)
 

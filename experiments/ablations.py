@@ -44,18 +44,17 @@ def hold_out_pairs(dataset):
 def clean_objective(clip, dataset, device):
     """train.clip_objective on clean images only, as a Task has it."""
     alpha_bar = tinyddpm.cosine_alpha_bar().to(device)
-    caption_ids = torch.from_numpy(dataset.caption_ids).to(device)
     tokens = torch.stack([clip.tokenizer.batch(texts, clip.config.context_length)
                           for texts in train.normalized_templates(dataset)]).to(device)
     partial_true_of = torch.from_numpy(dataset.partial_true_of).to(device)
-    return lambda model, x_0, indices, generator: train.clip_objective(
-        model, x_0, caption_ids[indices], tokens, partial_true_of, alpha_bar, generator,
+    return lambda model, x_0, caption_ids, generator: train.clip_objective(
+        model, x_0, caption_ids, tokens, partial_true_of, alpha_bar, generator,
         clean_fraction=1.)
 
 
 def train_changed(kind, change, device):
     """Train a "clip" or "ddpm" with a change, unless it is there -> the path of its weights"""
-    config, options = train.DEFAULTS[kind]
+    make_task, config, options = train.TASKS[kind]
     dataset = data.load("cars", config.image_size, options.images)
     validation = data.load("cars", config.image_size, evaluator.HELD_OUT, "validation")
     path = Path(f"runs/ablations/{kind}-{change}/weights.pt")
@@ -67,7 +66,7 @@ def train_changed(kind, change, device):
     if change == "pairs":
         dataset, validation = hold_out_pairs(dataset), hold_out_pairs(validation)
     torch.manual_seed(0)   # for the initial weights
-    task = train.TASKS[kind](config, options, dataset, validation, device)
+    task = make_task(config, options, dataset, validation, device)
     if change == "clean":
         task = task._replace(objective=clean_objective(task.model, dataset, device))
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):

@@ -51,8 +51,8 @@ def train_ours(kind, config, bf16):
     """Set up a run on 2,000 images; the function takes one of its steps, always the same."""
     options = train.TrainConfig(batch=BATCH[kind])
     dataset = data.load("cars", config.image_size, 2000)
-    task = train.TASKS[kind](config, options, dataset, dataset, DEVICE)
-    run = train.Run(task, options, dataset, None, {"seed": 0}, DEVICE)
+    task = train.TASKS[kind][0](config, options, dataset, dataset, DEVICE)
+    run = train.Run(task, options, dataset, None, 0, DEVICE)
     run.bf16 = bf16
     return lambda: train.train_step(run, step=500), run.model
 

@@ -56,12 +56,12 @@ def train_second_judge(arguments=None):
     parser = cli.Parser("experiments second_judge", description=train_second_judge.__doc__)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(arguments)
-    device, (config, options) = cli.pick_device(args.device), train.DEFAULTS["judge"]
+    device, (make_task, config, options) = cli.pick_device(args.device), train.TASKS["judge"]
     dataset = data.load("cars", config.image_size, options.images, "judge-2")
     validation = data.load("cars", config.image_size, JUDGE_TEST, "judge-test")
     torch.manual_seed(1)   # for the initial weights
     network = PlainNet(config, {name: len(values) for name, values in cars.ATTRIBUTES.items()})
-    task = train.TASKS["judge"](config, options, dataset, validation, device)
+    task = make_task(config, options, dataset, validation, device)
     train.train(task._replace(model=network), options, dataset, FOLDER, seed=1, device=device)
 
 

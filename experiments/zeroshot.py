@@ -1,11 +1,13 @@
 """What a shared space of images and texts gives without training for a task, and what it does not.
 
     python -m experiments predict out/red-bus.png "a red bus" "a blue van"     probabilities
+    python -m experiments predict FOLDER     how many of a class folder's images it gets right
 
 Zero-shot prediction beside a linear probe and the judge; words painted on cars, which CLIP may read
 (Goh et al. 2021, "Multimodal Neurons", distill.pub/2021/multimodal-neurons); two cars in one image.
 N images, K captions, A attributes, E embedding width; models is a sample.Models, args the flags.
 """
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,8 @@ import tinyclip
 import tinyddpm
 import train
 from experiments import ablations, evaluator, figures, metrics, second_judge
-from infra import cli
-from infra.image_folders import read_image
+from experiments.clip import held_out_phrasings
+from infra import cli, image_folders
 from judge import predict
 
 TEST_IMAGES, SEEN = 2000, 10_000       # images to test on, and to fit the linear probe on
@@ -36,19 +38,50 @@ WORDS = {"BUS": 3, "VAN": 4, "JEEP": 2, "CAR": 0}   # the body that each names
 
 
 def predict_file(arguments=None):
-    """CLIP's probabilities of texts for an image file."""
+    """CLIP's probabilities of texts for an image file; accuracy on a folder of class folders."""
     parser = cli.Parser("python -m experiments predict", description=predict_file.__doc__)
-    parser.add_argument("image", type=Path)
-    parser.add_argument("texts", nargs="+")
+    parser.add_argument("image", type=Path, help="or a folder with one folder for each class")
+    parser.add_argument("texts", nargs="*")
     parser.add_argument("--clip", help="its weights.pt; default: as sample.py")
     args = parser.parse_args(arguments)
+    if args.image.is_dir() == bool(args.texts):
+        raise cli.UserError("give an image and texts, or a folder alone")
     models = sample.load_models(args.clip)
-    x = data.to_float(read_image(args.image, models.unet.config.image_size)[None])
+    size = models.unet.config.image_size
     with torch.no_grad():
+        if args.image.is_dir():
+            for way, correct in predict_folder(models.clip, args.image, size).items():
+                print(f"{way}: {correct.float().mean():.1%} of {len(correct):,} images")
+            return
+        x = data.to_float(image_folders.read_image(args.image, size)[None])
         features = models.clip.encode_captions(list(map(tinyclip.normalize_prompt, args.texts)))
         for p, text in sorted(zip(models.clip.caption_probs(x, features)[0].tolist(), args.texts),
                               reverse=True):
             print(f"{p:6.1%}  {text}")
+
+
+def predict_texts(clip, x, text_features):
+    """Zero-shot: x (N, 3, H, W), text_features (n, E) -> (N,) int, the most probable text of each
+    """
+    return clip.caption_probs(x.to(text_features.device), text_features).argmax(dim=1).cpu()
+
+
+def predict_folder(clip, folder, size):
+    """Zero-shot prediction of class folders -> {"zero-shot, one prompt": (N,) bool, ...}"""
+    try:
+        scan = image_folders.scan_folder(folder)
+    except cli.DatasetError as error:
+        raise cli.UserError(f"{folder}: {error}") from None
+    images, readable = image_folders.read_images(scan.files, size)
+    captions, templates, caption_ids = image_folders.captions_and_templates(scan)
+    correct = {}
+    for way, ensemble in (("one prompt", templates[:1]), (f"{len(templates)} prompts", templates)):
+        features = clip.encode_ensemble([[tinyclip.normalize_prompt(text) for text in texts]
+                                         for texts in ensemble])
+        predicted = predict_texts(clip, data.to_float(images), features)
+        correct[f"zero-shot, {way}"] = (predicted == torch.tensor(caption_ids))[
+            torch.tensor(readable) >= 0]
+    return correct
 
 
 # ---- zero-shot, linear probe, judge --------------------------------------------------------------
@@ -70,13 +103,8 @@ def linear_probe(features, labels, steps=300):
 
 
 def image_features(models, x):
-    return F.normalize(torch.cat([models.clip.encode_image(part) for part in x.split(250)]).float(),
-                       dim=-1)
-
-
-def predicted_labels(models, x, text_features, labels_of_text):
-    """Zero-shot: labels_of_text (n, A) of the most probable of n texts -> (N, A)"""
-    return labels_of_text[models.clip.caption_probs(x, text_features).argmax(dim=1).cpu()]
+    features = [models.clip.encode_image(part) for part in x.to(models.alpha_bar.device).split(250)]
+    return F.normalize(torch.cat(features).float(), dim=-1).cpu()
 
 
 def zero_shot(models, args):
@@ -88,19 +116,24 @@ def zero_shot(models, args):
     seen = data.load("cars", judge.config.image_size, 50_000)
     x_seen, seen_labels = data.to_float(seen.images[:SEEN]), torch.from_numpy(seen.labels[:SEEN])
 
-    names = ["a " + name for name in cars.BODIES]
-    bodies = [cars.PARTIAL.index((b, None, None)) for b in range(len(cars.BODIES))]
-    plain = models.clip.encode_captions([tinyclip.normalize_prompt(name) for name in names])
-    for way, features in (("zero-shot, one prompt", plain),
-                          ("zero-shot, 8 prompts", models.partial_features[bodies])):
-        found = models.clip.caption_probs(x, features).argmax(dim=1)
-        yield row("body", way, found == truth[:, 0])
+    with tempfile.TemporaryDirectory() as folder:
+        for i, image in enumerate(held_out.images):
+            path = Path(folder, cars.BODIES[truth[i, 0]], f"{i}.png")
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(image).save(path)
+        for way, correct in predict_folder(models.clip, Path(folder), x.shape[2]).items():
+            yield row("class folders, by body", way, correct)
     probe = linear_probe(image_features(models, x_seen), seen_labels)
-    ways = {"zero-shot, 294 captions": predicted_labels(models, x, models.text_features, labels),
+    ways = {"zero-shot, 294 captions": labels[predict_texts(models.clip, x, models.text_features)],
             "linear probe, 10,000 images": probe(image_features(models, x)),
-            "the judge, 50,000 images": predict(judge, x).cpu()}
+            "the judge, 50,000 images": predict(judge, x.to(models.alpha_bar.device)).cpu()}
     for way, found in ways.items():
         yield row("all attributes", way, (found == truth).all(dim=1))
+    phrasings = [models.clip.encode_captions([tinyclip.normalize_prompt(text) for text in texts])
+                 for texts in held_out_phrasings()]
+    found = torch.cat([labels[predict_texts(models.clip, x, features)] for features in phrasings])
+    yield row("all attributes", f"zero-shot, {len(phrasings)} phrasings that CLIP never met",
+              (found == truth.repeat(len(phrasings), 1)).all(dim=1))
 
     # Pairs of colours that CLIP never met, neither in images nor in texts.
     pairs = ablations.changed_models("pairs", ("clip",), models, args)
@@ -108,9 +141,9 @@ def zero_shot(models, args):
     known = torch.tensor([ablations.colours(row) not in ablations.PAIRS
                           for row in seen_labels.tolist()])
     probe = linear_probe(image_features(pairs, x_seen[known]), seen_labels[known])
-    ways = {"zero-shot, 294 captions": predicted_labels(pairs, x, pairs.text_features, labels),
+    ways = {"zero-shot, 294 captions": labels[predict_texts(pairs.clip, x, pairs.text_features)],
             "linear probe": probe(image_features(pairs, x)),
-            "the judge, which met them": predict(judge, x).cpu()}
+            "the judge, which met them": predict(judge, x.to(models.alpha_bar.device)).cpu()}
     for way, found in ways.items():
         yield row("pairs that CLIP never met", way, (found == truth).all(dim=1)[unseen])
     yield from typographic(models, args)
@@ -167,24 +200,24 @@ def render_with_words(indices, words, size):
     return np.stack(images), np.array(labels)
 
 
-def words_objective(images, caption_ids, words, dataset, tokenizer, length, device):
+def words_objective(images, caption_ids, words, dataset, tokenizer, length):
     """The loss of train.clip_objective, but one image in four carries a word, and has a caption of
     its own that says so; its plain caption is true as well.
 
     images: (N, H, W, 3) uint8 with words, caption_ids, words: (N,) int -> an objective for a Task
     """
-    alpha_bar, K = tinyddpm.cosine_alpha_bar().to(device), len(dataset.captions)
-    ids, templates = torch.from_numpy(dataset.caption_ids), train.normalized_templates(dataset)[:16]
+    alpha_bar, K = tinyddpm.cosine_alpha_bar(), len(dataset.captions)
+    templates = train.normalized_templates(dataset)[:16]
     tokens = torch.stack([tokenizer.batch(texts[:K], length) for texts in templates])  # (S, K, L)
     with_word = torch.stack([torch.stack([
         tokenizer.batch([f"{text} that says {word.lower()}" for text in texts[:K]], length)
         for texts in templates]) for word in WORDS])                          # (W, S, K, L)
 
-    def objective(model, x_0, indices, generator):
+    def objective(model, x_0, ids, generator):
         n = len(x_0) // 4
         chosen = torch.randint(len(images), (n,), generator=generator)
-        x_0 = torch.cat([data.to_float(images[chosen.numpy()]).to(device), x_0[n:]])
-        caption, word = torch.cat([caption_ids[chosen], ids[indices[n:]]]), words[chosen]
+        x_0 = torch.cat([data.to_float(images[chosen.numpy()]), x_0[n:]])
+        caption, word = torch.cat([caption_ids[chosen], ids[n:]]), words[chosen]
         t = tinyddpm.stratified_timesteps(len(x_0), generator)
         t = t[torch.randperm(len(x_0), generator=generator)]
         t[:int(train.CLEAN_FRACTION * len(x_0))] = 0   # they are in random order
@@ -201,20 +234,20 @@ def words_objective(images, caption_ids, words, dataset, tokenizer, length, devi
     return objective
 
 
-def train_with_words(models):
+def train_with_words():
     """Train a CLIP on images of which one in four carries a word -> the path of its weights"""
-    config, options = train.DEFAULTS["clip"]
+    _, config, options = train.TASKS["clip"]
     dataset = data.load("cars", config.image_size, options.images)
     validation = data.load("cars", config.image_size, evaluator.HELD_OUT, "validation")
     indices = from_the_side(WITH_WORDS, cars.TRAIN)
     words = np.random.default_rng(0).integers(len(WORDS), size=len(indices))
     images, labels = render_with_words(indices, [list(WORDS)[i] for i in words], config.image_size)
     torch.manual_seed(0)
-    device, folder = models.alpha_bar.device, Path("runs/ablations/clip-words")
+    device, folder = torch.device("cpu"), Path("runs/ablations/clip-words")
     task = train.clip_task(config, options, dataset, validation, device)
     objective = words_objective(
         images, torch.from_numpy(cars.caption_index(labels)), torch.from_numpy(words), dataset,
-        task.model.tokenizer, config.context_length, device)
+        task.model.tokenizer, config.context_length)
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         train.train(task._replace(objective=objective), options, dataset, folder, device=device)
     return folder / "weights.pt"
@@ -222,7 +255,7 @@ def train_with_words(models):
 
 def typographic(models, args):
     """Words on cars: how often zero-shot prediction of the body follows the word."""
-    reader = sample.load_models(train_with_words(models), args.ddpm, models.alpha_bar.device)
+    reader = sample.load_models(train_with_words(), args.ddpm, models.alpha_bar.device)
     indices = from_the_side(SIDE_VIEWS, cars.VALIDATION)
     words = [list(WORDS)[i % len(WORDS)] for i in range(len(indices))]
     size = models.unet.config.image_size
@@ -233,7 +266,8 @@ def typographic(models, args):
         x, truth = data.to_float(images), torch.from_numpy(labels[:, 0])
         other = named != truth
         for name, clip in (("CLIP", models), ("CLIP trained with words", reader)):
-            probs = clip.clip.caption_probs(x, clip.partial_features[bodies])
+            probs = clip.clip.caption_probs(
+                x.to(models.alpha_bar.device), clip.partial_features[bodies]).cpu()
             found = probs.argmax(dim=1)
             yield {**row("a word that names another body" if painted else "the same without a word",
                          name, (found == truth)[other]),
@@ -273,7 +307,7 @@ def two_cars(models):
     side_by_side = lambda left, right: np.pad(np.concatenate([left, right], axis=2), (
         (0, 0), (size // 2, size // 2), (0, 0), (0, 0)), constant_values=255)
     name = lambda body, main: f"{cars.COLOURS[main]} {cars.BODIES[body]}"
-    encode = lambda texts: F.normalize(models.clip.encode_captions(texts).float(), dim=-1)
+    encode = lambda texts: F.normalize(models.clip.encode_captions(texts).float(), dim=-1).cpu()
 
     left, right = labels[:n].tolist(), labels[n:].tolist()
     use = [i for i in range(n) if left[i][0] != right[i][0] and left[i][1] != right[i][1]]

@@ -129,9 +129,9 @@ def test_training_needs_no_float64(tmp_path, no_float64, kind):
     CPU."""
     dataset, options = toys.squares(20, seed=0), train.TrainConfig(batch=8, steps=2)
     _, config, _ = train.parse(COMMANDS[kind])
-    task = train.TASKS[kind](config, options, dataset, dataset, torch.device("cpu"))
+    task = train.TASKS[kind][0](config, options, dataset, dataset, torch.device("cpu"))
     with no_float64:
-        run = train.Run(task, options, dataset, tmp_path, {"seed": 0}, torch.device("cpu"))
+        run = train.Run(task, options, dataset, tmp_path, 0, torch.device("cpu"))
         train.record(run, [train.train_step(run, 1)])
         task.preview(run.ema, tmp_path)
     assert run.history[0][1] > 0

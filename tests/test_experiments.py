@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import cars
 import data
@@ -55,8 +57,8 @@ def write_models(folder, dataset):
     for kind in ("clip", "ddpm", "judge", "judge-2"):
         config, options = TOY[kind.removesuffix("-2")]
         torch.manual_seed(0)
-        task = train.TASKS[kind.removesuffix("-2")](config, options, dataset, dataset,
-                                                    torch.device("cpu"))
+        task = train.TASKS[kind.removesuffix("-2")][0](config, options, dataset, dataset,
+                                                       torch.device("cpu"))
         model = second_judge.PlainNet(config, sizes) if kind == "judge-2" else task.model
         for p in model.parameters():
             if not p.any():
@@ -85,7 +87,8 @@ def here(folder, monkeypatch):
             (second_judge, "JUDGE_TEST", 40), (cli, "bf16_is_fast", lambda device: False),
             (guidance, "PROMPTS", {"all": slice(None), "even": slice(0, None, 16)})):
         monkeypatch.setattr(module, name, small)
-    monkeypatch.setattr(train, "DEFAULTS", TOY)
+    monkeypatch.setattr(train, "TASKS", {
+        kind: (make_task, *TOY[kind]) for kind, (make_task, *_) in train.TASKS.items()})
 
 
 @pytest.fixture
@@ -376,8 +379,8 @@ def test_zero_shot(here, monkeypatch):
         Path(f"runs/{kind}/weights.pt")))
     rows = run("zeroshot")
     tasks = [row["task"] for row in rows]
-    assert tasks.count("body") == 2 and tasks.count("all attributes") == 3
-    assert tasks.count("pairs that CLIP never met") == 3 and len(rows) == 8 + 4 + 3
+    assert tasks.count("class folders, by body") == 2 and tasks.count("all attributes") == 4
+    assert tasks.count("pairs that CLIP never met") == 3 and len(rows) == 9 + 4 + 3
     assert checkpoint.load("runs/ablations/clip-words/weights.pt", "clip")["steps"] == 10
     assert Path("out/typographic.png").exists()
 
@@ -410,6 +413,26 @@ def test_predict_prints_probabilities(here, capsys):
     percent = [float(line.split("%")[0]) for line in lines]
     assert percent[0] >= percent[1] and sum(percent) == pytest.approx(100, abs=0.2)
     assert {line.split("%")[1].strip() for line in lines} == {"a red car", "a blue bus"}
+
+
+def test_predict_counts_a_class_folder(here, capsys):
+    """Of 40 cars in folders of their bodies, as many as the same CLIP gets right by hand; a file
+    that is no image is not counted."""
+    images, labels = cars.render(0, range(40), 16)
+    for i, (image, label) in enumerate(zip(images, labels)):
+        folder = Path("bodies", cars.BODIES[label[0]])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i}.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    main.main(["predict", "bodies"])
+    one, several = capsys.readouterr().out.splitlines()[-2:]
+    clip = sample.load_models().clip
+    names = sorted(cars.BODIES)
+    features = clip.encode_captions([f"photo of a {name}" for name in names])
+    predicted = clip.caption_probs(data.to_float(images), features).argmax(dim=1)
+    correct = [names[p] == cars.BODIES[label[0]] for p, label in zip(predicted, labels)]
+    assert one == f"zero-shot, one prompt: {sum(correct) / 40:.1%} of 40 images"
+    assert re.fullmatch(r"zero-shot, 6 prompts: [0-9.]+% of 40 images", several)
 
 
 def test_sweep_and_failures(here, monkeypatch):
@@ -448,13 +471,13 @@ def test_composition(here, monkeypatch):
 
 def test_clean_objective_has_no_noise(here, monkeypatch):
     seen = []
-    model = train.TASKS["clip"](*TOY["clip"], random_cars("cars", 16, 60),
-                                random_cars("cars", 16, 60), torch.device("cpu")).model
+    model = train.TASKS["clip"][0](*TOY["clip"], random_cars("cars", 16, 60),
+                                   random_cars("cars", 16, 60), torch.device("cpu")).model
     monkeypatch.setattr(model, "encode_image", lambda x, t: seen.append((x, t)) or torch.ones(
         len(x), 16))
     objective = ablations.clean_objective(model, random_cars("cars", 16, 60), torch.device("cpu"))
     x_0 = torch.randn(8, 3, 16, 16)
-    objective(model, x_0, np.arange(8), torch.Generator().manual_seed(0))
+    objective(model, x_0, torch.arange(8), torch.Generator().manual_seed(0))
     (x_t, t), = seen
     assert torch.equal(x_t, x_0) and not t.any()
 

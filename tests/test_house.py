@@ -14,7 +14,7 @@ CHAPTERS = {"tinyddpm", "tinyclip", "guide", "data", "cars", "judge"}
 COMMANDS = {"train", "sample"}
 LATER = {"unclip.py"}   # may be absent
 FOLDERS = {"infra", "experiments", "tests", "weights", "assets", ".ci"}
-PAGES = {"README.md", "NOTATION.md", "LICENSE", ".gitignore", "requirements.txt",
+PAGES = {"README.md", "NOTATION.md", "LICENSE", ".gitignore", ".pytest.ini", "requirements.txt",
          "requirements-dev.txt", "requirements-benchmark.txt"}
 GENERATED = {".git", "__pycache__", ".pytest_cache", ".venv", "cache", "runs", "out"}   # not ours
 

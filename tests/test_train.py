@@ -2,6 +2,7 @@
 import dataclasses
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -175,7 +176,8 @@ def test_a_conditional_ddpm_gets_the_text_features_of_each_image(monkeypatch):
                             "clip": checkpoint.weights_checksum(clip)}
     monkeypatch.setattr(train, "ddpm_objective", lambda model, x_0, cond, *rest: conds.append(cond))
     x_0, indices = data.batch(dataset, 0, 1, 8)
-    task.objective(task.model, x_0, indices, data.generator(0))
+    caption_ids = torch.from_numpy(dataset.caption_ids[indices])
+    task.objective(task.model, x_0, caption_ids, data.generator(0))
     features = [F.normalize(clip.encode_captions(texts), dim=1)[dataset.caption_ids[indices]]
                 for texts in train.normalized_templates(dataset)]
     assert not torch.allclose(features[0], features[1], atol=1e-3)
@@ -232,7 +234,7 @@ def learn(kind, folder, **options):
     dataset, held_out = toys.squares(400, seed=1), toys.squares(200, seed=2)
     options = train.TrainConfig(**options)
     torch.manual_seed(0)
-    task = train.TASKS[kind](CONFIGS[kind], options, dataset, held_out, CPU)
+    task = train.TASKS[kind][0](CONFIGS[kind], options, dataset, held_out, CPU)
     train.train(task, options, dataset, folder, device=CPU)
     cls = {"clip": tinyclip.CLIP, "ddpm": tinyddpm.UNet, "judge": judge.Judge}[kind]
     return task, checkpoint.load_model(folder / "weights.pt", kind, cls)[0]
@@ -243,10 +245,21 @@ def test_clip_learns(tmp_path, alpha_bar, capsys):
     task, clip = learn("clip", tmp_path, steps=160, batch=32, lr=2e-3)
     held_out = toys.squares(200, seed=2)
     captions = train.normalized_templates(held_out)[0][:6]
-    tokens = clip.tokenizer.batch(captions, clip.config.context_length)
-    accuracy = train.accuracy_by_timestep(clip, tokens, held_out, alpha_bar, (0, 200, 900))
+    x_0, caption_ids = data.to_float(held_out.images), torch.from_numpy(held_out.caption_ids)
+    text_features, accuracy = clip.encode_captions(captions), {}
+    for timestep in (0, 200, 300, 900):
+        t = torch.full((len(x_0),), timestep)
+        eps = torch.randn(x_0.shape, generator=data.generator(0))
+        x_t = tinyddpm.q_sample(x_0, t, eps, alpha_bar)
+        predicted = clip.caption_probs(x_t, text_features, t).argmax(dim=1)
+        accuracy[timestep] = (predicted == caption_ids).float().mean().item()
     assert accuracy[0] > 0.9 and accuracy[200] > 0.8 and 0.1 < accuracy[900] < 0.8
-    assert "top-1 of 6 captions on held-out images: " in capsys.readouterr().out
+    preview = task.preview(clip, tmp_path)   # of 500 draws among these 200 images
+    assert preview in capsys.readouterr().out
+    assert preview.startswith("top-1 of 6 captions on held-out images: ")
+    shown = {int(t): float(p) / 100 for p, t in re.findall(r"([\d.]+)% at t = (\d+)", preview)}
+    assert list(shown) == [0, 300, 500, 700]
+    assert all(shown[t] == pytest.approx(accuracy[t], abs=0.1) for t in (0, 300))
 
 
 def test_ddpm_learns(tmp_path, alpha_bar):
@@ -306,11 +319,11 @@ def start(kind, task=None, size=16, **options):
     config = CONFIGS[kind]
     if hasattr(config, "dropout"):
         config = dataclasses.replace(config, dropout=0.)
-    task = task or train.TASKS[kind](config, options, dataset, dataset, CPU)
+    task = task or train.TASKS[kind][0](config, options, dataset, dataset, CPU)
     for p in task.model.parameters():   # what starts at zero would hide what lies behind it
         if not p.any():
             torch.nn.init.normal_(p, std=0.05)
-    run = train.Run(task, options, dataset, Path("unused"), {"seed": 0}, CPU)
+    run = train.Run(task, options, dataset, Path("unused"), 0, CPU)
     run.bf16 = False
     return run
 
@@ -377,7 +390,7 @@ def test_micro_batches_of_the_ddpm_have_the_same_gradient_on_average(monkeypatch
 def test_a_large_gradient_is_clipped(monkeypatch):
     """The optimizers get one of norm 1 at most; the norm before is what is measured."""
     run, norms = start("judge", batch=4), []
-    run.task = run.task._replace(objective=lambda model, x_0, indices, generator: (
+    run.task = run.task._replace(objective=lambda model, x_0, caption_ids, generator: (
         1e6 * sum(logits.square().sum() for logits in model(x_0).values())))
     monkeypatch.setattr(run.optimizers[0], "step", lambda: norms.append(torch.cat(
         [p.grad.flatten() for p in run.model.parameters()]).norm().item()))
@@ -601,12 +614,12 @@ def test_flags_change_the_defaults(capsys):
     """Given flags replace their fields and no others; -h lists the fields of both configs."""
     args, config, options = train.parse(
         "ddpm --channels 48 --multipliers 1 2 --attention 1 --lr 0.002".split())
-    default_config, default_options = train.DEFAULTS["ddpm"]
+    _, default_config, default_options = train.TASKS["ddpm"]
     assert config == dataclasses.replace(default_config, channels=48, multipliers=(1, 2),
                                          attention=(1,))
     assert options == dataclasses.replace(default_options, lr=0.002)
     assert (args.out, args.data, args.seed) == ("runs/ddpm", "cars", 0)
-    assert train.parse(["clip"])[1:] == train.DEFAULTS["clip"]
+    assert train.parse(["clip"])[1:] == train.TASKS["clip"][1:]
     with pytest.raises(SystemExit, match="0"):
         train.parse(["ddpm", "-h"])
     out = capsys.readouterr().out
