@@ -11,12 +11,11 @@ prompt, seed and settings in its metadata, and prints how CLIP reads the prompt,
 of it and the judge's prompt accuracy. From Python: load_models, then generate (see README.md).
 """
 import argparse
-import dataclasses
 import difflib
 import math
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
@@ -34,8 +33,7 @@ from infra import checkpoint, cli, published
 from tinyclip import normalize_prompt
 
 SHIPPED = Path(__file__).resolve().parent / "weights"
-VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"   # of the published CLIP
-PUBLISHED_TEMPLATES = ("a photo of a {}.", "a rendering of a {}.", "a toy {}.")   # of its 80
+PUBLISHED_TEMPLATES = ("a photo of a {}.", "a rendering of a {}.", "a toy {}.")   # 3 of the 80
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -46,9 +44,8 @@ class Models(NamedTuple):
     unet: tinyddpm.UNet
     alpha_bar: torch.Tensor          # (T + 1,)
     captions: list                   # K, and behind them those that a new prompt adds
-    templates: list                  # S lists of K + P texts: ways to write each caption, and P
-                                     # partial captions, such as "a bus"
-    partial: list                    # these P, plainly
+    templates: list                  # S lists of K + P texts, normalised: ways to write each
+    partial: list                    # P partial captions, such as "a bus"
     partial_true_of: torch.Tensor    # (P, K) bool, the captions that they are true of
     words: list                      # all words of the training
     text_features: torch.Tensor      # (K, E), of the captions, and of those that are added
@@ -59,9 +56,9 @@ class Models(NamedTuple):
 
 def find_weights(clip=None, ddpm=None):
     """Pick the two models' paths: as given, else both of runs/, else both of weights/."""
-    trained = [Path("runs") / kind / "weights.pt" for kind in ("clip", "ddpm")]
-    shipped = [SHIPPED / f"{kind}.pt" for kind in ("clip", "ddpm")]
-    default = trained if all(path.exists() for path in trained) else shipped
+    default = Path("runs/clip/weights.pt"), Path("runs/ddpm/weights.pt")
+    if not all(path.exists() for path in default):
+        default = SHIPPED / "clip.pt", SHIPPED / "ddpm.pt"
     return Path(clip or default[0]), Path(ddpm or default[1])
 
 
@@ -69,35 +66,32 @@ def find_weights(clip=None, ddpm=None):
 def load_models(clip=None, ddpm=None, device="cpu"):
     """Load the two models that find_weights picks -> Models
 
-    clip may be a file of published weights. UserError if the models do not fit: guidance is
-    meaningless if CLIP was trained on other images.
+    clip may be a file of published weights. UserError if CLIP was trained on other images.
     """
     device, (clip_path, ddpm_path) = torch.device(device), find_weights(clip, ddpm)
     unet, ddpm_content = checkpoint.load_model(ddpm_path, "ddpm", tinyddpm.UNet)
     if published.is_published(clip_path):
-        clip, clip_content = load_published(clip_path, ddpm_content)
+        clip, content = load_published(clip_path, ddpm_content)
     else:
-        clip, clip_content = checkpoint.load_model(clip_path, "clip", tinyclip.CLIP)
-        for_clip, for_ddpm = (
-            f"{content['data']} at {model.config.image_size} pixels"
-            for model, content in ((clip, clip_content), (unet, ddpm_content)))
+        clip, content = checkpoint.load_model(clip_path, "clip", tinyclip.CLIP)
+        for_clip = f"{content['data']} at {clip.config.image_size} pixels"
+        for_ddpm = f"{ddpm_content['data']} at {unet.config.image_size} pixels"
         if for_clip != for_ddpm:
             raise cli.UserError(f"these models do not fit together: CLIP is for {for_clip}, the "
                                 f"DDPM for {for_ddpm}; train both alike")
-    of_clip = ddpm_content.get("clip")
-    if of_clip is not None and of_clip != checkpoint.weights_checksum(clip):
+    if "clip" in ddpm_content and ddpm_content["clip"] != checkpoint.weights_checksum(clip):
         raise cli.UserError(f"{ddpm_path} is conditional on the text features of another CLIP; "
                             "give that one with --clip")
     clip, unet = (m.to(device, memory_format=torch.channels_last) for m in (clip, unet))
     with cli.autocast(device):
-        text_features = clip.encode_ensemble(clip_content["templates"])       # (K + P, E)
-    K = len(clip_content["captions"])
-    return Models(clip, unet, tinyddpm.cosine_alpha_bar().to(device), clip_content["captions"],
-                  clip_content["templates"], clip_content["partial"],
-                  clip_content["partial_true_of"].to(device), clip_content["words"],
-                  text_features[:K], text_features[K:], clip_content["data"],
-                  f"CLIP from {clip_path} ({clip_content['steps']:,} steps), DDPM from {ddpm_path} "
-                  f"({ddpm_content['steps']:,} steps), on {device}")
+        text_features = clip.encode_ensemble(content["templates"])            # (K + P, E)
+    K = len(content["captions"])
+    return Models(
+        clip, unet, tinyddpm.cosine_alpha_bar().to(device), content["captions"],
+        content["templates"], content["partial"], content["partial_true_of"], content["words"],
+        text_features[:K], text_features[K:], content["data"],
+        f"CLIP from {clip_path} ({content['steps']:,} steps), DDPM from {ddpm_path} "
+        f"({ddpm_content['steps']:,} steps), on {device}")
 
 
 def load_published(path, ddpm_content):
@@ -105,7 +99,7 @@ def load_published(path, ddpm_content):
 
     Its rivals for a prompt are the captions of the diffusion model's data, in PUBLISHED_TEMPLATES.
     """
-    vocabulary = Path(path).parent / VOCABULARY
+    vocabulary = Path(path).parent / "bpe_simple_vocab_16e6.txt.gz"
     if not vocabulary.exists():
         raise cli.UserError(f"{path} needs the published vocabulary beside it: {vocabulary}")
     if ddpm_content["data"] != "cars" and "captions" not in ddpm_content:
@@ -118,11 +112,11 @@ def load_published(path, ddpm_content):
         reason = str(error).splitlines()[0]
         raise cli.UserError(f"{path} does not fit the published layout: {reason}") from None
     names = [re.sub("^photo of an? ", "", normalize_prompt(text)) for text in captions]
-    templates = [[template.format(name) for name in names] for template in PUBLISHED_TEMPLATES]
     return tinyclip.from_pixels(clip), {
-        "captions": captions, "templates": templates, "partial": [], "words": [],
-        "partial_true_of": torch.zeros(0, len(captions), dtype=torch.bool),
-        "data": ddpm_content["data"], "steps": 0}
+        "captions": captions, "partial": [], "words": [], "steps": 0, "data": ddpm_content["data"],
+        "templates": [[template.format(name) for name in names]
+                      for template in PUBLISHED_TEMPLATES],
+        "partial_true_of": torch.zeros(0, len(captions), dtype=torch.bool)}
 
 
 def load_judge(data_name, path=None, device="cpu"):
@@ -175,72 +169,68 @@ def known_words(text, words):
     return " ".join(read[word] for word in text.split() if word in read)
 
 
-def nearest_text(text, models):
-    """Find the text of the training whose feature is most similar to that of a new one
+def read_text(text, index_of, models):
+    """Find the text of the training that means the same to CLIP as a normalised one
 
-    -> feature: (1, E), index: a caption's, or K + that of a partial caption, cosine
+    -> index: a caption's, K + that of a partial caption, or None if no text means the same, as with
+    a published CLIP; feature: (1, E) of a text that is not in index_of, else None
     """
-    templates = ["{}"] if models.clip.config.noise_aware else PUBLISHED_TEMPLATES
-    feature = models.clip.encode_ensemble([[template.format(text)] for template in templates])
-    trained = models.text_features[:models.partial_true_of.shape[1]]          # (K, E)
-    cosines = F.cosine_similarity(feature, torch.cat([trained, models.partial_features]))
-    return feature, int(cosines.argmax()), cosines.max().item()
-
-
-def read_text(text, models):
-    """Find out what a normalised text means to CLIP -> (models, indices of captions, their text)
-
-    What CLIP's text encoder finds as good as equal to a caption, or to a partial caption, is read
-    as that: "something red" means all captions whose main colour is red. Any other text, and with a
-    published CLIP every new one, becomes one more caption; only its feature is computed.
-    """
-    K, noise_aware = models.partial_true_of.shape[1], models.clip.config.noise_aware
     longest = models.clip.config.context_length - 2   # start and end
     if len(models.clip.tokenizer.encode(text)) > longest:
         print(f"the prompt is too long: CLIP reads its first {longest} tokens")
-    captions = list(map(normalize_prompt, models.captions[:K]))
-    index_of = {known: i for texts in [*models.templates, captions]
-                for i, known in enumerate(texts)}
-    index = index_of.get(text)
-    if index is None:
-        feature, index, cosine = nearest_text(text, models)
-        if noise_aware and cosine < MEANS_THE_SAME:
-            print(f"nothing that CLIP was trained on means {shorten(text, 80)!r}")
-        elif noise_aware and cosine < SURE:
-            print(f"not sure of {shorten(text, 80)!r}: a cosine of {cosine:.2f} with what it is "
-                  "read as")
-        if cosine < MEANS_THE_SAME or not noise_aware:
-            models = models._replace(captions=[*models.captions, text],
-                                     text_features=torch.cat([models.text_features, feature]))
-            return models, [len(models.captions) - 1], text
-    if index < K:
-        return models, [index], models.captions[index]
-    true_of = models.partial_true_of[index - K].nonzero()[:, 0].tolist()
-    return models, true_of, models.partial[index - K]
+    if text in index_of:
+        return index_of[text], None
+    if not models.clip.config.noise_aware:
+        return None, models.clip.encode_ensemble([[t.format(text)] for t in PUBLISHED_TEMPLATES])
+    feature = models.clip.encode_ensemble([[text]])
+    known = torch.cat([models.text_features, models.partial_features])        # (K + P, E)
+    cosine, index = F.cosine_similarity(feature, known).max(dim=0)
+    if cosine < MEANS_THE_SAME:
+        print(f"nothing that CLIP was trained on means {shorten(text, 80)!r}")
+        return None, feature
+    if cosine < SURE:
+        print(f"not sure of {shorten(text, 80)!r}: a cosine of {cosine:.2f} with what it is "
+              "read as")
+    return int(index), feature
 
 
 def resolve_prompt(prompt, models):
     """Read a prompt -> (models, targets: (K,) bool, the captions that it allows)
 
-    "red bus or blue van" allows what either does. Prints how the prompt was read; models have more
-    captions if a text was new. UserError if the prompt is empty.
+    "red bus or blue van" allows what either does; "something red" means all captions whose main
+    colour is red. A text that is new to CLIP becomes one more caption of the models. Prints how the
+    prompt was read. UserError if it is empty. None, no prompt, allows all captions.
     """
-    text, targets, readings = normalize_prompt(prompt), set(), []
+    K = len(models.captions)
+    if prompt is None:
+        return models, models.partial_true_of.new_ones(K)
+    text = normalize_prompt(prompt)
     if not text:
         raise cli.UserError("the prompt is empty; leave it out to sample without guidance")
-    is_caption = text in map(normalize_prompt, models.captions)
-    parts = [text] if is_caption else map(normalize_prompt, text.split(" or "))
+    index_of = {known: i for texts in [*models.templates, map(normalize_prompt, models.captions)]
+                for i, known in enumerate(texts)}
+    parts = [text] if text in index_of else map(normalize_prompt, text.split(" or "))
     if models.clip.config.noise_aware:
         parts = [known_words(part, models.words) for part in parts]
+    targets, new, readings = models.partial_true_of.new_zeros(K), {}, []
     for part in filter(None, parts):   # what has no known word says nothing
-        models, indices, reading = read_text(part, models)
-        targets |= set(indices)
-        readings.append(reading)
+        index, feature = read_text(part, index_of, models)
+        if index is None:
+            new[part] = feature
+            readings.append(part)
+        elif index < K:
+            targets[index] = True
+            readings.append(models.captions[index])
+        else:
+            targets |= models.partial_true_of[index - K]
+            readings.append(models.partial[index - K])
     if not readings:
-        targets, readings = range(len(models.captions)), ["anything"]
+        targets[:], readings = True, ["anything"]
     print(f"{shorten(prompt, 80)!r} is read as {shorten(' or '.join(map(repr, readings)), 300)}")
-    return models, torch.tensor([k in targets for k in range(len(models.captions))],
-                                device=models.alpha_bar.device)
+    if new:
+        models = models._replace(captions=[*models.captions, *new],
+                                 text_features=torch.cat([models.text_features, *new.values()]))
+    return models, torch.cat([targets, targets.new_ones(len(new))])
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -261,19 +251,17 @@ class SamplingConfig:
         if self.method not in guide.METHODS:
             raise cli.UserError(f"method must be one of {', '.join(guide.METHODS)}, not "
                                 f"{self.method!r}")
-        if self.scale is None:
-            self.scale = guide.METHODS[self.method].scale
-        for name, low, high in (("n", 1, 10_000), ("steps", 1, tinyddpm.T), ("eta", 0, 1),
-                                ("recurrence", 1, 100), ("batch", 1, 10_000),
-                                ("seed", 0, 2 ** 63 - 1)):
-            cli.check_range("-n" if name == "n" else f"--{name}", getattr(self, name), low, high)
+        for flag, low, high in (("-n", 1, 10_000), ("--steps", 1, tinyddpm.T), ("--eta", 0, 1),
+                                ("--recurrence", 1, 100), ("--batch", 1, 10_000),
+                                ("--seed", 0, 2 ** 63 - 1)):
+            cli.check_range(flag, getattr(self, flag.lstrip("-")), low, high)
         lo, hi = self.interval or (1, tinyddpm.T)
         if not 1 <= lo <= hi <= tinyddpm.T:
             raise cli.UserError(f"--interval must be LO <= HI in 1 to {tinyddpm.T}, not {lo} {hi}")
-        if not math.isfinite(self.scale):
+        if self.scale is not None and not math.isfinite(self.scale):
             raise cli.UserError(f"--scale must be a finite number, not {self.scale}")
-        if self.method == "none":
-            self.scale = 0.
+        if self.scale is None or self.method == "none":
+            self.scale = guide.METHODS[self.method].scale
 
 
 def for_clip(config, clip):
@@ -281,9 +269,8 @@ def for_clip(config, clip):
     if clip.config.noise_aware or config.method not in ("lookahead", "noise-aware", "spherical"):
         return config
     print(f"this CLIP was trained on clean images: method x0-fast instead of {config.method}")
-    own = guide.METHODS[config.method].scale   # else the user's
-    return dataclasses.replace(config, method="x0-fast",
-                               scale=None if config.scale == own else config.scale)
+    scale = None if config.scale == guide.METHODS[config.method].scale else config.scale
+    return replace(config, method="x0-fast", scale=scale)
 
 
 def generate(models, prompt=None, callback=None, **options):
@@ -291,74 +278,43 @@ def generate(models, prompt=None, callback=None, **options):
 
     options: fields of SamplingConfig; callback: see tinyddpm.sample, of the first batch
     """
-    targets, config = None, SamplingConfig(**options)
+    if prompt is None:
+        options["method"] = "none"
+    config = for_clip(SamplingConfig(**options), models.clip)
     with torch.no_grad(), cli.autocast(models.alpha_bar.device):
-        if prompt is not None:
-            models, targets = resolve_prompt(prompt, models)
-            config = for_clip(config, models.clip)
-        return sample_images(models, targets, config, callback)
+        models, targets = resolve_prompt(prompt, models)
+        return sample_images(models, draw_captions(targets, config), config, callback)
 
 
-def sample_images(models, targets, config, callback=None):
-    """Sample config.n images of the captions that targets, (K,) bool, allow; None: unguided.
+def draw_captions(targets, config):
+    """Draw a caption for each image from those that targets, (K,) bool, allow -> (n,) int
 
-    p(x | text) is the sum over captions of p(caption | text) p(x | caption): draw a caption for
-    each image, then an image of that caption. (Guidance by the summed probability of all allowed
-    captions works too, but ends at the easiest one: of "a car with a yellow roof" at yellow cars.)
+    Because p(x | text) is the sum over captions of p(caption | text) p(x | caption). (Guidance by
+    the summed probability of all allowed captions works too, but ends at the easiest one: of "a car
+    with a yellow roof" at yellow cars.)
     """
-    if targets is None:
-        return sample_captions(models, None, config, callback)
     allowed = targets.nonzero()[:, 0]                                         # (number of True,)
     drawn = [torch.randint(len(allowed), (), generator=data.generator(config.seed, i, 1))
              for i in range(config.n)]
-    return sample_captions(models, allowed[torch.stack(drawn)], config, callback)
+    return allowed[torch.stack(drawn)]
 
 
-def sample_captions(models, caption_ids, config, callback=None):
-    """Sample an image of each of config.n captions, (n,) int; None: unguided -> (n, 3, H, W)"""
-    size, device, images = models.unet.config.image_size, models.alpha_bar.device, []
-    method = config.method if caption_ids is not None else "none"
-    if method == "classifier-free" and not models.unet.config.cond_dim:
+def sample_images(models, caption_ids, config, callback=None):
+    """Sample an image of each caption, (n,) int -> x_0: (n, 3, H, W) in [-1, 1]"""
+    if config.method == "classifier-free" and not models.unet.config.cond_dim:
         raise cli.UserError("this DDPM is unconditional; train a conditional one with: python "
                             "train.py ddpm --clip FILE --out runs/conditional")
+    size, device, images = models.unet.config.image_size, models.alpha_bar.device, []
     for start in range(0, config.n, config.batch):
-        indices = range(start, min(start + config.batch, config.n))
-        targets = caption_ids[list(indices)].to(device) if method != "none" else None   # (B,)
-        denoise = guide.build_denoiser(method, models, targets, config.scale, config.interval)
-        generators = [data.generator(config.seed, i) for i in indices]   # one per image
+        targets = caption_ids[start:start + config.batch].to(device)          # (B,)
+        denoise = guide.build_denoiser(config.method, models, targets, config.scale,
+                                       config.interval)
+        generators = [data.generator(config.seed, start + i) for i in range(len(targets))]
         x_T = tinyddpm.randn_per_image(generators, (3, size, size), device)
         images.append(tinyddpm.sample(
             denoise, x_T, generators, models.alpha_bar, config.steps, config.eta,
             recurrence=config.recurrence, callback=callback if start == 0 else None))
     return torch.cat(images)
-
-
-# ---- reporting -----------------------------------------------------------------------------------
-
-def report(models, targets, x_0, judge_model, content):
-    """Print CLIP's mean probability of the targets and the judge's prompt accuracy.
-
-    The probability is optimistic if CLIP guided. targets: (K,) bool; judge_model, content: see
-    load_judge. An image is right if the judge's labels are those of one of the targets.
-    """
-    K = models.partial_true_of.shape[1]
-    if targets[K:].any() or targets.all():
-        print("not judged: " + ("it names nothing" if targets.all() else "the caption is new"))
-    elif judge_model is None or content["captions"] != models.captions[:K]:
-        print("not judged: there is no judge of these captions")
-    else:
-        allowed = torch.tensor(content["caption_labels"])[targets.cpu()]      # (n, A)
-        predicted = judge.predict(judge_model, x_0).cpu()                     # (N, A)
-        correct = (predicted[:, None] == allowed).all(dim=2).any(dim=1)       # (N,)
-        each = ", ".join(
-            f"{name} {torch.isin(predicted[:, a], allowed[:, a]).float().mean():.0%}"
-            for a, (name, values) in enumerate(content["attributes"].items())
-            if len(allowed[:, a].unique()) < len(values))
-        print(f"prompt accuracy by the judge: {int(correct.sum())} of {len(x_0)} ({each}); "
-              f"{content['path']}, {content['steps']:,} steps")
-    if not targets[K:].any() and not targets.all():   # of a new caption it means little
-        p = models.clip.caption_probs(x_0, models.text_features)[:, targets].sum(dim=1).mean()
-        print(f"CLIP's mean probability of it: {p:.0%}, among {len(models.captions)} captions")
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -394,19 +350,43 @@ def parse(arguments):
 
 def output_paths(args):
     """Choose the PNG of each prompt, all different, and make their folders."""
-    names = []
+    paths = []
     for prompt in args.prompts:
-        name = "-".join(re.findall(r"\w+", prompt.lower()))[:80] if prompt else "unguided"
-        while name in names:   # "red bus" and "Red bus!"
-            name += "-2"
-        names.append(name or "prompt")
-    paths = [Path(args.out or "out") / f"{name}.png" for name in names]
-    if args.out and len(names) == 1:
+        words = re.findall(r"\w+", prompt.lower()) if prompt else ["unguided"]
+        path = Path(args.out or "out") / f"{'-'.join(words)[:80] or 'prompt'}.png"
+        while path in paths:   # "red bus" and "Red bus!"
+            path = path.with_stem(f"{path.stem}-2")
+        paths.append(path)
+    if args.out and len(paths) == 1:
         paths = [Path(args.out)]
     if paths[0].suffix.lower() != ".png":
         raise cli.UserError(f"--out {args.out}: images are written as PNG; end it in .png")
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     return paths
+
+
+def report(models, targets, x_0, judge_model, content):
+    """Print the judge's prompt accuracy and CLIP's mean probability, optimistic if CLIP guided.
+
+    An image is right if the judge's labels are those of one of the targets, (K,) bool.
+    """
+    if targets.all() or len(targets) > models.partial_true_of.shape[1]:
+        print("not judged: " + ("it names nothing" if targets.all() else "the caption is new"))
+        return   # CLIP's probability of it means little
+    if judge_model is None or content["captions"] != models.captions:
+        print("not judged: there is no judge of these captions")
+    else:
+        allowed = torch.tensor(content["caption_labels"])[targets]            # (n, A)
+        predicted = judge.predict(judge_model, x_0).cpu()                     # (N, A)
+        correct = (predicted[:, None] == allowed).all(dim=2).any(dim=1)       # (N,)
+        each = ", ".join(
+            f"{name} {torch.isin(predicted[:, a], allowed[:, a]).float().mean():.0%}"
+            for a, (name, values) in enumerate(content["attributes"].items())
+            if len(allowed[:, a].unique()) < len(values))
+        print(f"prompt accuracy by the judge: {int(correct.sum())} of {len(x_0)} ({each}); "
+              f"{content['path']}, {content['steps']:,} steps")
+    p = models.clip.caption_probs(x_0, models.text_features)[:, targets].sum(dim=1).mean()
+    print(f"CLIP's mean probability of it: {p:.0%}, among {len(models.captions)} captions")
 
 
 @torch.no_grad()
@@ -418,25 +398,23 @@ def main(arguments=None):
     judge_model, content = load_judge(models.data, args.judge, device)
     print(models.description)
     with cli.autocast(device):
-        resolved = [resolve_prompt(prompt, models) if prompt is not None else (models, None)
-                    for prompt in args.prompts]
+        resolved = [resolve_prompt(prompt, models) for prompt in args.prompts]
         for prompt, (extended, targets), path in zip(args.prompts, resolved, paths):
             frames, start = [], time.perf_counter()
             shown = min(8, config.n, config.batch)   # in the GIF
-
-            def keep_frame(t, x_t, x_0_hat):
-                frames.append(data.to_uint8(torch.cat([x_t[:shown], x_0_hat[:shown]])))
-
-            x_0 = sample_images(extended, targets, config, keep_frame if args.gif else None)
+            keep_frame = lambda t, x_t, x_0_hat: frames.append(
+                data.to_uint8(torch.cat([x_t[:shown], x_0_hat[:shown]])))
+            x_0 = sample_images(extended, draw_captions(targets, config), config,
+                                keep_frame if args.gif else None)
             images = data.to_uint8(x_0)   # waits for the device, so the time is right
             seconds = time.perf_counter() - start
             zoom = max(1, 96 // images.shape[1])   # small images get up to 96 pixels on the screen
             metadata = {"prompt": prompt, "models": models.description, **vars(config)}
-            data.save_grid(path, images, max(1, min(8, round(config.n ** 0.5))), zoom,
+            data.save_grid(path, images, min(8, round(config.n ** 0.5)), zoom,
                            **{key: value for key, value in metadata.items() if value is not None})
             if frames:   # one row of x_t, one of x_0_hat
                 data.save_gif(path.with_suffix(".gif"), frames, columns=shown, zoom=zoom)
-            if targets is not None:
+            if prompt is not None:
                 report(extended, targets, x_0, judge_model, content)
             print(f"{config.n} images in {seconds:.1f} s ({config.steps} x {config.recurrence} "
                   f"steps, {config.method}, scale {config.scale:g}) -> {path}")

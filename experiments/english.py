@@ -38,7 +38,8 @@ def english(models, args):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             read, targets = sample.resolve_prompt(prompt, models)
         config = sampling_config(args, n=32 if None in names else 16)
-        predicted = predict(judge, sample.sample_images(read, targets, config)).cpu()   # (N, A)
+        x_0 = sample.sample_images(read, sample.draw_captions(targets, config), config)
+        predicted = predict(judge, x_0).cpu()                                 # (N, A)
         wanted = [values.index(name) if name else None
                   for name, values in zip(names, cars.ATTRIBUTES.values())]
         correct = torch.stack([predicted[:, a] == value for a, value in enumerate(wanted)
@@ -63,6 +64,6 @@ def held_out(models, args, judge):
     labels = torch.from_numpy(cars.caption_labels(plain.numpy()))
     for name, targets in (("all captions, plain", plain),
                           ("all captions, in held-out phrasings", torch.tensor(read))):
-        predicted = predict(judge, sample.sample_captions(models, targets, config)).cpu()
+        predicted = predict(judge, sample.sample_images(models, targets, config)).cpu()
         yield {"prompt": name, "samples": K, **metrics.accuracy_row((predicted == labels).all(1))}
 

@@ -159,7 +159,9 @@ def test_unknown_parts_of_a_prompt_say_nothing(models, prompt, count):
     """Unless all are unknown: then it allows anything, as "something" does."""
     _, targets = sample.resolve_prompt(prompt, models)
     assert targets.sum() == count
-    assert len(sample.sample_images(models, targets, sample.SamplingConfig(n=1, steps=1))) == 1
+    config = sample.SamplingConfig(n=1, steps=1)
+    caption_ids = sample.draw_captions(targets, config)
+    assert len(sample.sample_images(models, caption_ids, config)) == 1
 
 
 def test_a_new_prompt_is_encoded_alone(models, encoded, capsys, all_new):
@@ -378,7 +380,8 @@ def test_each_image_gets_one_of_the_captions_that_a_prompt_allows(models, monkey
     targets = torch.zeros(294, dtype=torch.bool)
     targets[[3, 50, 200]] = True
     for batch in (64, 4):
-        sample.sample_images(models, targets, sample.SamplingConfig(n=12, steps=1, batch=batch))
+        config = sample.SamplingConfig(n=12, steps=1, batch=batch)
+        sample.sample_images(models, sample.draw_captions(targets, config), config)
     assert drawn[:12] == drawn[12:] and set(drawn) == {3, 50, 200}
     sample.generate(models, "a red bus", n=2, steps=1)
     assert drawn[24:] == [cars.CAPTIONS.index("a red bus")] * 2
