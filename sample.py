@@ -195,11 +195,11 @@ def read_text(text, index_of, models):
 
 
 def resolve_prompt(prompt, models):
-    """Read a prompt -> (models, targets: (K,) bool, the captions that it allows)
+    """Read a prompt -> models, targets: (K + new,) bool, which of their captions it allows
 
     "red bus or blue van" allows what either does; "something red" means all captions whose main
-    colour is red. A text that is new to CLIP becomes one more caption of the models. Prints how the
-    prompt was read. UserError if it is empty. None, no prompt, allows all captions.
+    colour is red. A text that is new to CLIP becomes one more caption of the models that are
+    returned. Prints how the prompt was read. UserError if it is empty. None, no prompt, allows all.
     """
     K = len(models.captions)
     if prompt is None:
@@ -278,18 +278,17 @@ def generate(models, prompt=None, callback=None, **options):
 
     options: fields of SamplingConfig; callback: see tinyddpm.sample, of the first batch
     """
-    if prompt is None:
-        options["method"] = "none"
-    config = for_clip(SamplingConfig(**options), models.clip)
+    config = SamplingConfig(**options)
+    config = replace(config, method="none") if prompt is None else for_clip(config, models.clip)
     with torch.no_grad(), cli.autocast(models.alpha_bar.device):
         models, targets = resolve_prompt(prompt, models)
         return sample_images(models, draw_captions(targets, config), config, callback)
 
 
 def draw_captions(targets, config):
-    """Draw a caption for each image from those that targets, (K,) bool, allow -> (n,) int
+    """Draw a caption for each image from those that targets, (K,) bool, allow -> (n,) int64
 
-    Because p(x | text) is the sum over captions of p(caption | text) p(x | caption). (Guidance by
+    As p(x | text) is the sum over captions of p(caption | text) p(x | caption). (Guidance by
     the summed probability of all allowed captions works too, but ends at the easiest one: of "a car
     with a yellow roof" at yellow cars.)
     """
@@ -300,7 +299,10 @@ def draw_captions(targets, config):
 
 
 def sample_images(models, caption_ids, config, callback=None):
-    """Sample an image of each caption, (n,) int -> x_0: (n, 3, H, W) in [-1, 1]"""
+    """Sample an image of each caption, (n,) int64 -> x_0: (n, 3, H, W) in [-1, 1]
+
+    n is config.n; method "none" ignores the captions. callback: see tinyddpm.sample
+    """
     if config.method == "classifier-free" and not models.unet.config.cond_dim:
         raise cli.UserError("this DDPM is unconditional; train a conditional one with: python "
                             "train.py ddpm --clip FILE --out runs/conditional")

@@ -67,20 +67,25 @@ def predict_texts(clip, x, text_features):
 
 
 def predict_folder(clip, folder, size):
-    """Zero-shot prediction of class folders -> {"zero-shot, one prompt": (N,) bool, ...}"""
+    """Zero-shot prediction of class folders -> {"zero-shot, one prompt": (N,) bool, ...}
+
+    Prints what was found and what is left out. UserError if there is no image to read.
+    """
     try:
         scan = image_folders.scan_folder(folder)
     except cli.DatasetError as error:
         raise cli.UserError(f"{folder}: {error}") from None
     images, readable = image_folders.read_images(scan.files, size)
+    readable = np.flatnonzero(np.array(readable) >= 0)   # -1: cannot be read
     captions, templates, caption_ids = image_folders.captions_and_templates(scan)
-    correct = {}
+    print(image_folders.report(scan, "test", range(len(images)), readable, len(captions)))
+    if not len(readable):
+        raise cli.UserError(f"{folder}: none of {len(images):,} images can be read")
+    x, truth, correct = data.to_float(images[readable]), torch.tensor(caption_ids)[readable], {}
     for way, ensemble in (("one prompt", templates[:1]), (f"{len(templates)} prompts", templates)):
         features = clip.encode_ensemble([[tinyclip.normalize_prompt(text) for text in texts]
                                          for texts in ensemble])
-        predicted = predict_texts(clip, data.to_float(images), features)
-        correct[f"zero-shot, {way}"] = (predicted == torch.tensor(caption_ids))[
-            torch.tensor(readable) >= 0]
+        correct[f"zero-shot, {way}"] = predict_texts(clip, x, features) == truth
     return correct
 
 

@@ -425,7 +425,8 @@ def test_predict_counts_a_class_folder(here, capsys):
         Image.fromarray(image).save(folder / f"{i}.png")
     (folder / "broken.png").write_bytes(b"no image")
     main.main(["predict", "bodies"])
-    one, several = capsys.readouterr().out.splitlines()[-2:]
+    report, one, several = capsys.readouterr().out.splitlines()[-3:]
+    assert "cannot be read: 1, such as" in report and "broken.png" in report
     clip = sample.load_models().clip
     names = sorted(cars.BODIES)
     features = clip.encode_captions([f"photo of a {name}" for name in names])
