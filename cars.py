@@ -78,72 +78,99 @@ APART = [{"crimson", "lorry"}, {"navy", "coach"}, {"silver", "minivan"}, {"emera
          {"ivory", "sedan"}]
 
 # Ways to say it, by what is named. {n}: noun, {N}: its plural, {m}, {s}: main and second colour,
-# {c}: one colour for both, {a}: "a", "the" or nothing.
-PHRASES = {kind: re.split(r" \| |\n +", text.strip()) for kind, text in {
+# {a}: "a", "the", "this" or nothing. {painted}, {body}, ... become one of their own PARTS, in which
+# others may stand. What stands twice is drawn twice as often. CLIP reads an order of words that it
+# never met with the colours swapped, so what names body and roof stands here in both orders.
+split = lambda text: re.split(r" \| |\n +", text.strip())
+PAINTED = """
+    {a} {m} {n} | {a} {m} {n} | {a} {n} in {m} | {a} {n} painted {m} | {a} {n} that is {m}
+    {a} {n}, {m} | {a} {n}, which is {m} | {a} {n} coloured {m} | {a} {m}-coloured {n}
+    {a} {m}-painted {n} | {a} {n} of {m} colour"""
+PARTS = {name: split(text) for name, text in {
+    "painted": PAINTED, "body": PAINTED.replace("{n}", "body"),
+    "roof": PAINTED.replace("{n}", "roof").replace("{m}", "{s}"),
+    "whose_roof": "whose roof is {s} | the roof of which is {s} | its roof is {s} | its roof {s}",
+    "whose_body": "whose body is {m} | the body of which is {m} | its body is {m} | its body {m}",
+    "its_roof": "its roof is {s} | the roof is {s} | it has {roof}",
+    "its_body": "its body is {m} | the body is {m} | it has {body}",
+    "n_body": "{a} {n} is {m} | {a} {n} has {body} | the body of {a} {n} is {m}",
+    "n_roof": "{a} {n} has {roof} | the roof of {a} {n} is {s}",
+    "with": "with | , | that has | which has | having | and | under", "on": "on | over | , | and",
+    "and": "and | , | but", "while": "and | , | but | while"}.items()}
+PHRASES = {kind: split(text) for kind, text in {
     "two colours": """
         {a} {m} and {s} {n} | {m} {s} {n} | {m} and {s} {N} | {a} two-tone {m} and {s} {n}
         {a} {n}, {m} and {s} | {a} {n} in {m} and {s} | {a} two-tone {n} in {m} and {s}
         {a} {n} painted {m} and {s} | {a} {n} coloured {m} and {s} | {a} {n} that is {m} and {s}
-        the {n} is {m} and {s} | {a} {m} {n} with {s} trim | {a} {m} {n} with {a} {s} roof
-        {m} {n} with {s} roof | {m} {N} with {s} roofs | {m} {n}, {s} roof | {s} roof, {m} {n}
-        {a} {n}, {s} roof, {m} body | {a} {m} {n} with {a} roof in {s}
-        {a} {s}-roofed {m} {n} | {a} {m}-bodied {n} with {a} {s} roof
-        {a} {m}-painted {n} with {a} {s} roof | {a} {m} {n} with {a} {s} stripe and roof
-        {a} {s} roof on {a} {m} {n} | {a} {s} roof and {a} {m} body on {a} {n}
-        {a} {n} with {a} {m} body and {a} {s} roof | {a} {n} with {a} {s} roof and {a} {m} body
-        {a} {n} with {a} body in {m} and {a} roof in {s} | {a} roof in {s} on {a} {m} {n}
-        {a} roof in {s} and {a} {m} body on {a} {n} | {a} {n} in {m} with {a} roof in {s}
-        {a} {n} whose roof is {s} and whose body is {m} | {a} {m} {n} and its roof is {s}
-        {a} {n} with {a} {s} roof and {a} body in {m}
-        {a} {n} with {a} roof in {s} and {a} {m} body
-        {a} {n} with {a} body in {m} and {a} {s} roof
-        {a} {n} with {a} {m} body and {a} roof in {s}
-        {a} {n} that has {a} roof in {s} and {a} {m} body | {a} {n} in {m}, its roof is {s}
-        {a} {n} painted {m} whose roof is {s}
-        {a} {n} that has {a} {m} body and {a} {s} roof | {a} {m} {n} that has {a} {s} roof
-        {a} {n} that is {m} with {a} {s} roof | {a} {n} which has {a} {m} body and {a} {s} roof
-        {a} {n} of {m} colour with {a} {s} roof | {a} {m} {n}, its roof is {s}
-        {a} {n} whose body is {m} and whose roof is {s} | the {n} is {m} and its roof is {s}
-        the roof of the {m} {n} is {s}""",
+        {a} {n} is {m} and {s} | {painted} with {s} trim | {m} {N} with {s} roofs
+        {painted} {with} {roof} | {painted} {with} {roof} | {painted} {with} {roof}
+        {roof} {on} {painted} | {roof} {on} {painted} | {painted}, {whose_roof}
+        {a} {s}-roofed {m} {n} | {a} {m}-bodied {n} {with} {roof} | {a} {m}-bodied, {s}-roofed {n}
+        {a} {n} {with} {body} {and} {roof} | {a} {n} {with} {roof} {and} {body}
+        {body} {and} {roof} on {a} {n} | {roof} {on} {body} on {a} {n}
+        {a} {n} with {roof} on {body}
+        {a} {n}, {whose_body} {and} {whose_roof} | {a} {n}, {whose_roof} {and} {whose_body}
+        {a} {n} that is {m} {and} has {roof} | {a} {n} that has {roof} {and} is {m}
+        {a} {n} is {m} {and} has {roof} | {a} {n} has {roof} {and} is {m}
+        {n_body} {while} {its_roof} | {its_roof} {while} {n_body} | {n_roof} {while} {its_body}
+        {its_body} {while} {n_roof} | the roof of {a} {m} {n} is {s}
+        {a} {n} under {roof} is {m}""",
     "one colour": """
-        {a} {c} {n} | {c} {N} | {a} {n}, {c} | {a} {n} in {c} | {a} {n} painted {c}
-        {a} {c}-painted {n} | {a} {c}-coloured {n} | {a} {n} in {c} all over | an all {c} {n}
-        {a} completely {c} {n} | {a} {n} that is {c} | the {n} is {c} | the {n} is {c} all over
-        {a} {n} which is {c} all over | {a} {c} {n} with {a} {c} roof | {a} {c}-roofed {c} {n}
-        {a} {c} roof on {a} {c} {n} | {a} {n} with {a} {c} body and {a} {c} roof
-        {a} {n} that has {a} {c} body and {a} {c} roof | {a} {c} {n} that has {a} {c} roof
-        {a} {n} which has {a} {c} body and {a} {c} roof | {a} {c} {n}, its roof is {c}
-        {a} {n} whose body is {c} and whose roof is {c}
-        {a} {n} with {a} body in {c} and {a} roof in {c} | {a} {n} with {a} {c} body and roof
-        {a} {n} whose body and roof are {c} | {a} {n} in {c} with {a} roof in {c}
-        {a} {n} with {a} {c} roof and {a} {c} body | {a} {n}, {c} roof, {c} body""",
+        {painted} | {painted} | {painted} | {m} {N} | {a} {n} in {m} all over | an all {m} {n}
+        {a} completely {m} {n} | {a} {n} is {m} | {a} {n} is {m} all over
+        {a} {n} which is {m} all over | {a} {n} with {a} {m} body and roof
+        {a} {n} whose body and roof are {m}""",
     "main": """
-        {a} {n} with {a} {m} body | {a} {m}-bodied {n} | {a} {n} that has {a} {m} body
-        {a} {n} with {a} body in {m}
-        {a} mostly {m} {n} | {a} {n} whose body is {m} | the body of the {n} is {m}""",
+        {a} {n} with {body} | {a} {m}-bodied {n} | {a} {n} that has {body} | {a} mostly {m} {n}
+        {a} {n} whose body is {m} | the body of {a} {n} is {m}""",
     "second": """
-        {a} {n} with {a} {s} roof | {n} with {s} roof | {a} {s}-roofed {n}
-        {a} {n} with {a} roof in {s}
-        {a} {n} that has {a} {s} roof | {a} {s} roof on {a} {n} | {a} {n}, its roof is {s}""",
+        {a} {n} with {roof} | {n} with {s} roof | {a} {s}-roofed {n} | {a} {n} that has {roof}
+        {roof} on {a} {n} | {a} {n}, its roof is {s} | {a} {n} whose roof is {s}
+        the roof of {a} {n} is {s} | {N} with {s} roofs""",
     "neither": "{a} {n} | {N} | some {n} | any {n} | {a} {n} of any colour",
-    "two colours of something": "something {m} and {s} | something {m} with {a} {s} roof",
-    "one colour of something": "something all {c} | something completely {c}",
+    "two colours of something": "something {m} and {s} | something {m} with {roof}",
+    "one colour of something": "something all {m} | something completely {m}",
     "main of something": "something {m} | anything {m} | {m}",
-    "second of something": "something with {a} {s} roof | anything with {s} roof | {a} {s} roof",
+    "second of something": "something with {roof} | anything with {s} roof | {roof}",
     "neither of something": "something | anything"}.items()}
+# A body and a roof that are both named may have the same colour.
+for of_what in ("", " of something"):
+    PHRASES["one colour" + of_what] += [
+        phrase for phrase in PHRASES["two colours" + of_what] if "roof" in phrase]
+SMALL_WORDS = "a the this its it is has with and in on of which that painted coloured all".split()
 PREFIXES = ["", "", "", "", "photo of ", "a picture of ", "an image of ", "a rendering of ",
             "this is ", "show me ", "I see ", "I want ", "draw "]   # not before "the bus is red"
 
 
-def fill(phrase, noun, main, second, rng):
-    """Fill in a phrase: "{a} {s}-roofed {m} {n}", "bus", "red", "blue" -> "a blue-roofed red bus"
+def keywords(kind, rng):
+    """Write a phrase of keywords in any order: "roof in {s}, this {n}, {m} has body"
 
-    second: main itself, and main: None, if they are not named; rng: random.Random, for the articles
+    A colour stays beside its noun. From these, CLIP learns that this is what counts, not which
+    words stand between. kind: "two colours", "one colour", "main" or "second"
+    """
+    groups = [["{n}"], ["{m}", "body"], ["{s}", "roof"]]
+    if kind in ("two colours", "one colour") and rng.random() < 0.3:
+        groups = [["{m} {n}"], ["{s}", "roof"]]
+    elif kind in ("main", "second"):
+        del groups[2 if kind == "main" else 1]
+    words = []
+    for group in rng.sample(groups, len(groups)):
+        for word in rng.sample(group, len(group)):
+            words += [*rng.choices(SMALL_WORDS, k=rng.randrange(3)), word]
+    return " ".join(words)
+
+
+def fill(phrase, noun, main, second, rng):
+    """Fill in a phrase: "{painted}, {roof}", "bus", "red", "blue" -> "bus in red, a blue roof"
+
+    second: main itself, and main: None, if they are not named; rng: random.Random, for the choices
     """
     plural = re.sub(r"(s|ch)$", r"\1e", re.sub(r"y$", "ie", noun)) + "s"
-    articles = (rng.choice(["a ", "the ", ""]) for _ in range(phrase.count("{a}")))
-    text = re.sub(r"\{a\} ", lambda match: next(articles), phrase)
-    text = text.format(n=noun, N=plural, m=main, s=second, c=main)
+    part = re.compile(r"\{(" + "|".join(PARTS) + r")\}")
+    while part.search(phrase):
+        phrase = part.sub(lambda match: rng.choice(PARTS[match[1]]), phrase)
+    text = re.sub(r"\{a\} ", lambda match: rng.choice(["a ", "the ", "this ", ""]), phrase)
+    text = text.replace(" ,", ",").format(n=noun, N=plural, m=main, s=second)
     return re.sub(r"\ba (?=[aeioAEIO]|SUV)", "an ", text)
 
 
@@ -167,7 +194,10 @@ def describe(body, main, second, rng):
             s = m
         if not any(pair <= {noun, m, s} for pair in APART):
             phrase = rng.choice(phrases)
-            prefix = "" if phrase.startswith("the ") else rng.choice(PREFIXES)
+            if body is not None and kind != "neither" and rng.random() < 0.25:
+                phrase = keywords(kind, rng)
+            is_sentence = re.match(r"the |\{(n|its)_|\{a\} \{n\} (is|has|under)", phrase)
+            prefix = "" if is_sentence else rng.choice(PREFIXES)
             return prefix + fill(phrase, noun, m, s, rng)
 
 

@@ -61,7 +61,8 @@ class Dataset(NamedTuple):
     templates: list              # S lists of texts: ways to write the K captions, then P partial
                                  # captions ("a bus"), each true of several captions
     partial_true_of: np.ndarray     # (P, K) bool, which of them; P = 0 for folders
-    caption_labels: np.ndarray   # (K, A) int64, the attributes that each caption names
+    caption_labels: np.ndarray   # (K, A) int64, the attributes that each caption names; its own
+                                 # number, A = 1, if none is known
     attributes: dict             # name of attribute -> its values; empty if none is known
     report: str                  # one line: what was found
 
@@ -93,7 +94,7 @@ def _load_cars(size, count, split):
     images, caption_ids = cache.load_packed(indices, _render_cars, size, path)
     K = len(cars.CAPTIONS)
     return Dataset(
-        "cars", images, caption_ids, cars.CAPTIONS, cars.descriptions(64), cars.PARTIAL_TRUE_OF,
+        "cars", images, caption_ids, cars.CAPTIONS, cars.descriptions(192), cars.PARTIAL_TRUE_OF,
         cars.caption_labels(np.arange(K)), cars.ATTRIBUTES,
         f"{split}: {count:,} images of the built-in cars, {K} captions")
 
@@ -120,9 +121,7 @@ def _load_folder(name, size, split):
     captions, templates, caption_of_file = image_folders.captions_and_templates(scan)
     caption_ids = np.array([caption_of_file[indices[i]] for i in readable], np.int64)
     attributes = {"class": scan.classes} if scan.classes else {}
-    labels = np.empty((len(captions), 0), np.int64)                           # (K, A = 0)
-    if attributes:
-        labels = np.arange(len(captions), dtype=np.int64)[:, None]            # (K, A = 1)
+    labels = np.arange(len(captions), dtype=np.int64)[:, None]                # (K, A = 1)
     report = image_folders.report(scan, split, indices, readable, len(captions))
     return Dataset(folder.as_posix(), images, caption_ids, captions, templates,
                    np.empty((0, len(captions)), bool), labels, attributes, report)

@@ -36,9 +36,10 @@ A method of guidance is a function log_p(x_t, t, x_0_hat) -> (B,): log p(text | 
 constant, or what stands for it. Its gradient is added, never subtracted. The functions below make
 a log_p from a CLIP and a target; METHODS at the end names them, with their scales.
 
-Shapes: B images, K captions, E embedding width; x_t, x_0_hat, grad (B, 3, H, W); t (B,) int in
-1..T, the same for the whole batch; text_features (K, E) of all captions; targets (B,) int in
-0..K-1, the caption that each image should have.
+Shapes: B images, K captions, E embedding width, A attributes; x_t, x_0_hat, grad (B, 3, H, W);
+t (B,) int in 1..T, the same for the whole batch; text_features (K, E) of all captions; targets (B,)
+int in 0..K-1, the caption that each image should have; labels (K, A) int, the attributes that each
+caption names, such as body and colours, -1 for none (A = 1, its own number, if none are known).
 """
 import math
 from typing import Callable, NamedTuple
@@ -85,37 +86,46 @@ def guided(denoise, log_p, alpha_bar, scale, interval=(1, math.inf), through_une
 TEMPERATURE = 5.
 
 
-def noise_aware(clip, text_features, targets, temperature=TEMPERATURE):
+def noise_aware(clip, text_features, targets, labels, temperature=TEMPERATURE):
     """Make log_p from CLIP's softmax over all captions, at the noise level of x_t.
 
-    log_p = temperature * log softmax(logits / temperature)[target]. Its gradient is that of the
-    target's logit minus the mean of all logits' gradients, weighted by their probabilities: what
-    counts is what distinguishes the target from similar captions.
+    log_p = sum over attributes of log p(value | x_t), such as log p(car) + log p(white body) +
+    log p(red roof): p(value | x_t) is the sum of p over the captions that have the target's value.
+    With A = 1 this is log p(caption | x_t), whose gradient is that of the target's logit minus the
+    mean of all logits' gradients, weighted by p: what counts is what distinguishes the target from
+    similar captions. With more, every attribute that is still wrong has a gradient of its own. (As
+    if attributes were independent given x_t. Liu et al. 2022, arXiv 2206.01714, add scores so.)
 
-    At temperature 1 this is log p(text | x_t), and scale 1 is Bayes' rule. But CLIP is confident
-    before the image is good, and the gradient vanishes with 1 - p. A softer softmax keeps pulling.
+    p = softmax(logits / temperature), and log_p is multiplied by temperature. At temperature 1 and
+    A = 1 this is log p(text | x_t), and scale 1 is Bayes' rule. But CLIP is confident before the
+    image is good, and the gradient vanishes with 1 - p. A softer softmax keeps pulling.
     (GLIDE takes the target's logit alone, without a softmax: nearly as good with lookahead.)
     """
+    values = labels[targets, None]                                            # (B, 1, A)
+    differs = (labels != values) & (values >= 0)                              # (B, K, A)
+
     def log_p(x_t, t, x_0_hat):
         logits = clip.logits(clip.encode_image(x_t, t), text_features, t)     # (B, K)
-        log_softmax = (logits / temperature).log_softmax(dim=1)
-        return temperature * log_softmax[torch.arange(len(x_t)), targets]     # (B,)
+        log_softmax = (logits / temperature).log_softmax(dim=1)[:, :, None]
+        log_value = log_softmax.masked_fill(differs, -torch.inf).logsumexp(dim=1)   # (B, A)
+        return temperature * log_value.sum(dim=1)                             # (B,)
     return log_p
 
 
-def noise_unaware(clip, text_features, targets):
+def noise_unaware(clip, text_features, targets, labels):
     """Make log_p from CLIP applied to x_t as if it were clean; for comparison.
 
     At large t the input is far from clean images, and CLIP is confidently wrong.
     """
-    log_p = noise_aware(clip, text_features, targets)
+    log_p = noise_aware(clip, text_features, targets, labels)
     return lambda x_t, t, x_0_hat: log_p(x_t, torch.zeros_like(t), x_0_hat)
 
 
-def spherical(clip, text_features, targets):
+def spherical(clip, text_features, targets, labels):
     """Make log_p = -logit_scale(t) theta^2 / 2, theta the angle between image and text features.
 
-    Crowson 2021, where theta^2 / 2 is written 2 arcsin(distance / 2)^2. No other caption counts.
+    Crowson 2021, where theta^2 / 2 is written 2 arcsin(distance / 2)^2. No other caption counts,
+    and no labels.
     Near theta = 0 it is the target's logit, up to a constant: cos(theta) is about 1 - theta^2 / 2.
     The gradient of cos(theta) is proportional to sin(theta) instead, which vanishes near pi.
     """
@@ -128,7 +138,7 @@ def spherical(clip, text_features, targets):
     return log_p
 
 
-def x0(clip, text_features, targets):
+def x0(clip, text_features, targets, labels):
     """Make log_p from CLIP applied to x_0_hat at t = 0; for `guided` with through_unet=True.
 
     Universal guidance (Bansal et al. 2023 eq. 6). The gradient then has the factor
@@ -140,7 +150,7 @@ def x0(clip, text_features, targets):
     that in `guided`, and x_0_hat changes by scale Cov(x_0 | x_t) d log_p / d x_0_hat: it moves in
     the directions in which images vary.
     """
-    log_p = noise_aware(clip, text_features, targets)
+    log_p = noise_aware(clip, text_features, targets, labels)
     return lambda x_t, t, x_0_hat: log_p(x_0_hat, torch.zeros_like(t), x_0_hat)
 
 
@@ -178,16 +188,16 @@ def lookahead_log_p(log_p, alpha_bar, t_fraction, sigma_data=0.5):
 T_FRACTION = 0.75   # found by a sweep: experiments/LOG.md
 
 
-def lookahead(clip, text_features, targets, t_fraction=T_FRACTION):
+def lookahead(clip, text_features, targets, labels, t_fraction=T_FRACTION):
     """Make log_p from noise-aware CLIP, applied at three quarters of the timestep. The default."""
-    log_p = noise_aware(clip, text_features, targets)
+    log_p = noise_aware(clip, text_features, targets, labels)
     return lookahead_log_p(log_p, cosine_alpha_bar().to(text_features.device), t_fraction)
 
 
-def x0_fast(clip, text_features, targets):
+def x0_fast(clip, text_features, targets, labels):
     """Make log_p from CLIP applied to x_0_hat, with r_t^2 in place of the derivative of the U-Net.
     """
-    return lookahead(clip, text_features, targets, t_fraction=0.)
+    return lookahead(clip, text_features, targets, labels, t_fraction=0.)
 
 
 # ---- guidance without a CLIP ---------------------------------------------------------------------
@@ -229,7 +239,7 @@ def classifier_free(unet, alpha_bar, cond, scale, interval=(1, math.inf)):
 # To add a method, write its function and a line below: sample.py takes --method from METHODS.
 
 class Method(NamedTuple):
-    make_log_p: Callable         # (clip, text_features, targets) -> log_p; None without CLIP
+    make_log_p: Callable         # (clip, text_features, targets, labels) -> log_p, or None
     scale: float                 # default, found by a sweep: experiments/LOG.md
     interval: tuple              # likewise
     through_unet: bool = False   # see guided
@@ -251,7 +261,7 @@ DEFAULT = "lookahead"
 def build_denoiser(name, models, targets, scale=None, interval=None):
     """Build the denoiser of one of METHODS, with its own scale and interval unless given.
 
-    models: a sample.Models, or anything with clip, unet, alpha_bar and text_features;
+    models: a sample.Models, or anything with clip, unet, alpha_bar, text_features and labels;
     targets: (B,) int, unused by "none"
     """
     method, denoise = METHODS[name], denoiser(models.unet, models.alpha_bar)
@@ -262,7 +272,7 @@ def build_denoiser(name, models, targets, scale=None, interval=None):
     if name == "classifier-free":
         cond = text_condition(models.text_features)[targets]
         return classifier_free(models.unet, models.alpha_bar, cond, scale, interval)
-    log_p = method.make_log_p(models.clip, models.text_features, targets)
+    log_p = method.make_log_p(models.clip, models.text_features, targets, models.labels)
     return guided(denoise, log_p, models.alpha_bar, scale, interval, method.through_unet)
 
 

@@ -44,6 +44,7 @@ class Models(NamedTuple):
     unet: tinyddpm.UNet
     alpha_bar: torch.Tensor          # (T + 1,)
     captions: list                   # K, and behind them those that a new prompt adds
+    labels: torch.Tensor             # (K, A) int, the attributes that each caption names, or -1
     templates: list                  # S lists of K + P texts, normalised: ways to write each
     partial: list                    # P partial captions, such as "a bus"
     partial_true_of: torch.Tensor    # (P, K) bool, the captions that they are true of
@@ -88,7 +89,8 @@ def load_models(clip=None, ddpm=None, device="cpu"):
     K = len(content["captions"])
     return Models(
         clip, unet, tinyddpm.cosine_alpha_bar().to(device), content["captions"],
-        content["templates"], content["partial"], content["partial_true_of"], content["words"],
+        torch.tensor(content["caption_labels"], device=device), content["templates"],
+        content["partial"], content["partial_true_of"], content["words"],
         text_features[:K], text_features[K:], content["data"],
         f"CLIP from {clip_path} ({content['steps']:,} steps), DDPM from {ddpm_path} "
         f"({ddpm_content['steps']:,} steps), on {device}")
@@ -113,7 +115,8 @@ def load_published(path, ddpm_content):
         raise cli.UserError(f"{path} does not fit the published layout: {reason}") from None
     names = [re.sub("^photo of an? ", "", normalize_prompt(text)) for text in captions]
     return tinyclip.from_pixels(clip), {
-        "captions": captions, "partial": [], "words": [], "steps": 0, "data": ddpm_content["data"],
+        "captions": captions, "caption_labels": [[i] for i in range(len(captions))],
+        "partial": [], "words": [], "steps": 0, "data": ddpm_content["data"],
         "templates": [[template.format(name) for name in names]
                       for template in PUBLISHED_TEMPLATES],
         "partial_true_of": torch.zeros(0, len(captions), dtype=torch.bool)}
@@ -228,7 +231,10 @@ def resolve_prompt(prompt, models):
         targets[:], readings = True, ["anything"]
     print(f"{shorten(prompt, 80)!r} is read as {shorten(' or '.join(map(repr, readings)), 300)}")
     if new:
+        labels = models.labels.new_full((len(new), models.labels.shape[1]), -1)
+        labels[:, 0] = K + torch.arange(len(new))   # which no other caption has
         models = models._replace(captions=[*models.captions, *new],
+                                 labels=torch.cat([models.labels, labels]),
                                  text_features=torch.cat([models.text_features, *new.values()]))
     return models, torch.cat([targets, targets.new_ones(len(new))])
 

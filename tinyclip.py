@@ -624,11 +624,11 @@ def contrastive_loss(logits, caption_ids):
 TEXT_TO_IMAGE = 0.1   # weight of the second term of closed_set_loss
 
 
-def closed_set_loss(logits, matches, is_clean):
+def closed_set_loss(logits, is_true, is_clean):
     """Compute the loss of each image against all N texts of a closed set -> scalar
 
-    logits: (B, N); matches: (B, N), above 0 where the text is true of the image, in proportion to
-    its part in the target: "a red bus", and also "a bus"; is_clean: (B,) bool, without noise
+    logits: (B, N); is_true: (B, N) bool, which texts are true of each image: of "a bus" and
+    "something red" both may be, or none; is_clean: (B,) bool, without noise
 
     differs from the paper: where captions are few, use them all, not only those of the batch. No
     batch is too small, and the hardest negatives ("red and white") are always there. The softmax
@@ -637,13 +637,13 @@ def closed_set_loss(logits, matches, is_clean):
     Text to image (weight TEXT_TO_IMAGE): each caption against the clean images of the batch, of
     which several may be right. Noised images would be ranked by their noise, not their content.
     """
-    image_to_text = F.cross_entropy(logits, matches / matches.sum(dim=1, keepdim=True))
-    if not is_clean.any():
+    targets = lambda is_true: is_true / is_true.sum(dim=1, keepdim=True).clamp(min=1)
+    image_to_text = F.cross_entropy(logits, targets(is_true))
+    true_of = is_true[is_clean].T                                             # (N, clean images)
+    present = true_of.any(dim=1)                                              # (N,)
+    if not present.any():
         return image_to_text
-    matches = (matches[is_clean].T > 0).float()                               # (N, clean images)
-    present = matches.any(dim=1)                                              # (N,) bool
-    targets = matches[present] / matches[present].sum(dim=1, keepdim=True)
-    text_to_image = F.cross_entropy(logits[is_clean].T[present], targets)
+    text_to_image = F.cross_entropy(logits[is_clean].T[present], targets(true_of[present]))
     return image_to_text + TEXT_TO_IMAGE * text_to_image
 
 

@@ -51,7 +51,7 @@ class TrainConfig:
 CLOSED_SET = 1024        # captions, all encoded in each step; more would take longer than images
 CLEAN_FRACTION = 0.125   # of the images of a batch, shown to CLIP without noise
 PARTIAL_PER_STEP = 32    # partial captions ("a bus"), drawn at random for each step
-PARTIAL_WEIGHT = 0.1     # of each in the target, beside 1 of the caption
+PARTIAL_WEIGHT = 0.25    # of the loss among these, beside 1 of that among the captions
 ENSEMBLE = 8             # templates that weights.pt holds, to average text features
 
 
@@ -79,9 +79,13 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     logits = clip.logits(clip.encode_image(x_t, t), text_features, t)         # (B, N)
     if not closed:
         return tinyclip.contrastive_loss(logits, caption_ids)
-    is_true = partial_true_of[partial][:, caption_ids].T                      # (B, N - K) bool
-    matches = torch.cat([F.one_hot(caption_ids, K), PARTIAL_WEIGHT * is_true], dim=1)  # (B, N)
-    return tinyclip.closed_set_loss(logits, matches, is_clean=t == 0)
+    # Captions have a softmax of their own: it estimates p(caption | x_t), which guidance needs.
+    is_true, is_clean = F.one_hot(caption_ids, K).bool(), t == 0              # (B, K), (B,)
+    loss = tinyclip.closed_set_loss(logits[:, :K], is_true, is_clean)
+    if P == 0:
+        return loss
+    is_true = partial_true_of[partial][:, caption_ids].T                      # (B, N - K)
+    return loss + PARTIAL_WEIGHT * tinyclip.closed_set_loss(logits[:, K:], is_true, is_clean)
 
 
 def ddpm_objective(unet, x_0, cond, alpha_bar, generator):
@@ -147,14 +151,16 @@ def clip_task(config, options, dataset, validation, device):
         return f"top-1 of {K} captions on held-out images: {', '.join(accuracies)}"
 
     B = options.batch // (options.accumulate * distributed.world_size())   # of a micro-batch
-    compared = K + min(PARTIAL_PER_STEP, len(partial_true_of)) if K <= CLOSED_SET else B
-    chance = math.log(compared)   # of an image among the texts with which it is compared
-    if K <= CLOSED_SET:   # and of a text among the clean images
+    compared = K if K <= CLOSED_SET else B
+    chance = math.log(compared)   # of an image among the captions with which it is compared
+    if K <= CLOSED_SET:   # and of a caption among the clean images, an image among partial captions
         chance += tinyclip.TEXT_TO_IMAGE * math.log(math.ceil(CLEAN_FRACTION * B))
+        chance += PARTIAL_WEIGHT * math.log(min(PARTIAL_PER_STEP, len(partial_true_of)) or 1)
     if compared < 2:
         raise cli.UserError(f"an image is compared with {compared} caption; CLIP learns from "
                             "differences: use more captions or a larger --batch")
-    content = {"captions": dataset.captions, "templates": templates[:ENSEMBLE],
+    content = {"captions": dataset.captions, "caption_labels": dataset.caption_labels.tolist(),
+               "templates": templates[:ENSEMBLE],
                "partial": dataset.templates[0][K:], "partial_true_of": partial_true_of.cpu(),
                "merges": tokenizer.merges, "words": sorted(set(" ".join(all_texts).split()))}
     return Task("clip", tinyclip.CLIP(config, tokenizer), objective, preview, content, chance)
@@ -213,7 +219,7 @@ def judge_task(config, options, dataset, validation, device):
 
 
 TASKS = {   # kind -> what makes its Task; default configs of the model and of its training
-    "clip": (clip_task, tinyclip.CLIPConfig(), TrainConfig(steps=1900, lr=2e-3)),
+    "clip": (clip_task, tinyclip.CLIPConfig(), TrainConfig(steps=2100, lr=2e-3)),
     "ddpm": (ddpm_task, tinyddpm.UNetConfig(),
              TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
     "judge": (judge_task, judge.JudgeConfig(), TrainConfig(steps=800))}

@@ -89,8 +89,9 @@ def changed_models(change, kinds, models, args):
         raise cli.UserError("this experiment needs models of the built-in cars, of all captions")
     device, paths = models.alpha_bar.device, {"clip": args.clip, "ddpm": args.ddpm}
     paths |= {kind: train_changed(kind, change, device) for kind in kinds}
-    return evaluator.with_captions(sample.load_models(**paths, device=device), cars.CAPTIONS,
-                                   cars.descriptions(train.ENSEMBLE))
+    changed = evaluator.with_captions(sample.load_models(**paths, device=device), cars.CAPTIONS,
+                                      cars.descriptions(train.ENSEMBLE))
+    return changed._replace(labels=models.labels)
 
 
 def ablations(models, args):
@@ -113,7 +114,7 @@ def composition(models, args):
         for pairs, indices in unseen_and_seen(args.each, device).items():
             targets = indices % len(cars.CAPTIONS)
             scores = evaluator.make_evaluator(changed, targets, args)
-            for method in (guide.DEFAULT, "factored"):
+            for method in (guide.DEFAULT, "joint"):
                 images = evaluator.sample_cached(method, indices, changed, args).images
                 predicted = predict(scores.judge, data.to_float(images).to(device)).cpu()
                 swapped = scores.target_labels[targets.cpu()][:, [0, 2, 1]]

@@ -16,6 +16,7 @@ def zero_shot(models, args):
     """CLIP by noise level: accuracy, calibration, retrieval, word order, paraphrases."""
     dataset, caption_ids, x_0, eps = evaluator.images_and_noise(models, args.seed)
     labels = torch.from_numpy(dataset.caption_labels).to(x_0.device)          # (K, A)
+    phrasings = [{"phrasing": phrasing} for phrasing in HELD_OUT_PHRASINGS]
     for timestep in TIMESTEPS:
         t = torch.full((len(x_0),), timestep, device=x_0.device)
         x_t = tinyddpm.q_sample(x_0, t, eps, models.alpha_bar)
@@ -29,11 +30,14 @@ def zero_shot(models, args):
                **metrics.recall(logits, caption_ids)}
         if models.data == "cars":
             row["order"] = word_order(logits, caption_ids, labels)
-            for i, texts in enumerate(held_out_phrasings()):
-                other = evaluator.with_captions(models, texts)
-                found = caption_logits(other, x_t, t).argmax(1)
-                row[f"phrasing {i + 1}"] = metrics.mean(found == caption_ids)
+            reworded = evaluator.with_captions(models, sum(held_out_phrasings(), []))
+            logits = caption_logits(reworded, x_t, t).unflatten(1, (len(phrasings), -1))
+            correct = logits.argmax(dim=2) == caption_ids[:, None]            # (N, phrasings)
+            for phrasing, fraction in zip(phrasings, correct.float().mean(dim=0).tolist()):
+                phrasing[f"t = {timestep}"] = fraction
         yield row
+    if models.data == "cars":
+        yield from phrasings
 
 
 def caption_logits(models, x_t, t):
@@ -53,21 +57,30 @@ def word_order(logits, caption_ids, labels):
     return metrics.mean(logits[i, caption_ids] > logits[i, torch.as_tensor(swapped)])
 
 
-# Ways to write captions that are not in cars.PHRASES: for two colours, and for one.
+# Ways to name body and roof that cars.py cannot write: 20 of 40 by a writer who had not seen it.
+# They were chosen before any was measured, and are used for nothing else.
 HELD_OUT_PHRASINGS = [
-    ("a {n} which is {m} and {s}", "a {n} which is {c}"),
-    ("a {n} in {m} whose roof is {s}", "a {n} in {c} whose roof is {c}"),
-    ("a {m} {n} whose roof is {s}", "a {c} {n} whose roof is {c}"),
-    ("a {n}, {m} with a {s} roof", "a {n}, {c} with a {c} roof"),
-    ("a {n} of {m} and {s} colour", "a {n} of {c} colour"),
-    ("a {m} body and a {s} roof on a {n}", "a {c} body and a {c} roof on a {n}"),
-    ("a {s} roof, a {m} body, a {n}", "a {c} roof, a {c} body, a {n}"),
-    ("the {n} has a {m} body and its roof is {s}", "the {n} has a {c} body and roof"),
-    ("a {n} with a roof in {s} and a body in {m}", "a {n} with a roof and a body in {c}")]
+    "a {s} roof over the {m} body of a {n}",
+    "a {n} with a roof painted {s} over a {m} body",
+    "a {m}-coloured {n} that has its roof painted {s}",
+    "the {m} {n} has a roof that is painted {s}",
+    "a {n} whose {m} body has a {s} roof", "a {n} that has a {s} roof on a {m} body",
+    "a {m} body under a {s} roof, this is a {n}", "a {n}, {m} in colour, whose roof is {s}",
+    "it is a {n} with a {m} body, and its roof is {s}",
+    "while its roof is {s}, the {n} has a {m} body",
+    "the colour of the {n} is {m}, but the roof is {s}",
+    "the roof of this {n} is {s} and the body {m}",
+    "the roof is {s}, the body is {m}, it is a {n}",
+    "a {n} in which the body is {m} and the roof {s}",
+    "the {n} which has a {s} roof is {m} in body colour",
+    "with its {s} roof and {m} body, this is a {n}", "painted {m} with a {s} roof, this {n}",
+    "under the {s} roof, the body of this {n} is {m}",
+    "{s} is the roof colour and {m} the body colour of this {n}",
+    "the {n} is painted {m}, with {s} on the roof"]
 
 
 def held_out_phrasings():
     """Write all captions in each of HELD_OUT_PHRASINGS -> lists of K texts"""
     labels = cars.caption_labels(np.arange(len(cars.CAPTIONS))).tolist()
-    return [[cars.fill(one if m == s else two, cars.BODIES[b], cars.COLOURS[m], cars.COLOURS[s],
-                       None) for b, m, s in labels] for two, one in HELD_OUT_PHRASINGS]
+    return [[cars.fill(phrase, cars.BODIES[b], cars.COLOURS[m], cars.COLOURS[s], None)
+             for b, m, s in labels] for phrase in HELD_OUT_PHRASINGS]

@@ -52,7 +52,7 @@ def english(models, args):
 
 
 def held_out(models, args, judge):
-    """Guidance by held-out phrasings, caption k in phrasing k % 9, beside the plain captions."""
+    """Guidance by held-out phrasings, one of them for each caption, beside the plain captions."""
     phrasings, K = clip.held_out_phrasings(), len(models.captions)
     plain, read = torch.arange(K), []
     for k in range(K):

@@ -35,6 +35,7 @@ def with_captions(models, captions, templates=None):
     templates = [[tinyclip.normalize_prompt(text) for text in texts[:len(captions)]]
                  for texts in templates or [captions]]
     return models._replace(captions=captions, templates=templates, partial=[],
+                           labels=torch.arange(len(captions))[:, None].to(models.labels.device),
                            partial_features=models.partial_features[:0],
                            partial_true_of=models.partial_true_of.new_empty((0, len(captions))),
                            text_features=models.clip.encode_ensemble(templates))
@@ -68,7 +69,7 @@ def build_denoiser(name, models, targets, scale, interval):
         raise cli.UserError("classifier-free guidance needs a DDPM of: python train.py ddpm --clip")
     if name in guide.METHODS:
         return guide.build_denoiser(name, models, targets, scale, interval)
-    log_p = METHODS[name].make_log_p(models.clip, models.text_features, targets)
+    log_p = METHODS[name].make_log_p(models.clip, models.text_features, targets, models.labels)
     denoise = tinyddpm.denoiser(models.unet, models.alpha_bar)
     return guide.guided(denoise, log_p, models.alpha_bar, scale, interval)
 

@@ -116,18 +116,21 @@ def unet(models, path):
     bottom, sources = image.height - 30, [net.conv_in, *net.down]
     draw.line([(150, 32), (150, bottom), (650, bottom), (650, 32)], "black", 2)
 
-    def box(layer, x, row, note=""):
+    def box(layer, x, row, note="", scale=1):   # scale: of the upsampling that follows
         parts = [part for part in layer.children() if not isinstance(part, Identity)]
         name, y = " + ".join(type(part).__name__ for part in parts or [layer]), 48 + 48 * row
         color = "#e8eef5" if isinstance(layer, ModuleList) else "#f3ead9"
         draw.rectangle([x - 130, y, x + 130, y + 37], color, GRAY)
         draw.text((x, y + 10), name + note, "black", FONT, "mm")
-        draw.text((x, y + 27), " x ".join(map(str, shapes[layer])), BLUE, FONT, "mm")
+        channels, height, width = shapes[layer]
+        draw.text((x, y + 27), f"{channels} x {scale * height} x {scale * width}", BLUE, FONT, "mm")
 
     box(net.conv_out, 650, 0)
     for row, layer in enumerate(reversed(net.up), 1):   # from the top of the figure
-        box(layer, 650, row, "" if isinstance(layer, ModuleList) else ", then upsample")
-        if isinstance(layer, ModuleList):   # left of it the source of its skip connection
+        if not isinstance(layer, ModuleList):
+            box(layer, 650, row, ", then upsample", scale=2)
+        else:   # left of it the source of its skip connection
+            box(layer, 650, row)
             y, source = 48 * row + 66, sources.pop(0)
             draw.line([(280, y), (512, y)], RED, 2)
             draw.polygon([(519, y), (509, y - 6), (509, y + 6)], RED)
@@ -217,7 +220,8 @@ def guidance(models, path):
 def gradient_and_posterior(models, x_t, t):
     """Draw CLIP's gradient of log p(CAPTION | x_t), and its probabilities of five captions."""
     target = models.captions.index(CAPTION)
-    log_p = guide.noise_aware(models.clip, models.text_features, torch.tensor([target]))
+    log_p = guide.noise_aware(models.clip, models.text_features, torch.tensor([target]),
+                              models.labels)
     with torch.enable_grad():
         x = x_t.detach().requires_grad_()
         grad, = torch.autograd.grad(log_p(x, t, None).sum(), x)

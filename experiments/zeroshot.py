@@ -232,10 +232,10 @@ def words_objective(images, caption_ids, words, dataset, tokenizer, length):
             tokens[template[:K], torch.arange(K)], with_word[word, template[K:], caption[:n]]]))
         has_word = torch.cat([word, word.new_full((len(x_0) - n,), -1)])
         same = (caption[:, None] == caption[:n]) & (has_word[:, None] == word)
-        matches = torch.cat([F.one_hot(caption, K).float(), same.float()], dim=1)  # (B, K + n)
+        is_true = torch.cat([F.one_hot(caption, K).bool(), same], dim=1)      # (B, K + n)
         image_features = model.encode_image(tinyddpm.q_sample(x_0, t, eps, alpha_bar), t)
         logits = model.logits(image_features, text_features, t)
-        return tinyclip.closed_set_loss(logits, matches, is_clean=t == 0)
+        return tinyclip.closed_set_loss(logits, is_true, is_clean=t == 0)
     return objective
 
 

@@ -10,7 +10,8 @@ from infra.cli import UserError
 
 
 # What commands read of weights.pt besides what from_checkpoint does.
-HOLDS = {"clip": ("steps", "captions", "templates", "partial", "partial_true_of", "words"),
+HOLDS = {"clip": ("steps", "captions", "caption_labels", "templates", "partial",
+                  "partial_true_of", "words"),
          "ddpm": ("steps",), "judge": ("steps", "captions", "caption_labels")}
 
 

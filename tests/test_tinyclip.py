@@ -305,8 +305,8 @@ def test_an_ensemble_is_the_mean_of_directions(clip):
 # ---- the losses ----------------------------------------------------------------------------------
 
 def one_each(caption_ids, K):
-    """One caption's index for each image -> matches: (B, K) float"""
-    return F.one_hot(caption_ids, K).float()
+    """One caption's index for each image -> is_true: (B, K) bool"""
+    return F.one_hot(caption_ids, K).bool()
 
 
 
@@ -343,23 +343,24 @@ def test_closed_set_loss_is_the_papers_when_the_captions_are_the_batchs_own():
     logits, caption_ids = torch.randn(6, 6), torch.arange(6)
     loss_i, loss_t = F.cross_entropy(logits, caption_ids), F.cross_entropy(logits.T, caption_ids)
     clean = torch.ones(6, dtype=torch.bool)
-    assert torch.allclose(closed_set_loss(logits, torch.eye(6), clean),
+    is_true = torch.eye(6).bool()
+    assert torch.allclose(closed_set_loss(logits, is_true, clean),
                           loss_i + tinyclip.TEXT_TO_IMAGE * loss_t)
-    assert torch.allclose(closed_set_loss(logits, torch.eye(6), ~clean), loss_i)
+    assert torch.allclose(closed_set_loss(logits, is_true, ~clean), loss_i)
 
 
-def test_closed_set_loss_with_a_text_that_says_less_by_hand():
-    """Two images, captions 0 and 1, and a text true of the second that has .3 of its caption's part
-    in the target. Softmax of image 0: (2, 1, 1)/4; of image 1: (1, 1, 8)/10; of texts over images:
-    2/3, 1/2 and 8/9."""
-    logits = torch.tensor([[2., 1., 1.], [1., 1., 8.]]).log()
-    matches = torch.tensor([[1., 0., 0.], [0., 1., .3]])
-    image_to_text = -(math.log(.5) + (math.log(.1) + .3 * math.log(.8)) / 1.3) / 2
-    text_to_image = -(math.log(2 / 3) + math.log(1 / 2) + math.log(8 / 9)) / 3
-    clean = torch.ones(2, dtype=torch.bool)
-    for flags, expected in ((~clean, image_to_text),
-                            (clean, image_to_text + tinyclip.TEXT_TO_IMAGE * text_to_image)):
-        assert closed_set_loss(logits, matches, flags).item() == pytest.approx(expected, rel=1e-5)
+def test_closed_set_loss_of_texts_that_are_true_of_several_images_by_hand():
+    """Two texts are true of image 1, none of image 2, which counts as 0. Softmax of image 0:
+    (2, 1, 1)/4; of image 1: (1, 1, 8)/10; of texts 0 to 2 over all images: 2/6, 1/4, 8/10."""
+    logits = torch.tensor([[2., 1., 1.], [1., 1., 8.], [3., 2., 1.]]).log()
+    is_true = torch.tensor([[1, 0, 0], [0, 1, 1], [0, 0, 0]]).bool()
+    image_to_text = -(math.log(.5) + (math.log(.1) + math.log(.8)) / 2) / 3
+    text_to_image = -(math.log(2 / 6) + math.log(1 / 4) + math.log(8 / 10)) / 3
+    only = lambda *images: torch.tensor([i in images for i in range(3)])
+    for clean, expected in ((only(), image_to_text), (only(2), image_to_text),   # none is true
+                            (only(0, 1, 2),
+                             image_to_text + tinyclip.TEXT_TO_IMAGE * text_to_image)):
+        assert closed_set_loss(logits, is_true, clean).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_text_to_image_accepts_every_image_of_a_caption():

@@ -80,11 +80,10 @@ PARTIAL_TRUE_OF = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [1, 0, 0, 0, 1
 @pytest.mark.parametrize("fraction, clean", [(0.125, 4), (0.5, 16), (0., 0), (1., 32)])
 def test_clip_objective_has_clean_and_noised_images(alpha_bar, fraction, clean):
     """As many images as asked for are clean; all others are noised up to a timestep in 1..T. Each
-    is matched with its caption, and to a lower degree with a partial caption of it."""
+    is matched with its caption, and by itself, with less weight, with its partial captions."""
     x_0, caption_ids = torch.randn(32, 3, 4, 6), torch.arange(32) % 5
     clip, which = RecordingCLIP(), []
-    matches = torch.cat([torch.eye(5), train.PARTIAL_WEIGHT * PARTIAL_TRUE_OF.T], dim=1)
-    matches = matches[caption_ids]
+    is_true = torch.cat([torch.eye(5).bool(), PARTIAL_TRUE_OF.T], dim=1)[caption_ids]
     for seed in range(80):
         torch.manual_seed(seed)
         loss = train.clip_objective(clip, x_0, caption_ids, TOKENS, PARTIAL_TRUE_OF, alpha_bar,
@@ -98,7 +97,10 @@ def test_clip_objective_has_clean_and_noised_images(alpha_bar, fraction, clean):
         assert ((ratio > 0.5) & (ratio < 1.5)).all()
         logits = clip.image_features @ clip.text_features.T
         texts = clip.tokens[:, 0] // 3 % 8   # in the order in which they are compared
-        assert loss == tinyclip.closed_set_loss(logits, matches[:, texts], is_clean)
+        of_captions, of_partial = (
+            tinyclip.closed_set_loss(logits[:, part], is_true[:, texts[part]], is_clean)
+            for part in (slice(0, 5), slice(5, 8)))
+        assert loss == of_captions + train.PARTIAL_WEIGHT * of_partial
         which.append(is_clean)
     if 0 < clean < 32:   # any image may be a clean one, not only the first ones
         assert torch.stack(which).any(dim=0).all() and not torch.stack(which).all(dim=0).any()
@@ -254,10 +256,12 @@ def test_clip_learns(tmp_path, alpha_bar, capsys):
         predicted = clip.caption_probs(x_t, text_features, t).argmax(dim=1)
         accuracy[timestep] = (predicted == caption_ids).float().mean().item()
     assert accuracy[0] > 0.9 and accuracy[200] > 0.8 and 0.1 < accuracy[900] < 0.8
+    last = capsys.readouterr().out.splitlines()[-2]
+    assert last.startswith("step 160: top-1 of 6 captions on held-out images: ")
     preview = task.preview(clip, tmp_path)   # of 500 draws among these 200 images
-    assert preview in capsys.readouterr().out
-    assert preview.startswith("top-1 of 6 captions on held-out images: ")
-    shown = {int(t): float(p) / 100 for p, t in re.findall(r"([\d.]+)% at t = (\d+)", preview)}
+    printed, shown = ({int(t): float(p) / 100 for p, t in re.findall(
+        r"([\d.]+)% at t = (\d+)", line)} for line in (last, preview))
+    assert printed == pytest.approx(shown, abs=0.02)   # weights.pt is rounded
     assert list(shown) == [0, 300, 500, 700]
     assert all(shown[t] == pytest.approx(accuracy[t], abs=0.1) for t in (0, 300))
 
