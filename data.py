@@ -16,7 +16,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import cars
-from infra import cache, cli, image_folders
+from infra import cache, checkpoint, cli, image_folders
 
 CACHE = Path("cache")   # packed data sets, in the folder where the command runs
 
@@ -157,14 +157,17 @@ def save_grid(path, images, columns=8, zoom=1, **metadata):
     for key, value in metadata.items():
         info.add_itxt(key, str(value).encode("utf-8", "replace").decode())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image_grid(images, columns, zoom=zoom).save(path, pnginfo=info)
+    with checkpoint.write_atomic(path) as file:
+        image_grid(images, columns, zoom=zoom).save(file, "PNG", pnginfo=info)
 
 
 def save_gif(path, frames, columns=4, zoom=2, milliseconds=80):
     """Write a list of (N, H, W, 3) uint8 as an endless GIF of grids, two seconds on the last."""
     images = [image_grid(frame, columns, zoom=zoom) for frame in frames]
     durations = [milliseconds] * (len(images) - 1) + [2000]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+    with checkpoint.write_atomic(path) as file:
+        images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=durations,
+                       loop=0)
 
 
 if __name__ == "__main__":

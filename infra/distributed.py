@@ -23,7 +23,7 @@ def init():
                             timeout=datetime.timedelta(days=1))   # rank 0 may render a data set
     atexit.register(dist.destroy_process_group)
     if rank():
-        sys.stdout = open(os.devnull, "w")   # rank 0 prints; errors are printed by all
+        sys.stdout = open(os.devnull, "w", errors="replace")   # rank 0 prints, errors are of all
 
 
 def world_size():

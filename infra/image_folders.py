@@ -8,6 +8,7 @@
 
 Any image that can be read becomes square RGB; what cannot be read is left out and reported.
 """
+import contextlib
 import csv
 import errno
 import io
@@ -25,7 +26,8 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 TEMPLATES = ("a photo of {}", "{}", "a picture of {}", "a blurry photo of {}",
              "a close-up photo of {}", "a small photo of {}")   # of class names
 SPLITS = {"train": range(5, 20), "validation": [0], "judge": range(2, 5), "judge-test": [1]}
-TRANSIENT = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}   # the machine's, not a file's
+TRANSIENT = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,   # the machine's, not a file's:
+             errno.EACCES, errno.EPERM}                             # they may be mended
 
 
 class ImageFolder(NamedTuple):
@@ -83,7 +85,13 @@ def _captions_csv(folder):
             if column not in columns:
                 raise DatasetError(f"captions.csv has no column {column!r}; its first line has "
                                    f"{', '.join(columns) or 'nothing'}")
-        rows = [(row["image"], (row["caption"] or "").strip()) for row in reader if row["image"]]
+        rows = []
+        for row in reader:
+            if any(row.get(None, ())):
+                raise DatasetError(f"captions.csv, line {reader.line_num}, has more than "
+                                   f"{len(columns)} fields; put captions with commas in quotes")
+            if row["image"]:
+                rows.append((row["image"], (row["caption"] or "").strip()))
     except csv.Error as error:
         raise DatasetError(f"captions.csv, near line {reader.line_num}: {error}") from None
     for name, _ in rows:
@@ -178,7 +186,8 @@ def fingerprint(files):
 def read_image(path, size):
     """Read an image file: upright, on white, center crop, area-averaged -> (size, size, 3) uint8"""
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
+        with contextlib.suppress(Exception):   # damaged metadata, whatever Pillow raises for it
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):   # 16 bits; convert() would clip them, not scale them
             levels = np.asarray(image, np.float32).clip(0, 65535) / 257
             image = Image.fromarray(levels.round().astype(np.uint8))

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from infra.checkpoint import write_atomic
+
 PALETTE = ["#c0392b", "#2c6fbb", "#2e8b57", "#8e44ad", "#d68910", "#555555"]   # then from the start
 GRID = "#e6e6e6"
 
@@ -45,4 +47,5 @@ def line_plot(path, curves, x_label, y_label, width=600, height=340):
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
         draw.text((right + 10, top + 16 * i), name, colour, font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    with write_atomic(path) as file:
+        image.save(file, "PNG")

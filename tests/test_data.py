@@ -25,6 +25,21 @@ def here(tmp_path, monkeypatch):
 
 # ---- images --------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("save", [
+    data.save_grid, lambda path, images: data.save_gif(path, [images])], ids=["png", "gif"])
+def test_a_full_disk_leaves_the_older_image(here, monkeypatch, save):
+    def half(image, file, *args, **kwargs):
+        file.write(b"half of it")
+        raise OSError("No space left on device")
+
+    Path("a.png").write_bytes(b"older")
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(OSError, match="No space"):
+        save("a.png", np.zeros((1, 4, 4, 3), np.uint8))
+    assert [path.name for path in here.iterdir()] == ["a.png"]
+    assert Path("a.png").read_bytes() == b"older"
+
+
 def test_to_uint8_is_the_inverse_of_to_float():
     """Every byte comes back; floats beyond [-1, 1] are clipped; channels stay last in memory."""
     images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)

@@ -220,16 +220,24 @@ def test_a_missing_image_shifts_no_captions(tmp_path):
         assert pairs(all_splits(tmp_path)) == expected
 
 
-def test_errors_of_the_machine_are_raised(tmp_path, monkeypatch):
-    """What a full file table or a lost disk keeps from being read is not marked as broken."""
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_errors_of_the_machine_are_raised(tmp_path, monkeypatch, number):
+    """What a lost disk or a missing permission keeps from being read is not marked as broken."""
     write(tmp_path / "a.png")
 
     def lost(path, size):
-        raise OSError(errno.EIO, "Input/output error")
+        raise OSError(number, "cannot be read now")
 
     monkeypatch.setattr(image_folders, "read_image", lost)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(OSError, match="cannot be read now"):
         image_folders.read_images([tmp_path / "a.png"], 8)
+
+
+def test_damaged_metadata_do_not_lose_the_image(tmp_path):
+    """EXIF that is no TIFF: the pixels as they stand."""
+    image = Image.new("RGB", (8, 8), (10, 200, 30))
+    image.save(tmp_path / "a.png", exif=b"Exif\0\0junk")
+    assert (image_folders.read_image(tmp_path / "a.png", 8) == (10, 200, 30)).all()
 
 
 def test_an_object_without_a_caption_is_left_out(tmp_path):
@@ -263,6 +271,8 @@ def test_a_file_name_of_any_bytes_can_be_reported(tmp_path):
      "not UTF-8"),
     (lambda p: (p / "captions.csv").write_text('image,caption\na.png,"b\nc.png,d'), "near line"),
     (lambda p: (p / "captions.csv").write_text("image,caption\n\0,b"), "outside|near line"),
+    (lambda p: (p / "captions.csv").write_text("image,caption\n0.png,b\n1.png,a bus, red\n"),
+     "line 3, has more than 2 fields; put captions with commas in quotes"),
     (lambda p: write(p / "id" / "rgb" / "0.png"), "no cars.txt"),
     (lambda p: (write(p / "id" / "rgb" / "0.png"), (p / "cars.txt").write_text("a\nb")), "2 lines"),
     (lambda p: (write(p / "0.png"), (p / "0.txt").write_bytes(b"caf\xe9")), "not UTF-8")])

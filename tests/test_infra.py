@@ -18,6 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # ---- commands ------------------------------------------------------------------------------------
 
+def test_a_terminal_that_cannot_show_a_letter_gets_its_number():
+    program = "from infra import cli; cli.run_command(lambda: print('red bus \\U0001f68c'))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0 and done.stdout.strip() == b"red bus \\U0001f68c", done.stderr
+
+
 def fail_with(error):
     def main():
         raise error
