@@ -84,7 +84,11 @@ def load(name, size, count, split="train"):
     read. UserError if the folder cannot be used. Uses all cores; where processes are spawned
     (Windows, macOS), a calling script needs the usual `if __name__ == "__main__":`.
     """
-    return _load_cars(size, count, split) if name == "cars" else _load_folder(name, size, split)
+    if name != "cars":
+        return _load_folder(name, size, split)
+    if Path(name).is_dir():
+        print("cars are the built-in ones; for the folder of this name write ./cars")
+    return _load_cars(size, count, split)
 
 
 def _load_cars(size, count, split):

@@ -361,9 +361,10 @@ def output_paths(args):
     paths = []
     for prompt in args.prompts:
         words = re.findall(r"\w+", prompt.lower()) if prompt else ["unguided"]
-        path = Path(args.out or "out") / f"{'-'.join(words)[:80] or 'prompt'}.png"
-        while path in paths:   # "red bus" and "Red bus!"
-            path = path.with_stem(f"{path.stem}-2")
+        name = "-".join(words).encode()[:80].decode(errors="ignore") or "prompt"
+        path, number = Path(args.out or "out") / f"{name}.png", 2
+        while path in paths or path.exists():   # "red bus" and "Red bus!"; nothing is replaced
+            path, number = path.with_stem(f"{name}-{number}"), number + 1
         paths.append(path)
     if args.out and len(paths) == 1:
         paths = [Path(args.out)]

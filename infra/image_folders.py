@@ -4,8 +4,10 @@
                     sorted order (an assumption: the file itself does not say)
     captions.csv    a table with the columns image (a path from the folder) and caption
     text files      image.png with its caption beside it in image.txt, at any depth
-    class folders   CLASS/*.png at any depth, captioned "a photo of a CLASS"
+    class folders   CLASS/*.png, captioned "a photo of a CLASS", also below train/, val/ and test/
 
+The first of them that captions at least half as many images as the best one is taken; a folder that
+holds nothing but another is entered.
 Any image that can be read becomes square RGB; what cannot be read is left out and reported.
 """
 import contextlib
@@ -15,14 +17,17 @@ import io
 import os
 import warnings
 import zlib
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from infra.cli import DatasetError
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+EXTENSIONS = {extension for extension, kind in Image.registered_extensions().items()
+              if kind in Image.OPEN} - {".eps", ".ps"}   # for these Pillow runs another program
+PARTS = {"train", "val", "valid", "validation", "test"}   # folders that are no classes
 TEMPLATES = ("a photo of {}", "{}", "a picture of {}", "a blurry photo of {}",
              "a close-up photo of {}", "a small photo of {}")   # of class names
 SPLITS = {"train": range(5, 20), "validation": [0], "judge": range(2, 5), "judge-test": [1]}
@@ -38,23 +43,33 @@ class ImageFolder(NamedTuple):
     objects: list    # N names of what is shown: images of one object all go into one split
     classes: list    # the names of the classes, sorted, if the layout is class folders; else empty
     left_out: int    # number of images without a caption
+    others: list     # names of files that are not images, nor captions of this layout
 
 
 def scan_folder(folder):
     """Find the images and captions in a folder -> ImageFolder; DatasetError if there are none."""
     if not folder.is_dir():
         raise DatasetError("there is no such folder")
-    for layout, scan in LAYOUTS.items():
-        images = scan(folder)
-        captioned = [image for image in images if image[1]]
-        if captioned:
-            files, texts, objects = map(list, zip(*captioned))
-            classes = sorted(set(texts)) if layout == "class folders" else []
-            texts = [_fill(TEMPLATES[0], name) for name in texts] if classes else texts
-            return ImageFolder(layout, files, texts, objects, classes, len(images) - len(files))
-    if images:   # of the last layout, which takes any
+    inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if len(inside) == 1 and inside[0].is_dir() and any(   # not a single class
+            path.is_dir() or path.suffix in (".csv", ".txt") for path in inside[0].iterdir()):
+        return scan_folder(inside[0])
+    scans = {layout: scan(folder) for layout, scan in LAYOUTS.items()}
+    captioned = {layout: [image for image in scans[layout] if image[1]] for layout in scans}
+    most = max(map(len, captioned.values()))
+    layout = next(name for name in LAYOUTS if len(captioned[name]) >= most / 2)
+    if most:
+        files, texts, objects = map(list, zip(*captioned[layout]))
+        classes = sorted(set(texts)) if layout == "class folders" else []
+        texts = [_fill(TEMPLATES[0], name) for name in texts] if classes else texts
+        others = [name for file, name in _files_in(folder) if file.suffix.lower() not in
+                  {*EXTENSIONS, ".csv" if layout == "captions.csv" else "" if classes else ".txt"}]
+        return ImageFolder(layout, files, texts, objects, classes,
+                           len(scans[layout]) - len(files), others)
+    if scans["class folders"]:   # which takes any image
         raise DatasetError("there are images but no captions; put each class in a folder of its "
-                           "own, or write captions.csv with the columns image and caption")
+                           "own, write NAME.txt beside NAME.png, or captions.csv with the columns "
+                           "image and caption")
     raise DatasetError("there are no images in it")
 
 
@@ -95,7 +110,7 @@ def _captions_csv(folder):
     except csv.Error as error:
         raise DatasetError(f"captions.csv, near line {reader.line_num}: {error}") from None
     for name, _ in rows:
-        if "\0" in name or not (folder / name).resolve().is_relative_to(folder):
+        if "\0" in name or os.path.normpath(name).startswith(("..", os.sep)):
             raise DatasetError(f"captions.csv names {name!r}, which is outside of the folder")
     if not any(text for _, text in rows):
         raise DatasetError("captions.csv has no captions")
@@ -108,11 +123,12 @@ def _text_files(folder):
 
 
 def _class_folders(folder):
-    images = []
-    for file, name in _images_in(folder):   # "Polar__bear/1.png" is of a "polar bear"
-        directory = name.split("/")[0] if "/" in name else ""
+    images, found = [], _images_in(folder)
+    all_parts = all(name.split("/")[0] in PARTS and name.count("/") > 1 for _, name in found)
+    for file, name in found:   # "Polar__bear/1.png" is of a "polar bear", "train/cat/1.png" a cat
+        directory = name.split("/")[all_parts] if "/" in name else ""
         words = " ".join(directory.replace("_", " ").lower().split())
-        images.append((file, words or directory, name))
+        images.append((file, words or directory.strip(), name))
     return images
 
 
@@ -121,10 +137,25 @@ LAYOUTS = {"SRN cars": _srn_cars, "captions.csv": _captions_csv, "text files": _
 
 
 def _images_in(folder):
-    """-> (path, its name in the folder) of all images at any depth, sorted; not .name/ or .name"""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    names = [file.relative_to(folder).as_posix() for file in files]
-    return [(file, name) for file, name in zip(files, names) if "/." not in f"/{name}"]
+    return [(file, name) for file, name in _files_in(folder) if file.suffix.lower() in EXTENSIONS]
+
+
+def _files_in(folder):
+    """-> (path, its name in the folder) of all files at any depth, sorted; not .name/ or .name
+
+    Links are followed, but into each directory once: they may form a circle.
+    """
+    def fail(error):
+        raise DatasetError(f"{error.filename} cannot be read: {error.strerror}")
+
+    files, entered = [], set()
+    for root, directories, names in os.walk(folder, onerror=fail, followlinks=True):
+        if (place := os.path.realpath(root)) in entered:
+            names = directories[:] = []
+        entered.add(place)
+        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        files += [Path(root, name) for name in names if not name.startswith(".")]
+    return [(file, file.relative_to(folder).as_posix()) for file in sorted(files)]
 
 
 def _text_of(path):   # "" if there is no such file
@@ -162,13 +193,15 @@ def split_indices(image_folder, split):
 
 def report(image_folder, split, indices, readable, K):
     """Describe a split in one line; indices of its files, and which of these can be read."""
-    layout, files, texts, objects, _, left_out = image_folder
+    layout, files, texts, objects, _, left_out, others = image_folder
     text_of = {objects[i]: texts[i] for i in indices}
     first = ", ".join(f"{name}: {text!r}" for name, text in list(text_of.items())[:3])
     line = (f"{split}: found {len(text_of):,} objects, {len(readable):,} images, "
             f"{K:,} captions ({layout}); first three: {first}")
     if left_out:
         line += f"; {left_out:,} images of the folder have no caption and are left out"
+    if others:
+        line += f"; other files: {len(others):,}, such as {', '.join(others[:3])}"
     broken = [str(files[i]) for i in np.delete(indices, readable)]
     if broken:
         names = ", ".join(broken[:3])
@@ -176,11 +209,14 @@ def report(image_folder, split, indices, readable, K):
     return line.encode("utf-8", "replace").decode("utf-8")   # file names can hold any bytes
 
 
+READER = 2   # counts the changes of read_image, after which images have to be packed again
+
+
 def fingerprint(files):
-    """A number that changes with the files' names, sizes and times of change."""
-    stats = [path.stat() if path.exists() else None for path in files]
-    return zlib.crc32(repr([(str(path), stat and (stat.st_size, stat.st_mtime_ns))
-                            for path, stat in zip(files, stats)]).encode())
+    """A number that changes with the files' names, sizes and times of change, and with READER."""
+    stats = [path.stat() if os.path.exists(path) else None for path in files]
+    return zlib.crc32(repr([READER, *((str(path), stat and (stat.st_size, stat.st_mtime_ns))
+                                      for path, stat in zip(files, stats))]).encode())
 
 
 def read_image(path, size):
@@ -188,9 +224,17 @@ def read_image(path, size):
     with Image.open(path) as image:
         with contextlib.suppress(Exception):   # damaged metadata, whatever Pillow raises for it
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):   # 16 bits; convert() would clip them, not scale them
-            levels = np.asarray(image, np.float32).clip(0, 65535) / 257
-            image = Image.fromarray(levels.round().astype(np.uint8))
+        if image.mode[0] in "IF":   # 16 bits, or 0 to 1; convert() would clip these, not scale them
+            levels, top = np.asarray(image, np.float32), 1 if image.mode == "F" else 65535
+            if not 0 <= levels.min() <= levels.max() <= top or (
+                    image.mode == "I" and image.format != "PNG"):
+                raise ValueError("nobody knows the range of its values")
+            image = Image.fromarray((levels * (255 / top)).round().astype(np.uint8))
+        if profile := image.info.get("icc_profile"):
+            with contextlib.suppress(Exception):   # a damaged profile, or of another mode
+                image = ImageCms.profileToProfile(
+                    image, io.BytesIO(profile), ImageCms.createProfile("sRGB"),
+                    outputMode="RGBA" if image.mode == "RGBA" else "RGB")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -403,7 +403,7 @@ def test_several_prompts_start_from_the_same_noise(here):
     ("a red bus", ["out/a-red-bus.png"]), ("", ["out/unguided.png"]),
     ("../../etc/passwd", ["out/etc-passwd.png"]), ("🚗", ["out/prompt.png"]),
     ("bus|--out|a/b.png", ["a/b.png"]), ("bus|van|--out|a", ["a/bus.png", "a/van.png"]),
-    ("bus 2|bus|Bus|bus!", [f"out/bus{end}.png" for end in ("-2", "", "-2-2", "-2-2-2")]),
+    ("bus 2|bus|Bus|bus!", [f"out/bus{end}.png" for end in ("-2", "", "-3", "-4")]),
     ("x" * 300, [f"out/{'x' * 80}.png"])])
 def test_names_of_files(tmp_path, monkeypatch, arguments, paths):
     """All different, short, and inside of the folder."""
@@ -411,6 +411,15 @@ def test_names_of_files(tmp_path, monkeypatch, arguments, paths):
     args, _ = sample.parse([argument for argument in arguments.split("|") if argument])
     found = [path.as_posix() for path in sample.output_paths(args)]
     assert found == paths
+
+
+def test_no_image_is_replaced(tmp_path, monkeypatch):
+    """Without --out, the next one of the same prompt gets another name."""
+    monkeypatch.chdir(tmp_path)
+    for expected in ("red-bus.png", "red-bus-2.png", "red-bus-3.png"):
+        path, = sample.output_paths(sample.parse(["red bus"])[0])
+        assert path.name == expected
+        path.write_bytes(b"an image")
 
 
 def test_flags_and_prompts_in_any_order():
