@@ -236,8 +236,8 @@ class CLIPConfig:
                 f"image_size {self.image_size} is not a multiple of patch {self.patch}")
         if self.width % self.heads or self.text_width % self.text_heads:
             raise ValueError("width must be a multiple of heads, and text_width of text_heads")
-        if self.context_length < 3 or self.max_logit_scale <= 0:
-            raise ValueError("context_length must be at least 3, max_logit_scale more than 0")
+        if self.context_length < 3 or not 0 < self.max_logit_scale < math.inf:
+            raise ValueError("context_length must be at least 3, max_logit_scale positive, finite")
 
 
 class Attention(nn.Module):

@@ -91,7 +91,7 @@ class UNetConfig:
     def __post_init__(self):
         widths = [self.channels * m for m in self.multipliers]
         attends = [widths[level] for level in self.attention if level < len(widths)] + widths[-1:]
-        if any(width % 16 or not width for width in widths) or any(width % 32 for width in attends):
+        if any(width % 16 or width < 1 for width in widths) or any(width % 32 for width in attends):
             raise ValueError(f"channels x multipliers are {widths}; each must be a multiple of 16, "
                              "and of 32 where there is attention, as always at the last level")
         if self.image_size < 1 or self.image_size % 2 ** (len(widths) - 1):

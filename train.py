@@ -411,8 +411,8 @@ def parse(arguments):
         raise cli.UserError(str(error)) from None
     for name, low, high in (
             ("steps", 1, math.inf), ("batch", 1, math.inf), ("accumulate", 1, math.inf),
-            ("images", 1, math.inf), ("warmup", 0, 1), ("seed", 0, 2 ** 63 - 1),
-            ("lr", 0, math.inf), ("minutes", 0, math.inf), ("save_every", 0, math.inf)):
+            ("images", 1, 10_000_000), ("warmup", 0, 1), ("seed", 0, 2 ** 63 - 1),
+            ("lr", 0, 1), ("minutes", 0, math.inf), ("save_every", 0, math.inf)):
         cli.check_range(f"--{name.replace('_', '-')}", getattr(args, name), low, high)
     ranks = distributed.world_size()
     if options.batch % (ranks * options.accumulate):
