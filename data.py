@@ -7,6 +7,7 @@ Images are uint8 (N, H, W, 3) in storage and float (N, 3, H, W) in [-1, 1] every
 Shapes: N images (B in a batch), K captions, S templates, P partial captions, A attributes.
 """
 import math
+import os
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from PIL import Image, PngImagePlugin
 import cars
 from infra import cache, checkpoint, cli, image_folders
 
-CACHE = Path("cache")   # packed data sets, in the folder where the command runs
+CACHE = Path(os.environ.get("CACHE", "cache"))   # packed data sets, where the command runs
 
 
 # ---- images --------------------------------------------------------------------------------------

@@ -134,6 +134,9 @@ def clip_task(config, options, dataset, validation, device):
     report_long_texts(all_texts, tokenizer, config.context_length)
     tokens = torch.stack([tokenizer.batch(texts, config.context_length)
                           for texts in templates]).to(device)                 # (S, K + P, L)
+    if alike := K - len(tokens[0, :K].unique(dim=0)):
+        print(f"{alike:,} of {K:,} captions are the same as another to CLIP, which ignores case, "
+              "signs and a first article")
 
     objective = lambda model, x_0, caption_ids, generator: clip_objective(
         model, x_0, caption_ids, tokens, partial_true_of, alpha_bar, generator)

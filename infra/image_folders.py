@@ -150,9 +150,9 @@ def _files_in(folder):
 
     files, entered = [], set()
     for root, directories, names in os.walk(folder, onerror=fail, followlinks=True):
-        if (place := os.path.realpath(root)) in entered:
+        if (real := os.path.realpath(root)) in entered:
             names = directories[:] = []
-        entered.add(place)
+        entered.add(real)
         directories[:] = sorted(name for name in directories if not name.startswith("."))
         files += [Path(root, name) for name in names if not name.startswith(".")]
     return [(file, file.relative_to(folder).as_posix()) for file in sorted(files)]
@@ -182,12 +182,17 @@ def captions_and_templates(image_folder):
 
 def split_indices(image_folder, split):
     """The indices of a split's files; DatasetError if there are none. A hash of the object's name
-    picks one of 20 parts: all its images go into one split, also when others join."""
-    indices = [i for i, name in enumerate(image_folder.objects)
-               if zlib.crc32(os.fsencode(name)) % 20 in SPLITS[split]]
+    picks one of 20 parts: all its images go into one split, also when others join. Of fewer than
+    100 objects some part could be empty: their hashes' ranks pick it."""
+    hash_of = {name: zlib.crc32(os.fsencode(name)) for name in image_folder.objects}
+    part = {name: number % 20 for name, number in hash_of.items()}
+    if len(part) < 100:
+        ranked = sorted(hash_of, key=lambda name: (hash_of[name], name))
+        part = {name: rank * 20 // len(ranked) for rank, name in enumerate(ranked)}
+    indices = [i for i, name in enumerate(image_folder.objects) if part[name] in SPLITS[split]]
     if not indices:
-        raise DatasetError(f"{len(image_folder.files):,} images are too few: none of them belongs "
-                           f"to the {split} split")
+        raise DatasetError(f"{len(part):,} images are too few: none of them belongs to the "
+                           f"{split} split; at least 20 are needed")
     return indices
 
 

@@ -282,17 +282,26 @@ def test_the_fingerprint_follows_the_files(tmp_path):
 
 
 def test_splits_stay_when_files_are_added(tmp_path):
-    for i in range(40):
-        write(tmp_path / "a" / f"{i}.png", (6 * i, 0, 0))
+    for i in range(100):
+        write(tmp_path / "a" / f"{i}.png", (2 * i, 0, 0))
     before = all_splits(tmp_path)
-    for i in range(40, 80):
-        write(tmp_path / "a" / f"{i}.png", (0, 0, 3 * i))
+    for i in range(100, 180):
+        write(tmp_path / "a" / f"{i}.png", (0, 0, i))
     write(tmp_path / "a" / "0.png", (250, 0, 0), size=(9, 9))
     after = all_splits(tmp_path)
     for split, dataset in before.items():
         old, new = (set(s.images[:, 4, 4, 0].tolist()) - {0} for s in (dataset, after[split]))
         assert old <= new <= old | {250}
     assert any(250 in s.images[:, 4, 4, 0] for s in after.values())
+
+
+@pytest.mark.parametrize("count", [20, 25, 60])
+def test_no_split_of_a_small_folder_is_empty(tmp_path, count):
+    for i in range(count):
+        write(tmp_path / "a" / f"photo{i}.png", (i + 1, 0, 0))
+    found = image_folders.scan_folder(tmp_path)
+    splits = [image_folders.split_indices(found, split) for split in image_folders.SPLITS]
+    assert all(splits) and sorted(sum(splits, [])) == list(range(count))
 
 
 def test_a_missing_image_shifts_no_captions(tmp_path):
@@ -346,7 +355,8 @@ def test_a_file_name_of_any_bytes_can_be_reported(tmp_path):
 @pytest.mark.parametrize("make, message", [
     (lambda p: None, "there are no images"),
     (lambda p: write(p / "a.png"), "no captions"),
-    (lambda p: write(p / "a" / "a.png"), "1 images are too few: none of them belongs to the judge"),
+    (lambda p: write(p / "a" / "a.png"), "1 images are too few: none of them belongs to the judge "
+     "split; at least 20 are needed"),
     (lambda p: (p / "captions.csv").write_text("image,text\na.png,b"), "no column 'caption'"),
     (lambda p: (p / "captions.csv").write_text(""), "no column 'image'"),
     (lambda p: (p / "captions.csv").write_text("image,caption\n../../a.png,b"), "outside"),

@@ -138,6 +138,18 @@ def test_clip_objective_is_the_papers_loss_if_captions_are_many(alpha_bar):
     assert len(clip.tokens) == train.CLOSED_SET + 1
 
 
+def test_captions_that_are_alike_are_counted(capsys):
+    """To CLIP, "A car!" and "the car" are one text."""
+    dataset = toys.squares(40, seed=1)
+    K = len(dataset.captions)
+    texts = ["A car!", "the car", *dataset.templates[0][2:]]
+    train.clip_task(CONFIGS["clip"], train.TrainConfig(batch=8), dataset._replace(
+        templates=[texts]), dataset, CPU)
+    assert f"1 of {K} captions are the same as another to CLIP" in capsys.readouterr().out
+    train.clip_task(CONFIGS["clip"], train.TrainConfig(batch=8), dataset, dataset, CPU)
+    assert "are the same" not in capsys.readouterr().out
+
+
 def test_ddpm_objective_drops_a_tenth_of_the_conditions(alpha_bar):
     """They become zero; the others stay at their images, and the caller's tensor as it was."""
     cond, seen = torch.rand(4000, 3) + 1, []
