@@ -49,7 +49,7 @@ def slowly(items, size):
 
 def check_packed(path, count, size):
     assert sorted(file.name for file in path.parent.iterdir()) == ["a.npy", "a.raw"]
-    images, numbers = cache.load_packed(None, None, size, path)
+    images, numbers = cache.load_packed(range(count), None, size, path)
     readable = [i for i in range(count) if i % 7 != 6]
     assert numbers.tolist() == [-1 if i % 7 == 6 else 10 * i for i in range(count)]
     assert path.stat().st_size == images.nbytes and len(images) == len(readable)
@@ -61,6 +61,25 @@ def test_in_order_and_without_what_cannot_be_read(tmp_path):
     images, numbers = cache.load_packed(range(1130), paint, 3, path)
     assert isinstance(images, np.memmap) and len(numbers) == 1130
     check_packed(path, 1130, 3)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.raw", b""), ("a.raw", b"x" * 100), ("a.npy", b""), ("a.npy", b"nonsense"), ("a.npy", None)])
+def test_a_damaged_cache_is_made_again(tmp_path, capsys, name, content):
+    path = tmp_path / "a.raw"
+    cache.pack(range(230), paint, 3, path)
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
+    images, numbers = cache.load_packed(range(230), paint, 3, path)
+    assert "a.raw is damaged and made again" in capsys.readouterr().out
+    check_packed(path, 230, 3)
+
+
+def test_a_damaged_chunk_is_made_again(tmp_path):
+    path = tmp_path / "a.raw"
+    (tmp_path / "a.chunks").mkdir()
+    (tmp_path / "a.chunks" / "00000.npz").write_bytes(bytes(5000))
+    cache.pack(range(230), paint, 3, path)
+    check_packed(path, 230, 3)
 
 
 def test_a_full_disk_loses_nothing(tmp_path):
