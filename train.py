@@ -126,6 +126,10 @@ def report_long_texts(texts, tokenizer, context_length):
 
 
 def clip_task(config, options, dataset, validation, device):
+    if dataset.captions == [""]:
+        raise cli.UserError(f"--data {dataset.name}: there are images but no captions; put each "
+                            "class in a folder of its own, write NAME.txt beside NAME.png, or "
+                            "captions.csv with the columns image and caption")
     K, alpha_bar = len(dataset.captions), tinyddpm.cosine_alpha_bar().to(device)
     partial_true_of = torch.from_numpy(dataset.partial_true_of).to(device)    # (P, K)
     templates = normalized_templates(dataset)

@@ -66,11 +66,10 @@ def scan_folder(folder):
                   {*EXTENSIONS, ".csv" if layout == "captions.csv" else "" if classes else ".txt"}]
         return ImageFolder(layout, files, texts, objects, classes,
                            len(scans[layout]) - len(files), others)
-    if scans["class folders"]:   # which takes any image
-        raise DatasetError("there are images but no captions; put each class in a folder of its "
-                           "own, write NAME.txt beside NAME.png, or captions.csv with the columns "
-                           "image and caption")
-    raise DatasetError("there are no images in it")
+    if not scans["class folders"]:   # which takes any image
+        raise DatasetError("there are no images in it")
+    files, texts, objects = map(list, zip(*scans["class folders"]))   # a DDPM needs no captions
+    return ImageFolder("images without captions", files, texts, objects, [], 0, [])
 
 
 # Each layout has a function: folder -> (file, text or "", object) for each of its images.

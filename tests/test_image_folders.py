@@ -354,7 +354,6 @@ def test_a_file_name_of_any_bytes_can_be_reported(tmp_path):
 
 @pytest.mark.parametrize("make, message", [
     (lambda p: None, "there are no images"),
-    (lambda p: write(p / "a.png"), "no captions"),
     (lambda p: write(p / "a" / "a.png"), "1 images are too few: none of them belongs to the judge "
      "split; at least 20 are needed"),
     (lambda p: (p / "captions.csv").write_text("image,text\na.png,b"), "no column 'caption'"),

@@ -624,6 +624,19 @@ def test_a_cut_off_checkpoint_is_one_line(here):
         train.main(command("judge", "--steps 2 --out cut"))
 
 
+def test_a_ddpm_needs_no_captions(tmp_path, monkeypatch, capsys):
+    """It trains on images alone; CLIP says what it needs."""
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for i in range(30):
+        Image.new("RGB", (16, 16), (8 * i, 0, 0)).save(f"photos/{i}.png")
+    train.main(f"ddpm --data photos --steps 2 {toys.FLAGS['ddpm']}".split())
+    out = capsys.readouterr().out
+    assert "(images without captions)" in out and "finished" in out
+    with pytest.raises(cli.UserError, match="there are images but no captions; put each class"):
+        train.main(f"clip --data photos --steps 2 {toys.FLAGS['clip']}".split())
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 def test_flags_change_the_defaults(capsys):
