@@ -40,7 +40,7 @@ PUBLISHED_TEMPLATES = ("a photo of a {}.", "a rendering of a {}.", "a toy {}.") 
 
 class Models(NamedTuple):
     """A matching CLIP and diffusion model, and what CLIP was trained on."""
-    clip: tinyclip.CLIP
+    clip: tinyclip.CLIP              # None, as all that is of texts, from load_unguided
     unet: tinyddpm.UNet
     alpha_bar: torch.Tensor          # (T + 1,)
     captions: list                   # K, and behind them those that a new prompt adds
@@ -94,6 +94,19 @@ def load_models(clip=None, ddpm=None, device="cpu"):
         text_features[:K], text_features[K:], content["data"],
         f"CLIP from {clip_path} ({content['steps']:,} steps), DDPM from {ddpm_path} "
         f"({ddpm_content['steps']:,} steps), on {device}")
+
+
+def load_unguided(ddpm=None, device="cpu"):
+    """Load a DDPM alone, the given one, else that of runs/, else that of weights/ -> Models"""
+    path = Path(ddpm or "runs/ddpm/weights.pt")
+    path = path if ddpm or path.exists() else SHIPPED / "ddpm.pt"
+    unet, content = checkpoint.load_model(path, "ddpm", tinyddpm.UNet)
+    return Models(
+        clip=None, unet=unet.to(device, memory_format=torch.channels_last),
+        alpha_bar=tinyddpm.cosine_alpha_bar().to(device), captions=[""], labels=None,
+        templates=[], partial=[], partial_true_of=torch.zeros(0, 1, dtype=torch.bool), words=[],
+        text_features=None, partial_features=None, data=content["data"],
+        description=f"DDPM from {path} ({content['steps']:,} steps), on {device}")
 
 
 def load_published(path, ddpm_content):
@@ -402,8 +415,11 @@ def report(models, targets, x_0, judge_model, content):
 def main(arguments=None):
     args, config = parse(arguments)
     device, paths = cli.pick_device(args.device), output_paths(args)
-    models = load_models(args.clip, args.ddpm, device)
-    config = for_clip(config, models.clip)
+    if args.prompts == [None] and not args.clip:
+        models = load_unguided(args.ddpm, device)
+    else:
+        models = load_models(args.clip, args.ddpm, device)
+        config = for_clip(config, models.clip)
     judge_model, content = load_judge(models.data, args.judge, device)
     print(models.description)
     with cli.autocast(device):
@@ -418,7 +434,8 @@ def main(arguments=None):
             images = data.to_uint8(x_0)   # waits for the device, so the time is right
             seconds = time.perf_counter() - start
             zoom = max(1, 96 // images.shape[1])   # small images get up to 96 pixels on the screen
-            metadata = {"prompt": prompt, "models": models.description, **vars(config)}
+            metadata = {"prompt": prompt, "models": models.description, "torch": torch.__version__,
+                        "bf16": cli.bf16_is_fast(device), **vars(config)}
             data.save_grid(path, images, min(8, round(config.n ** 0.5)), zoom,
                            **{key: value for key, value in metadata.items() if value is not None})
             if frames:   # one row of x_t, one of x_0_hat

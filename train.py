@@ -280,10 +280,13 @@ class Run:
             if (before := saved["settings"].get(key)) != now:
                 raise cli.UserError(f"{self.folder} holds a run with another {key} ({before}, now "
                                     f"{now}): choose another --out, or start over with --fresh")
-        self.model.load_state_dict(saved["model"])
-        self.ema.load_state_dict(saved["ema"])
-        for optimizer, state in zip(self.optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.ema.load_state_dict(saved["ema"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"]):
+                optimizer.load_state_dict(state)
+        except (KeyError, ValueError, RuntimeError):
+            raise cli.UserError(f"{path} is of another version; start over with --fresh") from None
         self.step, self.history = saved["step"], saved["history"]
         if saved["device"] == self.device.type:
             self.bf16 = saved["bf16"]

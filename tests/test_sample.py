@@ -1,4 +1,5 @@
 """Prompts, sampling, files and reports; from class folders to an image; the shipped models."""
+import shutil
 import sys
 from pathlib import Path
 
@@ -332,6 +333,17 @@ def test_an_image_from_a_prompt(here, capsys):
     # 2 of x_t (--batch), below them 2 of x_0_hat; 3 steps, all but the last taken twice
     with Image.open("out/white-and-red-car.gif") as gif:
         assert gif.n_frames == 5 and gif.width == gif.height
+
+
+def test_without_a_prompt_a_ddpm_is_enough(here, tmp_path, monkeypatch, capsys):
+    """That of runs/, though there is no CLIP; else the one that ships."""
+    shutil.copytree("runs/ddpm", tmp_path / "runs" / "ddpm")
+    monkeypatch.chdir(tmp_path)
+    sample.main("-n 1 --steps 2 --device cpu".split())
+    assert "DDPM from runs/ddpm/weights.pt" in capsys.readouterr().out
+    shutil.rmtree("runs")
+    sample.main("-n 1 --steps 2 --device cpu".split())
+    assert f"DDPM from {sample.SHIPPED / 'ddpm.pt'}" in capsys.readouterr().out
 
 
 def test_no_prompt_is_unguided(here, capsys):

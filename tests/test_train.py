@@ -637,6 +637,16 @@ def test_a_ddpm_needs_no_captions(tmp_path, monkeypatch, capsys):
         train.main(f"clip --data photos --steps 2 {toys.FLAGS['clip']}".split())
 
 
+@pytest.mark.parametrize("key", ["ema", "model"])
+def test_a_checkpoint_of_another_version_is_refused(here, key):
+    train.main(command("judge", "--steps 4 --out version --minutes 0.00001 --fresh"))
+    saved = torch.load("version/checkpoint.pt", weights_only=True)
+    saved[key] = {f"old.{name}": tensor for name, tensor in saved[key].items()}
+    torch.save(saved, "version/checkpoint.pt")
+    with pytest.raises(cli.UserError, match="version/checkpoint.pt is of another version; .*fresh"):
+        train.main(command("judge", "--steps 4 --out version"))
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 def test_flags_change_the_defaults(capsys):
