@@ -10,8 +10,8 @@
 A run's folder (runs/clip, ...) gets checkpoint.pt, to resume from; weights.pt, what sample.py uses;
 loss.png and previews. Step n draws its images, timesteps and noise from (seed, n, rank), so the
 weights after it are a function of those before it. A run that was interrupted, or killed, ends
-with the same weights, bit for bit, as one that ran through (on one machine, with as many ranks and
-micro-batches: each of these draws timesteps for its own part of the batch).
+with the same weights, bit for bit, as one that ran through (on one machine, with as many threads,
+ranks and micro-batches: each of the latter draws timesteps for its own part of the batch).
 """
 import argparse
 import copy

@@ -95,7 +95,8 @@ def cache_path(guidance, indices, models, args):
     """A file name that depends on all that determines the samples, source code included."""
     device = models.alpha_bar.device.type
     settings = (device, torch.is_autocast_enabled(device), torch.__version__, guidance, args.steps,
-                args.eta, args.recurrence, args.seed, indices.tolist(), models.captions, SOURCE,
+                args.eta, args.recurrence, args.seed, args.batch, indices.tolist(),
+                models.captions, models.labels.tolist(), SOURCE,
                 *((m.config, checkpoint.weights_checksum(m)) for m in (models.clip, models.unet)))
     return data.CACHE / f"samples-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}.npz"
 

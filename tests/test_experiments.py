@@ -274,13 +274,14 @@ def test_real_images_are_of_their_captions_and_distinct(here, monkeypatch):
 
 
 def test_the_cache_key_contains_all_that_determines_the_samples(models, monkeypatch):
-    args = argparse.Namespace(steps=2, eta=1., recurrence=1, seed=0)
+    args = argparse.Namespace(steps=2, eta=1., recurrence=1, seed=0, batch=4)
     indices, guidance = torch.arange(3), ("x0", 32., (1, 950))
     path = lambda models=models, guidance=guidance, indices=indices, **flags: evaluator.cache_path(
         guidance, indices, models, argparse.Namespace(**{**vars(args), **flags}))
     paths = [path(), path(steps=3), path(eta=0.), path(recurrence=2), path(seed=1),
              path(indices=indices + 1), path(guidance=("x0", 3., (1, 950))),
-             path(models._replace(captions=models.captions[::-1]))]
+             path(models._replace(captions=models.captions[::-1])),
+             path(models._replace(labels=models.labels.flip(0))), path(batch=8)]
     with torch.autocast("cpu", torch.bfloat16):
         paths.append(path())
     assert path() == paths[0]
@@ -289,7 +290,7 @@ def test_the_cache_key_contains_all_that_determines_the_samples(models, monkeypa
         paths.append(path())
     monkeypatch.setattr(evaluator, "SOURCE", evaluator.SOURCE[:-1])
     paths.append(path())
-    assert len(set(paths)) == len(paths) == 12
+    assert len(set(paths)) == len(paths) == 14
 
 
 def test_plain_net_learns():
