@@ -138,7 +138,7 @@ def clip_task(config, options, dataset, validation, device):
     report_long_texts(all_texts, tokenizer, config.context_length)
     tokens = torch.stack([tokenizer.batch(texts, config.context_length)
                           for texts in templates]).to(device)                 # (S, K + P, L)
-    if alike := K - len(tokens[0, :K].unique(dim=0)):
+    if alike := K - len(set(templates[0][:K])):
         print(f"{alike:,} of {K:,} captions are the same as another to CLIP, which ignores case, "
               "signs and a first article")
 

@@ -4,7 +4,7 @@
                     sorted order (an assumption: the file itself does not say)
     captions.csv    a table with the columns image (a path from the folder) and caption
     text files      image.png with its caption beside it in image.txt, at any depth
-    class folders   CLASS/**/*.png, captioned "a photo of a CLASS", also below train/, val/ and test/
+    class folders   CLASS/**/*.png, captioned "a photo of a CLASS", also below train/, val/, test/
 
 The first of them that captions at least half as many images as the best one is taken; a folder that
 holds nothing but another is entered.

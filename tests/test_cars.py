@@ -121,13 +121,13 @@ def test_descriptions_are_of_their_labels():
 
 
 def test_no_text_has_two_meanings():
-    """In 64 lists, without punctuation and the first article, no text is of two labels."""
+    """In 16 lists, without punctuation and the first article, no text is of two labels."""
     label_of = {}
-    for texts in cars.descriptions(64):
+    for texts in cars.descriptions(16):
         for label, text in zip(map(tuple, LABELS), texts):
             words = re.sub(r"^(a|an|the) ", "", " ".join(re.findall(r"\w+", text)))
             assert label_of.setdefault(words, label) == label, text
-    assert len(label_of) > 10_000
+    assert len(label_of) > 3_000
 
 
 # ---- images --------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import conftest   # noqa: E402, F401 (ranks get the same texts)
 import data   # noqa: E402
 import toys   # noqa: E402
 import train   # noqa: E402
