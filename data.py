@@ -162,7 +162,7 @@ def save_grid(path, images, columns=8, zoom=1, **metadata):
     for key, value in metadata.items():
         info.add_itxt(key, str(value).encode("utf-8", "replace").decode())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with checkpoint.write_atomic(path) as file:
+    with checkpoint.write_atomic(path, ".tmp") as file:
         image_grid(images, columns, zoom=zoom).save(file, "PNG", pnginfo=info)
 
 
@@ -170,7 +170,7 @@ def save_gif(path, frames, columns=4, zoom=2, milliseconds=80):
     """Write a list of (N, H, W, 3) uint8 as an endless GIF of grids, two seconds on the last."""
     images = [image_grid(frame, columns, zoom=zoom) for frame in frames]
     durations = [milliseconds] * (len(images) - 1) + [2000]
-    with checkpoint.write_atomic(path) as file:
+    with checkpoint.write_atomic(path, ".tmp") as file:
         images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=durations,
                        loop=0)
 
