@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 import cars
 from infra import cache, checkpoint, cli, image_folders
 
-CACHE = Path(os.environ.get("CACHE", "cache"))   # packed data sets, where the command runs
+CACHE = Path(os.environ.get("CLIP_DDPM_CACHE", "cache"))   # packed data sets
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -98,6 +98,7 @@ def _load_cars(size, count, split):
     indices = range(SPLITS[split], SPLITS[split] + count)
     images, caption_ids = cache.load_packed(indices, _render_cars, size, path)
     K = len(cars.CAPTIONS)
+    # 192: of phrasings that it never met, CLIP reads more than with 64 (experiments/LOG.md).
     return Dataset(
         "cars", images, caption_ids, cars.CAPTIONS, cars.descriptions(192), cars.PARTIAL_TRUE_OF,
         cars.caption_labels(np.arange(K)), cars.ATTRIBUTES,

@@ -101,7 +101,8 @@ def noise_aware(clip, text_features, targets, labels, temperature=TEMPERATURE):
     image is good, and the gradient vanishes with 1 - p. A softer softmax keeps pulling.
     (GLIDE takes the target's logit alone, without a softmax: nearly as good with lookahead.)
     """
-    values = labels[targets, None]                                            # (B, 1, A)
+    values = labels[targets][:, None]                                         # (B, 1, A)
+    # Where the target names nothing, no caption differs: the sum of all p is 1, its log 0.
     differs = (labels != values) & (values >= 0)                              # (B, K, A)
 
     def log_p(x_t, t, x_0_hat):
@@ -239,7 +240,7 @@ def classifier_free(unet, alpha_bar, cond, scale, interval=(1, math.inf)):
 # To add a method, write its function and a line below: sample.py takes --method from METHODS.
 
 class Method(NamedTuple):
-    make_log_p: Callable         # (clip, text_features, targets, labels) -> log_p, or None
+    make_log_p: Callable         # (clip, text_features, targets, labels) -> log_p; None: no CLIP
     scale: float                 # default, found by a sweep: experiments/LOG.md
     interval: tuple              # likewise
     through_unet: bool = False   # see guided
@@ -261,7 +262,7 @@ DEFAULT = "lookahead"
 def build_denoiser(name, models, targets, scale=None, interval=None):
     """Build the denoiser of one of METHODS, with its own scale and interval unless given.
 
-    models: a sample.Models, or anything with clip, unet, alpha_bar, text_features and labels;
+    models: a sample.Models, or anything with clip, unet, alpha_bar, text_features, caption_labels;
     targets: (B,) int, unused by "none"
     """
     method, denoise = METHODS[name], denoiser(models.unet, models.alpha_bar)
@@ -272,7 +273,7 @@ def build_denoiser(name, models, targets, scale=None, interval=None):
     if name == "classifier-free":
         cond = text_condition(models.text_features)[targets]
         return classifier_free(models.unet, models.alpha_bar, cond, scale, interval)
-    log_p = method.make_log_p(models.clip, models.text_features, targets, models.labels)
+    log_p = method.make_log_p(models.clip, models.text_features, targets, models.caption_labels)
     return guided(denoise, log_p, models.alpha_bar, scale, interval, method.through_unet)
 
 

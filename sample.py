@@ -6,9 +6,10 @@
     python sample.py "red bus" --clip ViT-B-32.pt         guided by a published CLIP
     python sample.py -n 64                        no prompt: unguided
 
-Uses runs/clip and runs/ddpm if both were trained, else the models in weights/. Writes one PNG with
-prompt, seed and settings in its metadata, and prints how CLIP reads the prompt, CLIP's probability
-of it and the judge's prompt accuracy. From Python: load_models, then generate (see README.md).
+Uses runs/clip and runs/ddpm if both were trained (without a prompt runs/ddpm is enough), else the
+models in weights/. Writes one PNG with prompt, seed and settings in its metadata, and prints how
+CLIP reads the prompt, CLIP's probability of it and the judge's prompt accuracy. From Python:
+load_models, then generate (see README.md).
 """
 import argparse
 import difflib
@@ -44,7 +45,7 @@ class Models(NamedTuple):
     unet: tinyddpm.UNet
     alpha_bar: torch.Tensor          # (T + 1,)
     captions: list                   # K, and behind them those that a new prompt adds
-    labels: torch.Tensor             # (K, A) int, the attributes that each caption names, or -1
+    caption_labels: torch.Tensor     # (K, A) int, the attributes that each caption names, or -1
     templates: list                  # S lists of K + P texts, normalised: ways to write each
     partial: list                    # P partial captions, such as "a bus"
     partial_true_of: torch.Tensor    # (P, K) bool, the captions that they are true of
@@ -103,7 +104,7 @@ def load_unguided(ddpm=None, device="cpu"):
     unet, content = checkpoint.load_model(path, "ddpm", tinyddpm.UNet)
     return Models(
         clip=None, unet=unet.to(device, memory_format=torch.channels_last),
-        alpha_bar=tinyddpm.cosine_alpha_bar().to(device), captions=[""], labels=None,
+        alpha_bar=tinyddpm.cosine_alpha_bar().to(device), captions=[""], caption_labels=None,
         templates=[], partial=[], partial_true_of=torch.zeros(0, 1, dtype=torch.bool), words=[],
         text_features=None, partial_features=None, data=content["data"],
         description=f"DDPM from {path} ({content['steps']:,} steps), on {device}")
@@ -213,6 +214,7 @@ def read_text(text, index_of, models):
 def resolve_prompt(prompt, models):
     """Read a prompt -> models, targets: (K + new,) bool, which of their captions it allows
 
+    models: as load_models gives them, without captions of other prompts.
     "red bus or blue van" allows what either does; "something red" means all captions whose main
     colour is red. A text that is new to CLIP becomes one more caption of the models that are
     returned. Prints how the prompt was read. UserError if it is empty. None, no prompt, allows all.
@@ -244,10 +246,10 @@ def resolve_prompt(prompt, models):
         targets[:], readings = True, ["anything"]
     print(f"{shorten(prompt, 80)!r} is read as {shorten(' or '.join(map(repr, readings)), 300)}")
     if new:
-        labels = models.labels.new_full((len(new), models.labels.shape[1]), -1)
-        labels[:, 0] = K + torch.arange(len(new))   # which no other caption has
+        labels = models.caption_labels.new_full((len(new), models.caption_labels.shape[1]), -1)
+        labels[:, 0] = K + torch.arange(len(new))   # a value that no other caption has
         models = models._replace(captions=[*models.captions, *new],
-                                 labels=torch.cat([models.labels, labels]),
+                                 caption_labels=torch.cat([models.caption_labels, labels]),
                                  text_features=torch.cat([models.text_features, *new.values()]))
     return models, torch.cat([targets, targets.new_ones(len(new))])
 
@@ -320,13 +322,13 @@ def draw_captions(targets, config):
 def sample_images(models, caption_ids, config, callback=None):
     """Sample an image of each caption, (n,) int64 -> x_0: (n, 3, H, W) in [-1, 1]
 
-    n is config.n; method "none" ignores the captions. callback: see tinyddpm.sample
+    method "none" ignores the captions. callback: see tinyddpm.sample
     """
     if config.method == "classifier-free" and not models.unet.config.cond_dim:
         raise cli.UserError("this DDPM is unconditional; train a conditional one with: python "
                             "train.py ddpm --clip FILE --out runs/conditional")
     size, device, images = models.unet.config.image_size, models.alpha_bar.device, []
-    for start in range(0, config.n, config.batch):
+    for start in range(0, len(caption_ids), config.batch):
         targets = caption_ids[start:start + config.batch].to(device)          # (B,)
         denoise = guide.build_denoiser(config.method, models, targets, config.scale,
                                        config.interval)

@@ -442,7 +442,7 @@ def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, r
     x_t, t_prev, x_0_prev = x_T, None, None
     for t, t_next in itertools.pairwise(ddim_timesteps(len(alpha_bar) - 1, steps)):
         for repeat in range(recurrence if t_next > 0 else 1):   # the last step ends at t = 0
-            if repeat:   # re-noise: the forward chain from t_next to t; the step before is undone
+            if repeat:   # re-noise from t_next to t; the multistep history is no longer valid
                 alpha = alpha_bar[t] / alpha_bar[t_next]
                 z = randn_per_image(generators, x_t.shape[1:], x_t.device)
                 x_t, t_prev = alpha.sqrt() * x_t + (1 - alpha).sqrt() * z, None

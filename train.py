@@ -61,8 +61,8 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
 
     x_0: (B, 3, H, W), caption_ids: (B,) int in 0..K-1; tokens: (S, K + P, L), S ways to write the
     K captions and P partial captions; partial_true_of: (P, K) bool, which captions those are true
-    of. clean_fraction of the images get t = 0, for guidance by x_0_hat and for the text-to-image
-    term of the loss, the others a timestep in 1..T.
+    of. N texts are compared with each image. clean_fraction of the images get t = 0, for guidance
+    by x_0_hat and for the text-to-image term of the loss, the others a timestep in 1..T.
     """
     (B, *_), S, (P, K) = x_0.shape, len(tokens), partial_true_of.shape
     t = tinyddpm.stratified_timesteps(B, generator)
@@ -80,12 +80,14 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     if not closed:
         return tinyclip.contrastive_loss(logits, caption_ids)
     # Captions have a softmax of their own: it estimates p(caption | x_t), which guidance needs.
+    # Partial captions, several of which are true together, are not their rivals.
     is_true, is_clean = F.one_hot(caption_ids, K).bool(), t == 0              # (B, K), (B,)
     loss = tinyclip.closed_set_loss(logits[:, :K], is_true, is_clean)
     if P == 0:
         return loss
-    is_true = partial_true_of[partial][:, caption_ids].T                      # (B, N - K)
-    return loss + PARTIAL_WEIGHT * tinyclip.closed_set_loss(logits[:, K:], is_true, is_clean)
+    partial_is_true = partial_true_of[partial][:, caption_ids].T              # (B, N - K)
+    return loss + PARTIAL_WEIGHT * tinyclip.closed_set_loss(logits[:, K:], partial_is_true,
+                                                            is_clean)
 
 
 def ddpm_objective(unet, x_0, cond, alpha_bar, generator):
@@ -242,7 +244,8 @@ class Run:
         self.folder, self.seed, self.device = folder, seed, device
         checksum = zlib.crc32(repr(dataset.templates).encode() + dataset.caption_ids.tobytes())
         self.settings = {   # all that must be the same when the run is resumed
-            "data": dataset.name, "data set": dataset.report, "captions' checksum": checksum,
+            "data": dataset.name, "number of images": len(dataset.images),
+            "captions' checksum": checksum,
             "CLIP": task.content.get("clip"), "seed": seed,
             **dataclasses.asdict(task.model.config), **dataclasses.asdict(options)}
         del self.settings["accumulate"]   # a resumed run may use another one

@@ -91,7 +91,7 @@ def changed_models(change, kinds, models, args):
     paths |= {kind: train_changed(kind, change, device) for kind in kinds}
     changed = evaluator.with_captions(sample.load_models(**paths, device=device), cars.CAPTIONS,
                                       cars.descriptions(train.ENSEMBLE))
-    return changed._replace(labels=models.labels)
+    return changed._replace(caption_labels=models.caption_labels)
 
 
 def ablations(models, args):

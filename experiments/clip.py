@@ -17,6 +17,8 @@ def zero_shot(models, args):
     dataset, caption_ids, x_0, eps = evaluator.images_and_noise(models, args.seed)
     labels = torch.from_numpy(dataset.caption_labels).to(x_0.device)          # (K, A)
     phrasings = [{"phrasing": phrasing} for phrasing in HELD_OUT_PHRASINGS]
+    if models.data == "cars":
+        reworded = evaluator.with_captions(models, sum(held_out_phrasings(), []))
     for timestep in TIMESTEPS:
         t = torch.full((len(x_0),), timestep, device=x_0.device)
         x_t = tinyddpm.q_sample(x_0, t, eps, models.alpha_bar)
@@ -30,13 +32,14 @@ def zero_shot(models, args):
                **metrics.recall(logits, caption_ids)}
         if models.data == "cars":
             row["order"] = word_order(logits, caption_ids, labels)
-            reworded = evaluator.with_captions(models, sum(held_out_phrasings(), []))
             logits = caption_logits(reworded, x_t, t).unflatten(1, (len(phrasings), -1))
             correct = logits.argmax(dim=2) == caption_ids[:, None]            # (N, phrasings)
             for phrasing, fraction in zip(phrasings, correct.float().mean(dim=0).tolist()):
                 phrasing[f"t = {timestep}"] = fraction
         yield row
     if models.data == "cars":
+        yield {"phrasing": "mean", **{key: sum(row[key] for row in phrasings) / len(phrasings)
+                                      for key in phrasings[0] if key != "phrasing"}}
         yield from phrasings
 
 

@@ -35,7 +35,8 @@ def with_captions(models, captions, templates=None):
     templates = [[tinyclip.normalize_prompt(text) for text in texts[:len(captions)]]
                  for texts in templates or [captions]]
     return models._replace(captions=captions, templates=templates, partial=[],
-                           labels=torch.arange(len(captions))[:, None].to(models.labels.device),
+                           caption_labels=torch.arange(len(captions))[:, None].to(
+                               models.caption_labels.device),
                            partial_features=models.partial_features[:0],
                            partial_true_of=models.partial_true_of.new_empty((0, len(captions))),
                            text_features=models.clip.encode_ensemble(templates))
@@ -69,7 +70,8 @@ def build_denoiser(name, models, targets, scale, interval):
         raise cli.UserError("classifier-free guidance needs a DDPM of: python train.py ddpm --clip")
     if name in guide.METHODS:
         return guide.build_denoiser(name, models, targets, scale, interval)
-    log_p = METHODS[name].make_log_p(models.clip, models.text_features, targets, models.labels)
+    log_p = METHODS[name].make_log_p(
+        models.clip, models.text_features, targets, models.caption_labels)
     denoise = tinyddpm.denoiser(models.unet, models.alpha_bar)
     return guide.guided(denoise, log_p, models.alpha_bar, scale, interval)
 
@@ -96,7 +98,7 @@ def cache_path(guidance, indices, models, args):
     device = models.alpha_bar.device.type
     settings = (device, torch.is_autocast_enabled(device), torch.__version__, guidance, args.steps,
                 args.eta, args.recurrence, args.seed, args.batch, indices.tolist(),
-                models.captions, models.labels.tolist(), SOURCE,
+                models.captions, models.caption_labels.tolist(), SOURCE,
                 *((m.config, checkpoint.weights_checksum(m)) for m in (models.clip, models.unet)))
     return data.CACHE / f"samples-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}.npz"
 

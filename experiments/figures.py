@@ -221,7 +221,7 @@ def gradient_and_posterior(models, x_t, t):
     """Draw CLIP's gradient of log p(CAPTION | x_t), and its probabilities of five captions."""
     target = models.captions.index(CAPTION)
     log_p = guide.noise_aware(models.clip, models.text_features, torch.tensor([target]),
-                              models.labels)
+                              models.caption_labels)
     with torch.enable_grad():
         x = x_t.detach().requires_grad_()
         grad, = torch.autograd.grad(log_p(x, t, None).sum(), x)

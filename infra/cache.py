@@ -3,13 +3,11 @@
 It holds raw bytes and may be larger than memory. Chunks are made in parallel, each a file in
 NAME.chunks/, and concatenated at the end; the next command makes those that are missing.
 """
-import math
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
-import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -24,20 +22,22 @@ CHUNK = 200   # images that one process makes at a time
 def load_packed(items, make, size, path):
     """Load the images of the items, made by `pack` now or earlier -> images: (N, size, size, 3)
     uint8, memory-mapped; numbers: (len(items),), N of them >= 0"""
-    if not path.exists():
-        pack(items, make, size, path)
     try:
         numbers = np.load(path.with_suffix(".npy"))
-        shape = (int((numbers >= 0).sum()), size, size, 3)
-        if len(numbers) == len(items) and path.stat().st_size == math.prod(shape):
-            # an empty file cannot be mapped
-            return (np.memmap(path, np.uint8, "r", shape=shape) if shape[0]
-                    else np.empty(shape, np.uint8)), numbers
-    except (OSError, ValueError, EOFError):
-        pass
-    print(f"{path} is damaged and made again")
-    path.unlink()
-    return load_packed(items, make, size, path)
+        length = int((numbers >= 0).sum()) * size * size * 3
+        whole = len(numbers) == len(items) and path.stat().st_size == length
+    except (FileNotFoundError, ValueError, EOFError):
+        whole = False
+    if not whole:
+        if path.exists():
+            print(f"{path} is damaged and made again")
+            path.unlink(missing_ok=True)
+        pack(items, make, size, path)
+        numbers = np.load(path.with_suffix(".npy"))
+    shape = (int((numbers >= 0).sum()), size, size, 3)
+    if not shape[0]:   # an empty file cannot be mapped
+        return np.empty(shape, np.uint8), numbers
+    return np.memmap(path, np.uint8, "r", shape=shape), numbers
 
 
 def pack(items, make, size, path):
@@ -51,7 +51,7 @@ def pack(items, make, size, path):
              for start in range(0, len(items), CHUNK)]
     files = [file for *_, file in tasks]
     try:
-        _make_chunks([task for task in tasks if not zipfile.is_zipfile(task[-1])], path.stem)
+        _make_chunks([task for task in tasks if not task[-1].exists()], path.stem)
         with write_atomic(path.with_suffix(".npy")) as out:
             np.save(out, np.concatenate([np.load(file)["numbers"] for file in files]))
         with write_atomic(path) as out:   # last: where path is, all is done

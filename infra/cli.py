@@ -36,8 +36,7 @@ def check_range(name, value, low, high):
 
 def run_command(main):
     """Run main(), print errors that the user can fix in one line, and set the exit code."""
-    for stream in (sys.stdout, sys.stderr):   # a terminal that cannot show a letter gets \\uXXXX
-        stream.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace")   # where a terminal cannot show a letter
     try:
         main()
     except KeyboardInterrupt:

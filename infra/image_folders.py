@@ -4,10 +4,11 @@
                     sorted order (an assumption: the file itself does not say)
     captions.csv    a table with the columns image (a path from the folder) and caption
     text files      image.png with its caption beside it in image.txt, at any depth
-    class folders   CLASS/**/*.png, captioned "a photo of a CLASS", also below train/, val/, test/
+    class folders   CLASS/**/*.png, captioned "a photo of a CLASS"; also below train/, val/ and
+                    test/, whose images are all put together and split anew
 
-The first of them that captions at least half as many images as the best one is taken; a folder that
-holds nothing but another is entered.
+SRN cars and captions.csv are taken where they are, text files if there are at least half as many as
+images in folders; a folder that holds nothing but another is entered.
 Any image that can be read becomes square RGB; what cannot be read is left out and reported.
 """
 import contextlib
@@ -25,14 +26,15 @@ from PIL import Image, ImageCms, ImageOps
 
 from infra.cli import DatasetError
 
+NO_IMAGES = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}   # which Pillow alone cannot read
 EXTENSIONS = {extension for extension, kind in Image.registered_extensions().items()
-              if kind in Image.OPEN} - {".eps", ".ps"}   # for these Pillow runs another program
+              if kind in Image.OPEN and kind not in NO_IMAGES}
 PARTS = {"train", "val", "valid", "validation", "test"}   # folders that are no classes
 TEMPLATES = ("a photo of {}", "{}", "a picture of {}", "a blurry photo of {}",
              "a close-up photo of {}", "a small photo of {}")   # of class names
 SPLITS = {"train": range(5, 20), "validation": [0], "judge": range(2, 5), "judge-test": [1]}
-TRANSIENT = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,   # the machine's, not a file's:
-             errno.EACCES, errno.EPERM}                             # they may be mended
+TRANSIENT = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM}
+# These are the machine's or the owner's: what cannot be read today may be readable tomorrow.
 
 
 class ImageFolder(NamedTuple):
@@ -52,30 +54,35 @@ def scan_folder(folder):
         raise DatasetError("there is no such folder")
     inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
     if len(inside) == 1 and inside[0].is_dir() and any(   # not a single class
-            path.is_dir() or path.suffix in (".csv", ".txt") for path in inside[0].iterdir()):
+            path.is_dir() or path.name in ("captions.csv", "cars.txt")
+            for path in inside[0].iterdir()):
         return scan_folder(inside[0])
-    scans = {layout: scan(folder) for layout, scan in LAYOUTS.items()}
-    captioned = {layout: [image for image in scans[layout] if image[1]] for layout in scans}
-    most = max(map(len, captioned.values()))
-    layout = next(name for name in LAYOUTS if len(captioned[name]) >= most / 2)
-    if most:
-        files, texts, objects = map(list, zip(*captioned[layout]))
-        classes = sorted(set(texts)) if layout == "class folders" else []
-        texts = [_fill(TEMPLATES[0], name) for name in texts] if classes else texts
-        others = [name for file, name in _files_in(folder) if file.suffix.lower() not in
-                  {*EXTENSIONS, ".csv" if layout == "captions.csv" else "" if classes else ".txt"}]
-        return ImageFolder(layout, files, texts, objects, classes,
-                           len(scans[layout]) - len(files), others)
-    if not scans["class folders"]:   # which takes any image
+    files = _files_in(folder)
+    images = [(file, name) for file, name in files if file.suffix.lower() in EXTENSIONS]
+    for layout, scan in LAYOUTS.items():   # the last one takes any image
+        captioned = [image for image in scan(folder, images) if image[1]]
+        in_folders = sum("/" in name for _, name in images)   # class folders would caption these
+        if captioned and (layout != "text files" or len(captioned) >= in_folders / 2):
+            break
+    else:
+        layout = "images without captions"   # a DDPM needs none
+        captioned = [(file, "", name) for file, name in images]
+    if not captioned:
         raise DatasetError("there are no images in it")
-    files, texts, objects = map(list, zip(*scans["class folders"]))   # a DDPM needs no captions
-    return ImageFolder("images without captions", files, texts, objects, [], 0, [])
+    paths, texts, objects = map(list, zip(*captioned))
+    classes = sorted(set(texts)) if layout == "class folders" else []
+    texts = [_fill(TEMPLATES[0], name) for name in texts] if classes else texts
+    used = {"SRN cars": {".txt"}, "captions.csv": {".csv"}, "text files": {".txt"}}
+    others = [name for file, name in files
+              if file.suffix.lower() not in EXTENSIONS and file.suffix not in used.get(layout, ())]
+    left_out = len({file for file, _ in images} - set(paths))
+    return ImageFolder(layout, paths, texts, objects, classes, left_out, others)
 
 
-# Each layout has a function: folder -> (file, text or "", object) for each of its images.
-def _srn_cars(folder):
+# Each layout has a function: folder, its images (file, name) -> (file, text or "", object).
+def _srn_cars(folder, images):
     root = folder / "cars_train" if (folder / "cars_train").is_dir() else folder
-    objects = sorted(path.parent for path in root.glob("*/rgb"))
+    objects = sorted(path.parent.name for path in root.glob("*/rgb"))
     if not objects:
         return []
     lines = (_text_of(folder / "cars.txt") or _text_of(root / "cars.txt")).splitlines()
@@ -83,11 +90,11 @@ def _srn_cars(folder):
         raise DatasetError("there are objects as in SRN cars, but no cars.txt with their captions")
     if len(lines) != len(objects):
         raise DatasetError(f"cars.txt has {len(lines):,} lines for {len(objects):,} objects")
-    return [(file, line.strip(), directory.name) for directory, line in zip(objects, lines)
-            for file, _ in _images_in(directory / "rgb")]
+    text_of = {root / name / "rgb": (line.strip(), name) for name, line in zip(objects, lines)}
+    return [(file, *text_of[file.parent]) for file, _ in images if file.parent in text_of]
 
 
-def _captions_csv(folder):
+def _captions_csv(folder, images):
     table = folder / "captions.csv"
     if not table.is_file():
         return []
@@ -109,34 +116,30 @@ def _captions_csv(folder):
     except csv.Error as error:
         raise DatasetError(f"captions.csv, near line {reader.line_num}: {error}") from None
     for name, _ in rows:
-        if "\0" in name or os.path.normpath(name).startswith(("..", os.sep)):
+        if "\0" in name or os.path.normpath(name).split(os.sep)[0] in ("..", ""):
             raise DatasetError(f"captions.csv names {name!r}, which is outside of the folder")
     if not any(text for _, text in rows):
         raise DatasetError("captions.csv has no captions")
     return [(folder / name, text, name) for name, text in rows]
 
 
-def _text_files(folder):
+def _text_files(folder, images):
     return [(file, " ".join(_text_of(file.with_suffix(".txt")).split()), name)
-            for file, name in _images_in(folder)]
+            for file, name in images]
 
 
-def _class_folders(folder):
-    images, found = [], _images_in(folder)
-    all_parts = all(name.split("/")[0] in PARTS and name.count("/") > 1 for _, name in found)
-    for file, name in found:   # "Polar__bear/1.png" is of a "polar bear", "train/cat/1.png" a cat
-        directory = name.split("/")[all_parts] if "/" in name else ""
-        words = " ".join(directory.replace("_", " ").lower().split())
-        images.append((file, words or directory.strip(), name))
-    return images
+def _class_folders(folder, images):
+    found, paths = [], [name.split("/")[:-1] for _, name in images]
+    in_parts = all(path[0].lower() in PARTS for path in paths if path)   # train/cat/1.png is a cat
+    for (file, name), path in zip(images, paths):
+        directory = next(iter(path[1:] if in_parts else path), "")
+        words = " ".join(directory.replace("_", " ").lower().split())   # "Polar__bear"
+        found.append((file, words or directory.strip(), name))
+    return found
 
 
 LAYOUTS = {"SRN cars": _srn_cars, "captions.csv": _captions_csv, "text files": _text_files,
            "class folders": _class_folders}
-
-
-def _images_in(folder):
-    return [(file, name) for file, name in _files_in(folder) if file.suffix.lower() in EXTENSIONS]
 
 
 def _files_in(folder):
@@ -152,7 +155,8 @@ def _files_in(folder):
         if (real := os.path.realpath(root)) in entered:
             names = directories[:] = []
         entered.add(real)
-        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        directories[:] = sorted((name for name in directories if not name.startswith(".")),
+                                key=lambda name: (os.path.islink(Path(root, name)), name))
         files += [Path(root, name) for name in names if not name.startswith(".")]
     return [(file, file.relative_to(folder).as_posix()) for file in sorted(files)]
 
@@ -182,7 +186,7 @@ def captions_and_templates(image_folder):
 def split_indices(image_folder, split):
     """The indices of a split's files; DatasetError if there are none. A hash of the object's name
     picks one of 20 parts: all its images go into one split, also when others join. Of fewer than
-    100 objects some part could be empty: their hashes' ranks pick it."""
+    100 objects some part could be empty: the hash's rank picks it, and changes when others join."""
     hash_of = {name: zlib.crc32(os.fsencode(name)) for name in image_folder.objects}
     part = {name: number % 20 for name, number in hash_of.items()}
     if len(part) < 100:
@@ -190,7 +194,7 @@ def split_indices(image_folder, split):
         part = {name: rank * 20 // len(ranked) for rank, name in enumerate(ranked)}
     indices = [i for i, name in enumerate(image_folder.objects) if part[name] in SPLITS[split]]
     if not indices:
-        raise DatasetError(f"{len(part):,} images are too few: none of them belongs to the "
+        raise DatasetError(f"{len(part):,} objects are too few: none of them belongs to the "
                            f"{split} split; at least 20 are needed")
     return indices
 
@@ -226,15 +230,18 @@ def fingerprint(files):
 def read_image(path, size):
     """Read an image file: upright, on white, center crop, area-averaged -> (size, size, 3) uint8"""
     with Image.open(path) as image:
+        kind = image.format
         with contextlib.suppress(Exception):   # damaged metadata, whatever Pillow raises for it
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":   # 16 bits, or 0 to 1; convert() would clip these, not scale them
             levels, top = np.asarray(image, np.float32), 1 if image.mode == "F" else 65535
             if not 0 <= levels.min() <= levels.max() <= top or (
-                    image.mode == "I" and image.format != "PNG"):
+                    image.mode == "I" and kind not in ("PNG", "PPM")):   # these state it
                 raise ValueError("nobody knows the range of its values")
             image = Image.fromarray((levels * (255 / top)).round().astype(np.uint8))
         if profile := image.info.get("icc_profile"):
+            if image.mode == "P" or "transparency" in image.info:
+                image = image.convert("RGBA")
             with contextlib.suppress(Exception):   # a damaged profile, or of another mode
                 image = ImageCms.profileToProfile(
                     image, io.BytesIO(profile), ImageCms.createProfile("sRGB"),

@@ -74,14 +74,6 @@ def test_a_damaged_cache_is_made_again(tmp_path, capsys, name, content):
     check_packed(path, 230, 3)
 
 
-def test_a_damaged_chunk_is_made_again(tmp_path):
-    path = tmp_path / "a.raw"
-    (tmp_path / "a.chunks").mkdir()
-    (tmp_path / "a.chunks" / "00000.npz").write_bytes(bytes(5000))
-    cache.pack(range(230), paint, 3, path)
-    check_packed(path, 230, 3)
-
-
 def test_a_full_disk_loses_nothing(tmp_path):
     path = tmp_path / "a.raw"
     with pytest.raises(OSError, match="No space left"):

@@ -146,7 +146,7 @@ def test_captions_in_text_files_have_no_attributes(here):
     (lambda: None, "--data photos: there is no such folder"),
     (lambda: Path("photos").mkdir(), "--data photos: "),
     (lambda: (Path("photos/a").mkdir(parents=True), Path("photos/a/1.png").write_bytes(b"")),
-     "--data photos: (none of 1 images can be read|1 images are too few)"),
+     "--data photos: (none of 1 images can be read|1 objects are too few)"),
     (lambda: (Path("photos/a").mkdir(parents=True),
               [Path(f"photos/a/{i}.png").write_bytes(b"") for i in range(50)]),
      r"--data photos: none of \d+ images can be read, such as .*\.png")])

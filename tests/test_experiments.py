@@ -235,7 +235,7 @@ def test_joint_guidance_by_hand(models):
     torch.manual_seed(0)
     x, t, targets = torch.randn(1, 3, 16, 16), torch.tensor([300]), torch.tensor([77])
     with torch.no_grad():
-        log_p = variants.joint(models.clip, models.text_features, targets, models.labels)
+        log_p = variants.joint(models.clip, models.text_features, targets, models.caption_labels)
         value = log_p(x, t, torch.zeros_like(x))
         eps_hat = x / (1 - models.alpha_bar[300]).sqrt()   # for an x_0_hat that is zero
         x_225 = (1 - models.alpha_bar[225]).sqrt() * eps_hat
@@ -250,7 +250,7 @@ def test_dot_product_by_hand(models):
     models = models._replace(text_features=3 * models.text_features)   # not normalised
     with torch.no_grad():
         value = variants.dot_product(
-            models.clip, models.text_features, targets, models.labels)(x, t, None)
+            models.clip, models.text_features, targets, models.caption_labels)(x, t, None)
         expected = (models.clip.encode_image(x) * models.text_features[[7, 100]]).sum(dim=1)
     assert value.shape == (2,) and torch.allclose(value, expected, rtol=1e-4)
 
@@ -281,7 +281,7 @@ def test_the_cache_key_contains_all_that_determines_the_samples(models, monkeypa
     paths = [path(), path(steps=3), path(eta=0.), path(recurrence=2), path(seed=1),
              path(indices=indices + 1), path(guidance=("x0", 3., (1, 950))),
              path(models._replace(captions=models.captions[::-1])),
-             path(models._replace(labels=models.labels.flip(0))), path(batch=8)]
+             path(models._replace(caption_labels=models.caption_labels.flip(0))), path(batch=8)]
     with torch.autocast("cpu", torch.bfloat16):
         paths.append(path())
     assert path() == paths[0]
@@ -349,7 +349,9 @@ def test_held_out_pairs():
 
 def test_models_by_themselves(here):
     rows = run("clip")
-    rows, phrasings = rows[:2], rows[2:]
+    rows, mean, phrasings = rows[:2], rows[2], rows[3:]
+    assert mean["phrasing"] == "mean" and mean["t = 0"] == pytest.approx(
+        np.mean([row["t = 0"] for row in phrasings]))
     assert [row["t"] for row in rows] == [0, 500]
     assert {"top-1", "ece", "images@5", "order"} <= set(rows[0])
     assert [row["phrasing"] for row in phrasings] == clip.HELD_OUT_PHRASINGS

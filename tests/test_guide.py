@@ -36,7 +36,7 @@ def gaussian_denoiser(alpha_bar, mean, var):
 @pytest.fixture
 def models(clip, unet, text_features, alpha_bar):
     return SimpleNamespace(clip=clip, unet=unet, alpha_bar=alpha_bar, text_features=text_features,
-                           labels=LABELS)
+                           caption_labels=LABELS)
 
 
 def generate(name, models, targets, scale, eta=1., steps=5, interval=None):

@@ -84,7 +84,8 @@ def test_class_folders_may_be_in_a_wrapper_or_in_parts(tmp_path, below):
     """A folder around them is entered; train, val and test are no classes."""
     two_classes(tmp_path / below)
     if "train" in below:
-        two_classes(tmp_path / below.replace("train", "test"), 5)
+        two_classes(tmp_path / below.replace("train", "Test"), 5)
+        write(tmp_path / below.removesuffix("train") / "preview.png")
     found = image_folders.scan_folder(tmp_path)
     assert found.classes == ["cat", "dog"] and len(found.files) == (70 if "train" in below else 60)
     (tmp_path / below / "truck").mkdir()
@@ -99,15 +100,34 @@ def test_train_may_be_a_class(tmp_path):
     assert image_folders.scan_folder(tmp_path).classes == ["bus", "train"]
 
 
-@pytest.mark.parametrize("name, text", [("cat/0.txt", "a cat"), ("captions.csv",
-                                                                 "image,caption\ncat/0.png,a cat")])
-def test_few_captions_of_another_layout_do_not_count(tmp_path, name, text):
-    """The class folders win, and the other file is named."""
+def test_a_few_text_files_do_not_count(tmp_path):
+    """The class folders win, and the file is named, as a README is."""
     two_classes(tmp_path)
-    (tmp_path / name).write_text(text)
+    for name in ("cat/0.txt", "README"):
+        (tmp_path / name).write_text("a cat")
     found = image_folders.scan_folder(tmp_path)
-    assert found.classes == ["cat", "dog"] and len(found.files) == 60 and found.others == [name]
-    assert f"other files: 1, such as {name}" in image_folders.report(found, "train", [0], [0], 2)
+    assert found.classes == ["cat", "dog"] and len(found.files) == 60
+    assert found.others == ["README", "cat/0.txt"]
+    line = image_folders.report(found, "train", [0], [0], 2)
+    assert "other files: 2, such as README, cat/0.txt" in line
+
+
+def test_images_that_a_table_does_not_name_are_counted(tmp_path):
+    two_classes(tmp_path)
+    (tmp_path / "captions.csv").write_text("image,caption\ncat/0.png,a cat\n..a.png,a dog")
+    found = image_folders.scan_folder(tmp_path)
+    assert found.layout == "captions.csv" and found.left_out == 59 and found.others == []
+
+
+def test_only_part_of_srn_cars_is_used(tmp_path):
+    """cars.txt has the captions of cars_train, however many other images there are."""
+    for part, count in (("cars_train", 2), ("cars_test", 3)):
+        for i in range(count):
+            write(tmp_path / part / f"id{i}" / "rgb" / "0.png")
+    (tmp_path / "cars.txt").write_text("a red car\na blue car")
+    found = image_folders.scan_folder(tmp_path)
+    assert found.layout == "SRN cars" and found.texts == ["a red car", "a blue car"]
+    assert found.left_out == 3
 
 
 def test_links_are_followed(tmp_path):
@@ -159,6 +179,7 @@ def test_captions_csv(tmp_path):
     rows += ["p/0.png,", ",of nothing"]
     (tmp_path / "captions.csv").write_text("\n".join(rows), "utf-8-sig")
     assert pairs(all_splits(tmp_path)) == {8 * i: f'one, two "{i % 2}" three' for i in range(30)}
+    write(tmp_path / "p" / "not named.png")
     assert image_folders.scan_folder(tmp_path).left_out == 1
 
 
@@ -196,6 +217,8 @@ def test_reading(tmp_path):
     check("clear.png", [255, 255, 255])
     Image.fromarray(np.full((9, 9), 51400, np.uint16)).save(tmp_path / "deep.png")
     check("deep.png", [200, 200, 200])
+    (tmp_path / "deep.pgm").write_bytes(b"P5 9 9 65535 " + b"\xc8\xc8" * 81)
+    check("deep.pgm", [200, 200, 200])
     turned = Image.new("RGB", (40, 20), "white")
     turned.paste("black", (0, 0, 20, 20))   # left half black
     exif = Image.Exif()
@@ -229,6 +252,10 @@ def test_colours_are_those_of_the_profile(tmp_path):
     pixel = lambda name: image_folders.read_image(tmp_path / f"{name}.png", 8)[4, 4].tolist()
     assert np.allclose(pixel("srgb"), (0, 200, 50), atol=2)
     assert pixel("damaged") == [0, 200, 50]
+    image.convert("P").save(tmp_path / "palette.png", icc_profile=other)
+    assert np.allclose(pixel("palette"), pixel("swapped"), atol=20)
+    image.save(tmp_path / "clear.png", icc_profile=srgb, transparency=(0, 200, 50))
+    assert pixel("clear") == [255, 255, 255]
     assert np.allclose(pixel("swapped"), (200, 0, 50), atol=2)   # red and green have changed places
 
 
@@ -354,7 +381,7 @@ def test_a_file_name_of_any_bytes_can_be_reported(tmp_path):
 
 @pytest.mark.parametrize("make, message", [
     (lambda p: None, "there are no images"),
-    (lambda p: write(p / "a" / "a.png"), "1 images are too few: none of them belongs to the judge "
+    (lambda p: write(p / "a" / "a.png"), "1 objects are too few: none of them belongs to the judge "
      "split; at least 20 are needed"),
     (lambda p: (p / "captions.csv").write_text("image,text\na.png,b"), "no column 'caption'"),
     (lambda p: (p / "captions.csv").write_text(""), "no column 'image'"),

@@ -470,7 +470,7 @@ def test_other_settings_are_another_run(here, capsys):
                            ("--steps 5", r"another steps \(4, now 5\)"),
                            ("--steps 4 --seed 1", "another seed"),
                            ("--steps 4 --width 16", "another width"),
-                           ("--steps 4 --images 50", "another data set")):
+                           ("--steps 4 --images 50", "another number of images")):
         with pytest.raises(cli.UserError, match=f"{message}.*another --out.*--fresh") as error:
             train.main(command("judge", f"--out settings {flags}"))
         assert "\n" not in str(error.value)
