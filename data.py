@@ -40,32 +40,41 @@ def to_uint8(x):
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def generator(*entropy, device="cpu"):
-    """Make a torch.Generator from integers, such as (seed, image index) or (seed, step).
+PURPOSES = "sampling", "captions", "training", "dropout", "evaluation"
 
-    Neighbours have unrelated streams, which `manual_seed(seed + index)` does not promise: image 1
-    of seed 0 would even be image 0 of seed 1. Trailing zeros are ignored: (seed, step, rank 0) is
-    (seed, step).
+
+def generator(purpose, *entropy, device="cpu"):
+    """Make a torch.Generator from a purpose and integers: "sampling", seed, index of the image
+
+    purpose: one of PURPOSES. All others, and all other integers, have an unrelated stream, which
+    `manual_seed(seed + index)` does not promise: image 1 of seed 0 would be image 0 of seed 1.
     """
-    state = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
-    return torch.Generator(device).manual_seed(state)
+    key = PURPOSES.index(purpose)
+    sequence = np.random.SeedSequence(entropy, spawn_key=(key,) if key else ())
+    return torch.Generator(device).manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
 # ---- data sets -----------------------------------------------------------------------------------
 
 class Dataset(NamedTuple):
-    """N images with K different captions, each with A attributes, such as its colours."""
-    name: str                    # "cars" or the folder's path
-    images: np.ndarray           # (N, H, W, 3) uint8, perhaps memory-mapped
-    caption_ids: np.ndarray      # (N,) int64, each image's index into captions
-    captions: list               # K different captions
-    templates: list              # S lists of texts: ways to write the K captions, then P partial
-                                 # captions ("a bus"), each true of several captions
-    partial_true_of: np.ndarray     # (P, K) bool, which of them; P = 0 for folders
-    caption_labels: np.ndarray   # (K, A) int64, the attributes that each caption names; its own
-                                 # number, A = 1, if none is known
-    attributes: dict             # name of attribute -> its values; empty if none is known
-    report: str                  # one line: what was found
+    """N images with K different captions, each with A attributes, such as its colours.
+
+    templates are S lists of finished texts, ways to write the K captions and, behind them, P
+    partial captions, which are true of several captions. Of the cars two of 192 such lists are
+        "a red car", "a red and green car", ..., "a car with a red body", ..., "something"
+        "an auto in red", "a red sedan, its roof is green", ..., "a crimson-bodied car", ..., "any"
+    and of a folder of classes "a photo of a cat", ...; "cat", ...; "a picture of a cat", ...
+    """
+    name: str                     # "cars", or "./" and the folder's name
+    images: np.ndarray            # (N, H, W, 3) uint8, perhaps memory-mapped
+    caption_ids: np.ndarray       # (N,) int64, each image's index into captions
+    captions: list                # K different captions
+    templates: list               # S lists of K + P texts
+    partial_true_of: np.ndarray   # (P, K) bool, the captions that each is true of; folders: P = 0
+    caption_labels: np.ndarray    # (K, A) int64, the attributes that each caption names; its own
+                                  # number, A = 1, if none is known
+    attributes: dict              # name of attribute -> its values; empty if none is known
+    report: str                   # one line: what was found
 
     @property
     def labels(self):
@@ -111,7 +120,7 @@ def _render_cars(indices, size):
 
 
 def _load_folder(name, size, split):
-    folder = Path(name).resolve()
+    folder = Path(os.path.realpath(name))
     try:
         scan = image_folders.scan_folder(folder)
         indices = image_folders.split_indices(scan, split)
@@ -129,7 +138,10 @@ def _load_folder(name, size, split):
     attributes = {"class": scan.classes} if scan.classes else {}
     labels = np.arange(len(captions), dtype=np.int64)[:, None]                # (K, A = 1)
     report = image_folders.report(scan, split, indices, readable, len(captions))
-    return Dataset(folder.as_posix(), images, caption_ids, captions, templates,
+    low, high = images.min(), images.max()
+    if high - low < 32:   # all black, or 12 bits in 16
+        report += f"; all their values lie between {low} and {high} of 255: are the files right?"
+    return Dataset(f"./{folder.name}", images, caption_ids, captions, templates,
                    np.empty((0, len(captions)), bool), labels, attributes, report)
 
 
@@ -163,7 +175,7 @@ def save_grid(path, images, columns=8, zoom=1, **metadata):
     for key, value in metadata.items():
         info.add_itxt(key, str(value).encode("utf-8", "replace").decode())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with checkpoint.write_atomic(path, ".tmp") as file:
+    with checkpoint.write_atomic(path) as file:
         image_grid(images, columns, zoom=zoom).save(file, "PNG", pnginfo=info)
 
 
@@ -171,7 +183,7 @@ def save_gif(path, frames, columns=4, zoom=2, milliseconds=80):
     """Write a list of (N, H, W, 3) uint8 as an endless GIF of grids, two seconds on the last."""
     images = [image_grid(frame, columns, zoom=zoom) for frame in frames]
     durations = [milliseconds] * (len(images) - 1) + [2000]
-    with checkpoint.write_atomic(path, ".tmp") as file:
+    with checkpoint.write_atomic(path) as file:
         images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=durations,
                        loop=0)
 

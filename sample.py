@@ -24,7 +24,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-import cars
 import data
 import guide
 import judge
@@ -76,11 +75,13 @@ def load_models(clip=None, ddpm=None, device="cpu"):
         clip, content = load_published(clip_path, ddpm_content)
     else:
         clip, content = checkpoint.load_model(clip_path, "clip", tinyclip.CLIP)
-        for_clip = f"{content['data']} at {clip.config.image_size} pixels"
-        for_ddpm = f"{ddpm_content['data']} at {unet.config.image_size} pixels"
-        if for_clip != for_ddpm:
-            raise cli.UserError(f"these models do not fit together: CLIP is for {for_clip}, the "
-                                f"DDPM for {for_ddpm}; train both alike")
+        sizes = [model.config.image_size for model in (clip, unet)]
+        if sizes[0] != sizes[1] or content["captions"] != ddpm_content["captions"]:
+            raise cli.UserError(
+                f"these models do not fit together: CLIP is for {content['data']} at {sizes[0]} "
+                f"pixels, {len(content['captions']):,} captions, the DDPM for "
+                f"{ddpm_content['data']} at {sizes[1]}, {len(ddpm_content['captions']):,}; train "
+                "both alike")
     if "clip" in ddpm_content and ddpm_content["clip"] != checkpoint.weights_checksum(clip):
         raise cli.UserError(f"{ddpm_path} is conditional on the text features of another CLIP; "
                             "give that one with --clip")
@@ -89,12 +90,14 @@ def load_models(clip=None, ddpm=None, device="cpu"):
         text_features = clip.encode_ensemble(content["templates"])            # (K + P, E)
     K = len(content["captions"])
     return Models(
-        clip, unet, tinyddpm.cosine_alpha_bar().to(device), content["captions"],
-        torch.tensor(content["caption_labels"], device=device), content["templates"],
-        content["partial"], content["partial_true_of"], content["words"],
-        text_features[:K], text_features[K:], content["data"],
-        f"CLIP from {clip_path} ({content['steps']:,} steps), DDPM from {ddpm_path} "
-        f"({ddpm_content['steps']:,} steps), on {device}")
+        clip=clip, unet=unet, alpha_bar=tinyddpm.cosine_alpha_bar().to(device),
+        captions=content["captions"],
+        caption_labels=torch.tensor(content["caption_labels"], device=device),
+        templates=content["templates"], partial=content["partial"],
+        partial_true_of=content["partial_true_of"], words=content["words"],
+        text_features=text_features[:K], partial_features=text_features[K:], data=content["data"],
+        description=f"CLIP from {clip_path} ({content['steps']:,} steps), DDPM from {ddpm_path} "
+                    f"({ddpm_content['steps']:,} steps), on {device}")
 
 
 def load_unguided(ddpm=None, device="cpu"):
@@ -104,8 +107,9 @@ def load_unguided(ddpm=None, device="cpu"):
     unet, content = checkpoint.load_model(path, "ddpm", tinyddpm.UNet)
     return Models(
         clip=None, unet=unet.to(device, memory_format=torch.channels_last),
-        alpha_bar=tinyddpm.cosine_alpha_bar().to(device), captions=[""], caption_labels=None,
-        templates=[], partial=[], partial_true_of=torch.zeros(0, 1, dtype=torch.bool), words=[],
+        alpha_bar=tinyddpm.cosine_alpha_bar().to(device), captions=content["captions"],
+        caption_labels=None, templates=[], partial=[],
+        partial_true_of=torch.zeros(0, len(content["captions"]), dtype=torch.bool), words=[],
         text_features=None, partial_features=None, data=content["data"],
         description=f"DDPM from {path} ({content['steps']:,} steps), on {device}")
 
@@ -118,9 +122,7 @@ def load_published(path, ddpm_content):
     vocabulary = Path(path).parent / "bpe_simple_vocab_16e6.txt.gz"
     if not vocabulary.exists():
         raise cli.UserError(f"{path} needs the published vocabulary beside it: {vocabulary}")
-    if ddpm_content["data"] != "cars" and "captions" not in ddpm_content:
-        raise cli.UserError("the DDPM's weights hold no captions, they are of another version")
-    captions = ddpm_content.get("captions", cars.CAPTIONS)
+    captions = ddpm_content["captions"]
     tokenizer = tinyclip.Tokenizer.from_openai(vocabulary)
     try:
         clip = tinyclip.CLIP.from_openai(published.load_tensors(path), tokenizer)
@@ -136,18 +138,19 @@ def load_published(path, ddpm_content):
         "partial_true_of": torch.zeros(0, len(captions), dtype=torch.bool)}
 
 
-def load_judge(data_name, path=None, device="cpu"):
-    """Load the judge of a data set: the given one, else that of runs/, else that of weights/.
+def load_judge(captions, path=None, device="cpu"):
+    """Load the judge of these captions: the given one, else that of runs/, else that of weights/.
 
     -> (judge, content), (None, None) if there is none
     """
     found = [p for p in (Path("runs/judge/weights.pt"), SHIPPED / "judge.pt") if p.exists()]
     for candidate in [path] if path else found:
         model, content = checkpoint.load_model(candidate, "judge", judge.Judge)
-        if content["data"] == data_name:
+        if content["captions"] == captions:
             return model.to(device), {**content, "path": str(candidate)}
     if path:
-        raise cli.UserError(f"--judge {path} is for {content['data']}, the models for {data_name}")
+        raise cli.UserError(f"--judge {path} is for {content['data']}, whose captions are not "
+                            "those of the models")
     return None, None
 
 
@@ -314,8 +317,8 @@ def draw_captions(targets, config):
     with a yellow roof" at yellow cars.)
     """
     allowed = targets.nonzero()[:, 0]                                         # (number of True,)
-    drawn = [torch.randint(len(allowed), (), generator=data.generator(config.seed, i, 1))
-             for i in range(config.n)]
+    generators = [data.generator("captions", config.seed, i) for i in range(config.n)]
+    drawn = [torch.randint(len(allowed), (), generator=generator) for generator in generators]
     return allowed[torch.stack(drawn)]
 
 
@@ -332,7 +335,8 @@ def sample_images(models, caption_ids, config, callback=None):
         targets = caption_ids[start:start + config.batch].to(device)          # (B,)
         denoise = guide.build_denoiser(config.method, models, targets, config.scale,
                                        config.interval)
-        generators = [data.generator(config.seed, start + i) for i in range(len(targets))]
+        generators = [data.generator("sampling", config.seed, start + i)
+                      for i in range(len(targets))]
         x_T = tinyddpm.randn_per_image(generators, (3, size, size), device)
         images.append(tinyddpm.sample(
             denoise, x_T, generators, models.alpha_bar, config.steps, config.eta,
@@ -397,7 +401,7 @@ def report(models, targets, x_0, judge_model, content):
     if targets.all() or len(targets) > models.partial_true_of.shape[1]:
         print("not judged: " + ("it names nothing" if targets.all() else "the caption is new"))
         return   # CLIP's probability of it means little
-    if judge_model is None or content["captions"] != models.captions:
+    if judge_model is None:
         print("not judged: there is no judge of these captions")
     else:
         allowed = torch.tensor(content["caption_labels"])[targets]            # (n, A)
@@ -422,8 +426,10 @@ def main(arguments=None):
     else:
         models = load_models(args.clip, args.ddpm, device)
         config = for_clip(config, models.clip)
-    judge_model, content = load_judge(models.data, args.judge, device)
+    judge_model, content = load_judge(models.captions, args.judge, device)
     print(models.description)
+    checksums = {f"{name} checksum": checkpoint.weights_checksum(model)
+                 for name, model in (("CLIP", models.clip), ("DDPM", models.unet)) if model}
     with cli.autocast(device):
         resolved = [resolve_prompt(prompt, models) for prompt in args.prompts]
         for prompt, (extended, targets), path in zip(args.prompts, resolved, paths):
@@ -436,7 +442,7 @@ def main(arguments=None):
             images = data.to_uint8(x_0)   # waits for the device, so the time is right
             seconds = time.perf_counter() - start
             zoom = max(1, 96 // images.shape[1])   # small images get up to 96 pixels on the screen
-            metadata = {"prompt": prompt, "models": models.description, "torch": torch.__version__,
+            metadata = {"prompt": prompt, **checksums, "torch": torch.__version__,
                         "bf16": cli.bf16_is_fast(device), **vars(config)}
             data.save_grid(path, images, min(8, round(config.n ** 0.5)), zoom,
                            **{key: value for key, value in metadata.items() if value is not None})

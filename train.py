@@ -14,6 +14,7 @@ with the same weights, bit for bit, as one that ran through (on one machine, wit
 ranks and micro-batches: each of the latter draws timesteps for its own part of the batch).
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import math
@@ -23,6 +24,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -150,7 +152,8 @@ def clip_task(config, options, dataset, validation, device):
     @torch.no_grad()
     def preview(model, folder):   # the same images and noise in each call
         x_0, indices = data.batch(validation, 0, 0, 500, device)
-        eps = torch.randn(x_0.shape, generator=data.generator(0, 0, device=device), device=device)
+        generator = data.generator("evaluation", 0, device=device)
+        eps = torch.randn(x_0.shape, generator=generator, device=device)
         text_features, accuracies = model.encode_text(tokens[0, :K]), []
         for timestep in (0, 300, 500, 700):
             t = torch.full((len(x_0),), timestep, device=device)
@@ -191,10 +194,10 @@ def ddpm_task(config, options, dataset, validation, device, clip=None):
     @torch.no_grad()
     def preview(model, folder):   # unconditional
         x_0, _ = data.batch(validation, 0, 0, 500, device)
-        generator = data.generator(0, 0, device=device)
+        generator = data.generator("evaluation", 0, device=device)
         loss = torch.stack([ddpm_objective(model, x, None, alpha_bar, generator)
                             for x in x_0.split(50)]).mean()   # in parts, to save memory
-        generators, size = [data.generator(0, i) for i in range(16)], config.image_size
+        generators, size = [data.generator("sampling", 0, i) for i in range(16)], config.image_size
         x_T = tinyddpm.randn_per_image(generators, (3, size, size), device)
         images = tinyddpm.sample(tinyddpm.denoiser(model, alpha_bar), x_T, generators, alpha_bar)
         data.save_grid(folder / "samples.png", data.to_uint8(images), zoom=2)
@@ -244,7 +247,8 @@ class Run:
         self.folder, self.seed, self.device = folder, seed, device
         checksum = zlib.crc32(repr(dataset.templates).encode() + dataset.caption_ids.tobytes())
         self.settings = {   # all that must be the same when the run is resumed
-            "data": dataset.name, "number of images": len(dataset.images),
+            "number of images": len(dataset.images),
+            "images' checksum": zlib.crc32(np.ascontiguousarray(dataset.images)),
             "captions' checksum": checksum,
             "CLIP": task.content.get("clip"), "seed": seed,
             **dataclasses.asdict(task.model.config), **dataclasses.asdict(options)}
@@ -281,8 +285,10 @@ class Run:
             return
         for key, now in self.settings.items():
             if (before := saved["settings"].get(key)) != now:
-                raise cli.UserError(f"{self.folder} holds a run with another {key} ({before}, now "
-                                    f"{now}): choose another --out, or start over with --fresh")
+                raise cli.UserError(
+                    f"{self.folder} holds a run with another {key} ({before}, now {now}), and must "
+                    "end as if it had never stopped: choose another --out, or start over with "
+                    "--fresh")
         try:
             self.model.load_state_dict(saved["model"])
             self.ema.load_state_dict(saved["ema"])
@@ -310,8 +316,8 @@ def train_step(run, step):
     size = options.batch // distributed.world_size()
     x_0, indices = data.batch(run.dataset, seed, step, size, device, rank)
     caption_ids = torch.from_numpy(run.dataset.caption_ids[indices]).to(device)
-    generator = data.generator(seed, step, rank, device=device)
-    torch.manual_seed(data.generator(seed, step, rank, 1).initial_seed())   # for dropout
+    generator = data.generator("training", seed, step, rank, device=device)
+    torch.manual_seed(data.generator("dropout", seed, step, rank).initial_seed())
     total = 0.
     for x, ids in zip(x_0.chunk(options.accumulate), caption_ids.chunk(options.accumulate)):
         with cli.autocast(device, run.bf16):
@@ -448,14 +454,15 @@ def main(arguments=None):
         dataset = data.load(args.data, config.image_size, options.images, split)
         validation = data.load(args.data, config.image_size, count, held_out)
     print(f"{dataset.report}\n{validation.report}")
-    if condition and (content["data"], condition["clip"].config.image_size) != (
-            dataset.name, config.image_size):
+    if condition and (content["captions"], condition["clip"].config.image_size) != (
+            dataset.captions, config.image_size):
         raise cli.UserError(f"--clip {args.clip} was trained on {content['data']} at "
                             f"{content['config']['image_size']} pixels; train both alike")
     torch.manual_seed(args.seed)   # for the initial weights
     task = TASKS[args.kind][0](config, options, dataset, validation, device, **condition)
-    train(task, options, dataset, folder, args.seed, device, args.minutes, args.save_every,
-          args.fresh)
+    with checkpoint.lock(folder) if distributed.rank() == 0 else contextlib.nullcontext():
+        train(task, options, dataset, folder, args.seed, device, args.minutes, args.save_every,
+              args.fresh)
 
 
 if __name__ == "__main__":

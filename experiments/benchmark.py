@@ -60,7 +60,7 @@ def train_ours(kind, config, bf16):
 def ddim_ours(make_unet, bf16):
     """make_unet() -> a function (x_t, t) -> v_hat, its model"""
     (unet, model), alpha_bar = make_unet(), tinyddpm.cosine_alpha_bar().to(DEVICE)
-    generators = [data.generator(0, i) for i in range(BATCH["ddim"])]
+    generators = [data.generator("sampling", 0, i) for i in range(BATCH["ddim"])]
     def run():
         with torch.no_grad(), cli.autocast(DEVICE, bf16):
             x_T = tinyddpm.randn_per_image(generators, (3, 32, 32), DEVICE)

@@ -20,10 +20,10 @@ def unguided_quality(models, args):
         parts = zip(x_0.split(250), timesteps.split(250), eps.split(250))
         yield {"t": t, "v_error": metrics.mean(torch.cat(
             [tinyddpm.ddpm_loss(models.unet, *part, models.alpha_bar) for part in parts]))}
-    judge, _ = sample.load_judge(models.data, args.judge, x_0.device)
+    judge, _ = sample.load_judge(models.captions, args.judge, x_0.device)
     if judge is None:
         return
-    order = torch.randperm(len(x_0), generator=data.generator(0))[:STEPS_IMAGES]
+    order = torch.randperm(len(x_0), generator=data.generator("evaluation", 0))[:STEPS_IMAGES]
     real = metrics.judge_features(judge, x_0[order.to(x_0.device)])
     for eta in (0., 1.):
         for steps in STEPS:

@@ -52,7 +52,8 @@ def images_and_noise(models, seed):
     total = len(dataset.images)
     indices = np.linspace(0, total - 1, min(total, HELD_OUT)).astype(int)
     x_0 = data.to_float(dataset.images[indices]).to(device)
-    eps = torch.randn(x_0.shape, generator=data.generator(seed, device=device), device=device)
+    generator = data.generator("evaluation", seed, device=device)
+    eps = torch.randn(x_0.shape, generator=generator, device=device)
     return dataset, torch.from_numpy(dataset.caption_ids[indices]).to(device), x_0, eps
 
 
@@ -112,7 +113,7 @@ def generate(guidance, indices, models, args):
     method, *scale_and_interval = guidance
     for part in tqdm(indices.split(args.batch), desc=method, leave=False):
         denoise = build_denoiser(method, models, part % len(models.captions), *scale_and_interval)
-        generators = [data.generator(args.seed, i) for i in part.tolist()]
+        generators = [data.generator("sampling", args.seed, i) for i in part.tolist()]
         x_T = tinyddpm.randn_per_image(generators, (3, size, size), device)
         images.append(data.to_uint8(tinyddpm.sample(   # waits for the device: the time is correct
             denoise, x_T, generators, models.alpha_bar, args.steps, args.eta,
@@ -137,7 +138,7 @@ def best_of(n, targets, models, args):
     x = data.to_float(pool.images).to(models.alpha_bar.device)
     probs = models.clip.caption_probs(x, models.text_features).cpu()        # (POOL, K)
     for i, k in enumerate(targets.tolist()):
-        subset = torch.randperm(POOL, generator=data.generator(args.seed, n, i))[:n]
+        subset = torch.randperm(POOL, generator=data.generator("evaluation", args.seed, n, i))[:n]
         best.append(subset[probs[subset, k].argmax()].item())
     seconds = n * len(targets) * pool.seconds / POOL
     return Samples(pool.images[best], n * pool.unet_evaluations, 0, seconds)
@@ -190,7 +191,8 @@ def score(images, targets, models, evaluator):
         second = metrics.mean(also), metrics.mean(also != correct.all(1))
     probs = models.clip.caption_probs(x, models.text_features)[torch.arange(len(x)), targets]
     features, real = metrics.judge_features(evaluator.judge, x), evaluator.real
-    order = torch.randperm(len(x), generator=data.generator(0))   # both are in order of captions
+    order = torch.randperm(   # both are in the order of captions
+        len(x), generator=data.generator("evaluation", 0))
     kid, error = metrics.kid(real[order], features[order])
     std = real.std(dim=0) + 1e-6
     spread, real_spread = (metrics.diversity(f / std, targets) for f in (features, real))

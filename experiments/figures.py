@@ -95,7 +95,8 @@ def noising(models, path):
     """One car at t = 0, 200, ..., 1000, and a guided sample at the same timesteps."""
     images, labels = cars.render(0, [cars.VALIDATION + 19], 32)
     caption, timesteps = cars.caption(*labels[0]), range(0, 1001, 200)   # a red jeep
-    x_0, eps = data.to_float(images), torch.randn(1, 3, 32, 32, generator=data.generator(0))
+    x_0 = data.to_float(images)
+    eps = torch.randn(1, 3, 32, 32, generator=data.generator("evaluation", 0))
     noised = [tinyddpm.q_sample(x_0, torch.tensor([t]), eps, tinyddpm.cosine_alpha_bar())
               for t in timesteps]
     visited = trajectory(partial(sample.generate, models, caption, n=1))
@@ -177,8 +178,8 @@ def swiss_roll(models, path):
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         net = tinyddpm.train_on_swiss_roll()
     alpha_bar, timesteps = tinyddpm.cosine_alpha_bar(), (0, 100, 300, 600, 1000)
-    x_0, x_T = tinyddpm.swiss_roll(1000, data.generator(0)), torch.randn(
-        1000, 2, 1, 1, generator=data.generator(1))
+    x_0, x_T = tinyddpm.swiss_roll(1000, data.generator("evaluation", 0)), torch.randn(
+        1000, 2, 1, 1, generator=data.generator("evaluation", 1))
     run = partial(tinyddpm.sample, tinyddpm.denoiser(net, alpha_bar), x_T, None, alpha_bar, eta=0.)
     runs = {steps: trajectory(partial(run, steps=steps)) for steps in (2, 5, 10, 100, 1000)}
     noised = [tinyddpm.q_sample(x_0, torch.full((1000,), t), x_T, alpha_bar) for t in timesteps]

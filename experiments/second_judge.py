@@ -44,7 +44,7 @@ def load_second_judge(data_name, device="cpu"):
 def load_judges(models, args):
     """-> the judge, its checkpoint, the second judge or None; UserError if there is no judge."""
     device = models.alpha_bar.device
-    judge, content = sample.load_judge(models.data, args.judge, device)
+    judge, content = sample.load_judge(models.captions, args.judge, device)
     if judge is None or not set(models.captions) <= set(content["captions"]):
         raise cli.UserError(f"there is no judge for {models.data}; for cars and for class folders "
                             f"train one with: python train.py judge --data {models.data}")

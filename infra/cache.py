@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import threading
+import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -23,25 +25,30 @@ def load_packed(items, make, size, path):
     """Load the images of the items, made by `pack` now or earlier -> images: (N, size, size, 3)
     uint8, memory-mapped; numbers: (len(items),), N of them >= 0"""
     try:
-        numbers = np.load(path.with_suffix(".npy"))
-        length = int((numbers >= 0).sum()) * size * size * 3
-        whole = len(numbers) == len(items) and path.stat().st_size == length
-    except (FileNotFoundError, ValueError, EOFError):
-        whole = False
-    if not whole:
-        if path.exists():
-            print(f"{path} is damaged and made again")
-            path.unlink(missing_ok=True)
-        pack(items, make, size, path)
-        numbers = np.load(path.with_suffix(".npy"))
+        images, numbers, checksum = _open_packed(size, path)
+        if len(numbers) == len(items) and zlib.crc32(images) == checksum:
+            return images, numbers
+        del images   # some systems cannot delete what is mapped
+    except (FileNotFoundError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        pass
+    if path.exists():
+        print(f"{path} is not whole, and is made again")
+        path.unlink(missing_ok=True)
+    pack(items, make, size, path)
+    return _open_packed(size, path)[:2]
+
+
+def _open_packed(size, path):
+    with np.load(path.with_suffix(".npz")) as made:
+        numbers, checksum = made["numbers"], int(made["checksum"])
     shape = (int((numbers >= 0).sum()), size, size, 3)
     if not shape[0]:   # an empty file cannot be mapped
-        return np.empty(shape, np.uint8), numbers
-    return np.memmap(path, np.uint8, "r", shape=shape), numbers
+        return np.empty(shape, np.uint8), numbers, checksum
+    return np.memmap(path, np.uint8, "r", shape=shape), numbers, checksum
 
 
 def pack(items, make, size, path):
-    """Make an image of each item, all of them into `path`, and a number for each into its .npy.
+    """Make an image of each item, all into `path`; a number for each and a checksum into its .npz.
 
     make(some items, size), a function at the top level of a module, -> images: (n, size, size, 3)
     uint8; numbers: (n,) int, -1 for an item that cannot be read and is left out"""
@@ -52,13 +59,18 @@ def pack(items, make, size, path):
     files = [file for *_, file in tasks]
     try:
         _make_chunks([task for task in tasks if not task[-1].exists()], path.stem)
-        with write_atomic(path.with_suffix(".npy")) as out:
-            np.save(out, np.concatenate([np.load(file)["numbers"] for file in files]))
-        with write_atomic(path) as out:   # last: where path is, all is done
+        numbers, checksum = [], 0
+        with write_atomic(path) as out:
             for file in files:
-                out.write(np.load(file)["images"].data)
+                with np.load(file) as chunk:
+                    images = chunk["images"]
+                    numbers.append(chunk["numbers"])
+                out.write(images.data)
+                checksum = zlib.crc32(images, checksum)
+        with write_atomic(path.with_suffix(".npz")) as out:   # last: where it is, all is done
+            np.savez(out, numbers=np.concatenate(numbers), checksum=checksum)
     except OSError:   # another command has made the same file meanwhile and removed the chunks
-        if not path.exists():
+        if not path.with_suffix(".npz").exists():
             raise
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -12,15 +12,15 @@ from infra.cli import UserError
 # What commands read of weights.pt besides what from_checkpoint does.
 HOLDS = {"clip": ("steps", "captions", "caption_labels", "templates", "partial",
                   "partial_true_of", "words"),
-         "ddpm": ("steps",), "judge": ("steps", "captions", "caption_labels")}
+         "ddpm": ("steps", "captions"), "judge": ("steps", "captions", "caption_labels")}
 
 
 @contextlib.contextmanager
-def write_atomic(path, suffix=None):
+def write_atomic(path):
     """Open a binary file under a temporary name; rename it once all of it is on the disk, so that
     a process killed at any moment, or a power cut, leaves the old file or the new one, whole."""
     path = Path(path)
-    temporary = path.with_suffix(suffix or f".{os.getpid()}.tmp")   # no two commands share it
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")   # no two commands share it
     try:
         with temporary.open("wb") as file:
             yield file
@@ -31,11 +31,30 @@ def write_atomic(path, suffix=None):
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def lock(folder):
+    """Context in which no other command trains in a folder; UserError if one does already."""
+    if os.name != "posix":   # Windows has no flock
+        yield
+        return
+    import fcntl
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)   # ends with the process, if killed
+        for left in Path(folder).glob("*.tmp"):   # by a run that was killed
+            left.unlink()
+        yield
+    except BlockingIOError:
+        raise UserError(f"another command trains in {folder}; choose another --out") from None
+    finally:
+        os.close(handle)
+
+
 def save(path, content):
     """Save a dictionary of tensors and plain Python types; UserError if it cannot be written."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with write_atomic(path, ".tmp") as file:   # what a killed run left is overwritten
+        with write_atomic(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:   # torch reports a full disk as a RuntimeError
         raise UserError(f"cannot write {path}: {error}") from None

@@ -47,5 +47,5 @@ def line_plot(path, curves, x_label, y_label, width=600, height=340):
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
         draw.text((right + 10, top + 16 * i), name, colour, font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with write_atomic(path, ".tmp") as file:   # what a killed run left is overwritten
+    with write_atomic(path) as file:
         image.save(file, "PNG")

@@ -48,7 +48,7 @@ def slowly(items, size):
 
 
 def check_packed(path, count, size):
-    assert sorted(file.name for file in path.parent.iterdir()) == ["a.npy", "a.raw"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["a.npz", "a.raw"]
     images, numbers = cache.load_packed(range(count), None, size, path)
     readable = [i for i in range(count) if i % 7 != 6]
     assert numbers.tolist() == [-1 if i % 7 == 6 else 10 * i for i in range(count)]
@@ -64,13 +64,17 @@ def test_in_order_and_without_what_cannot_be_read(tmp_path):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("a.raw", b""), ("a.raw", b"x" * 100), ("a.npy", b""), ("a.npy", b"nonsense"), ("a.npy", None)])
+    ("a.raw", b""), ("a.raw", b"x" * 100), ("a.raw", "flipped"), ("a.npz", b""),
+    ("a.npz", b"nonsense"), ("a.npz", None)])
 def test_a_damaged_cache_is_made_again(tmp_path, capsys, name, content):
     path = tmp_path / "a.raw"
     cache.pack(range(230), paint, 3, path)
+    if content == "flipped":
+        content = bytearray(path.read_bytes())
+        content[100] ^= 1
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
     images, numbers = cache.load_packed(range(230), paint, 3, path)
-    assert "a.raw is damaged and made again" in capsys.readouterr().out
+    assert "a.raw is not whole, and is made again" in capsys.readouterr().out
     check_packed(path, 230, 3)
 
 
@@ -102,18 +106,18 @@ def test_part_of_a_chunk_is_not_used(tmp_path):
 
 
 def test_interrupted_while_concatenating(tmp_path, monkeypatch):
-    """The chunks stay until the file has its name, and none is made again."""
+    """The chunks stay until both files have their names, and none is made again."""
     path = tmp_path / "a.raw"
     with monkeypatch.context() as patch:
         def interrupted(a, b):
-            if Path(b) == path:
+            if Path(b) == path.with_suffix(".npz"):
                 raise KeyboardInterrupt
             os.rename(a, b)
         patch.setattr(os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cache.pack(range(600), paint, 3, path)
-    assert not path.exists() and path.with_suffix(".npy").exists()
-    cache.pack(range(600), paint_from_600, 3, path)
+    assert path.exists() and not path.with_suffix(".npz").exists()
+    cache.load_packed(range(600), paint_from_600, 3, path)
     check_packed(path, 600, 3)
 
 

@@ -57,9 +57,11 @@ def test_to_uint8_is_the_inverse_of_to_float():
 def test_generators_are_unrelated():
     """Neighbouring seeds and indices have streams without correlation, equal ones the same."""
     draw = lambda *entropy: torch.randn(1000, generator=data.generator(*entropy))
-    assert torch.equal(draw(0, 1), draw(0, 1)) and torch.equal(draw(3), draw(3, 0))
-    for other in ((1, 0), (0, 2), (1, 1), (2, 0)):
-        assert abs(torch.corrcoef(torch.stack([draw(0, 1), draw(*other)]))[0, 1]) < 0.15
+    one, *others = [draw("sampling", 0, 1), *(draw(purpose, *entropy) for purpose in data.PURPOSES
+                    for entropy in ((0, 1), (1, 0), (0, 2), (1, 1), (2, 0), (0, 1, 1)))]
+    assert torch.equal(others.pop(0), one)
+    for other in others:
+        assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.15
 
 
 # ---- the built-in cars ---------------------------------------------------------------------------
@@ -80,7 +82,7 @@ def test_cars_have_the_captions_of_their_images(here, monkeypatch):
         caption for caption in cars.CAPTIONS if caption.endswith(" bus")]
     monkeypatch.setattr(cache, "pack", None)
     assert (data.load("cars", 16, 230, "validation").images == images).all()
-    assert sorted(path.suffix for path in Path("cache").iterdir()) == [".npy", ".raw"]
+    assert sorted(path.suffix for path in Path("cache").iterdir()) == [".npz", ".raw"]
 
 
 def test_a_change_of_the_renderer_makes_other_files(here, monkeypatch):
@@ -112,6 +114,16 @@ def test_cars_where_workers_are_spawned(here):
 
 # ---- folders -------------------------------------------------------------------------------------
 
+def test_images_of_nearly_one_value_are_named(here):
+    """All black, and 12 bits stored in 16: at most 15 of 255."""
+    for i in range(40):
+        Image.fromarray(np.full((16, 16), 4095 * (i % 2), np.uint16)).save(here / f"{i}.png")
+    for i in range(40, 60):
+        Image.new("RGB", (16, 16)).save(here / f"{i}.png")
+    assert "all their values lie between 0 and 16 of 255: are the files right?" in (
+        data.load(".", 8, 60).report)
+
+
 def test_a_class_folder_is_a_data_set(here):
     """Each image has the caption of its class in all templates, and the class is its attribute;
     what cannot be read is left out."""
@@ -119,7 +131,8 @@ def test_a_class_folder_is_a_data_set(here):
     for i in range(0, 40, 3):
         (here / "photos" / "airplane" / f"{i}.png").write_bytes(b"damaged")
     dataset, other = (data.load("photos", 8, 5, split) for split in ("train", "judge"))
-    assert dataset.name == (here / "photos").as_posix() and len(dataset.images) > 30   # not 5
+    assert "are the files right?" not in dataset.report
+    assert dataset.name == "./photos" and len(dataset.images) > 30   # not 5
     assert dataset.captions == ["a photo of an airplane", "a photo of a fire truck"]
     assert dataset.templates[1] == ["an airplane", "a fire truck"]
     assert dataset.attributes == {"class": ["airplane", "fire truck"]}

@@ -529,7 +529,7 @@ def test_an_experiment_is_a_command(folder):
     path.parent.mkdir(exist_ok=True)
     images = np.random.default_rng(0).integers(256, size=(4000, 16, 16, 3), dtype=np.uint8)
     images.tofile(path)
-    np.save(path.with_suffix(".npy"), np.arange(4000) % 294)
+    np.savez(path.with_suffix(".npz"), numbers=np.arange(4000) % 294, checksum=zlib.crc32(images))
     command = "guidance --methods none --prompts odd --steps 1 --recurrence 1 --device cpu --out o"
     done = subprocess.run([sys.executable, "-m", "experiments", *command.split()],
                           env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=folder,

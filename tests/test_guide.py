@@ -22,7 +22,7 @@ METHODS = [name for name in guide.METHODS if name != "none"]
 
 
 def generators(n):
-    return [data.generator(0, i) for i in range(n)]
+    return [data.generator("sampling", 0, i) for i in range(n)]
 
 
 def gaussian_denoiser(alpha_bar, mean, var):

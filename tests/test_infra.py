@@ -18,6 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # ---- commands ------------------------------------------------------------------------------------
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no broken pipes")
+def test_a_reader_that_has_read_enough_is_no_error():
+    """As `| head -1`: no message, exit code 0."""
+    running = subprocess.Popen(
+        [sys.executable, "-c", "import time\nfrom infra import cli\ncli.run_command(lambda: ("
+         "time.sleep(0.3), [print('line') for _ in range(9)]))"], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running.stdout.close()
+    assert running.stderr.read() == b"" and running.wait() == 0
+
+
 def test_a_terminal_that_cannot_show_a_letter_gets_its_number():
     program = "from infra import cli; cli.run_command(lambda: print('red bus \\U0001f68c'))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=ROOT,

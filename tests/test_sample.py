@@ -86,12 +86,14 @@ def test_models_that_do_not_fit_are_refused(here, capsys):
     """CLIP and DDPM of different sizes or data sets, and a DDPM conditional on another CLIP."""
     small = toys.FLAGS["clip"].replace("--image-size 16", "--image-size 8")
     train.main(f"clip --steps 1 {small} --out small".split())
-    with pytest.raises(cli.UserError, match="CLIP is for cars at 8 pixels, the DDPM for cars"):
+    with pytest.raises(cli.UserError, match="CLIP is for cars at 8 pixels, 294 .*the DDPM for cars"):
         sample.load_models(clip="small/weights.pt")
     content = torch.load("runs/clip/weights.pt", weights_only=True)
-    torch.save({**content, "data": "/photos"}, "photos.pt")
-    with pytest.raises(cli.UserError, match="CLIP is for /photos at 16 pixels, the DDPM for ca"):
+    torch.save({**content, "data": "./photos", "captions": ["a cat"]}, "photos.pt")
+    with pytest.raises(cli.UserError, match="for ./photos at 16 pixels, 1 captions, the DDPM for"):
         sample.load_models(clip="photos.pt")
+    torch.save({**content, "data": "./moved"}, "moved.pt")
+    sample.load_models(clip="moved.pt")   # a data set is known by its captions, not by its path
     content["weights"]["log_scale"] += 1
     torch.save(content, "other.pt")
     sample.load_models(clip="other.pt")   # an unconditional DDPM fits any CLIP of the same data
@@ -101,12 +103,12 @@ def test_models_that_do_not_fit_are_refused(here, capsys):
 
 def test_the_judge_is_that_of_the_same_data(here, tmp_path, monkeypatch):
     """The one of runs/, else the shipped one, else none; a given one of other data is refused."""
-    assert sample.load_judge("cars")[0].config.width == 8
-    assert sample.load_judge("/photos") == (None, None)
-    with pytest.raises(cli.UserError, match="is for cars, .* models for /photos"):
-        sample.load_judge("/photos", "runs/judge/weights.pt")
+    assert sample.load_judge(cars.CAPTIONS)[0].config.width == 8
+    assert sample.load_judge(["a cat"]) == (None, None)
+    with pytest.raises(cli.UserError, match="is for cars, whose captions are not"):
+        sample.load_judge(["a cat"], "runs/judge/weights.pt")
     monkeypatch.chdir(tmp_path)
-    assert sample.load_judge("cars")[0].config.width == 32
+    assert sample.load_judge(cars.CAPTIONS)[0].config.width == 32
 
 
 # ---- prompts -------------------------------------------------------------------------------------
@@ -377,7 +379,7 @@ def test_a_report_of_several_targets_by_hand(models, monkeypatch, capsys, prompt
     monkeypatch.setattr(judge, "predict", lambda model, x_0: torch.tensor(labels))
     x_0, (models, targets) = torch.rand(4, 3, 16, 16), sample.resolve_prompt(prompt, models)
     capsys.readouterr()
-    sample.report(models, targets, x_0, *sample.load_judge("cars"))
+    sample.report(models, targets, x_0, *sample.load_judge(cars.CAPTIONS))
     by_judge, by_clip = capsys.readouterr().out.splitlines()
     assert by_judge.startswith(f"prompt accuracy by the judge: {accuracy}; ")
     p = models.clip.caption_probs(x_0, models.text_features)[:, targets].sum() / 4
@@ -532,7 +534,7 @@ def shipped(tmp_path, monkeypatch):
 def test_the_shipped_models_follow_the_prompt(shipped):
     """Of 16 images of "a white and red car" at least 14 are right by the judge, of 16 unguided ones
     at most 3."""
-    judge_model, _ = sample.load_judge("cars")
+    judge_model, _ = sample.load_judge(cars.CAPTIONS)
     caption = "a white and red car"
     labels = torch.from_numpy(cars.caption_labels(cars.CAPTIONS.index(caption)))
     count = lambda x_0: int((judge.predict(judge_model, x_0) == labels).all(dim=1).sum())
@@ -542,7 +544,7 @@ def test_the_shipped_models_follow_the_prompt(shipped):
 
 def test_the_shipped_judge_recognises_rendered_cars(shipped):
     """And the shipped CLIP gives the captions of clean ones nearly all of its probability."""
-    judge_model, content = sample.load_judge("cars")
+    judge_model, content = sample.load_judge(cars.CAPTIONS)
     images, labels = cars.render(0, range(data.SPLITS["judge-test"],
                                           data.SPLITS["judge-test"] + 64), 32)
     x = data.to_float(images)

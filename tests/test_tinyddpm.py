@@ -15,7 +15,7 @@ from tinyddpm import UNet, UNetConfig, ddim_step, q_sample, randn_per_image, sam
 
 
 def generators(n):
-    return [data.generator(0, i) for i in range(n)]
+    return [data.generator("sampling", 0, i) for i in range(n)]
 
 
 def gaussian_denoiser(alpha_bar, mean, var):
@@ -283,7 +283,7 @@ def test_learning(alpha_bar):
     optimizer = torch.optim.AdamW(unet.parameters(), 2e-3)
     losses = []
     for step in range(60):
-        g = data.generator(0, step)
+        g = data.generator("sampling", 0, step)
         t, eps = tinyddpm.stratified_timesteps(8, g), torch.randn(x_0.shape, generator=g)
         loss = tinyddpm.ddpm_loss(unet, x_0, t, eps, alpha_bar).mean()
         optimizer.zero_grad()
@@ -499,7 +499,7 @@ def test_inversion_finds_the_noise(alpha_bar):
 def test_noise_of_an_image_does_not_depend_on_its_batch():
     """It comes from the image's own generator."""
     many = randn_per_image(generators(5), (3, 4, 6))
-    one = randn_per_image([data.generator(0, 3)], (3, 4, 6))
+    one = randn_per_image([data.generator("sampling", 0, 3)], (3, 4, 6))
     assert torch.equal(many[3:4], one) and not torch.equal(many[2], many[3])
 
 

@@ -87,7 +87,7 @@ def test_clip_objective_has_clean_and_noised_images(alpha_bar, fraction, clean):
     for seed in range(80):
         torch.manual_seed(seed)
         loss = train.clip_objective(clip, x_0, caption_ids, TOKENS, PARTIAL_TRUE_OF, alpha_bar,
-                                    data.generator(seed), fraction)
+                                    data.generator("training", seed), fraction)
         is_clean = clip.t == 0
         assert is_clean.sum() == clean and clip.t.min() >= 0 and clip.t.max() <= tinyddpm.T
         assert torch.equal(clip.x_t[is_clean], x_0[is_clean])
@@ -113,7 +113,7 @@ def test_clip_objective_draws_a_template_for_each_text(alpha_bar, monkeypatch):
     clip, drawn = RecordingCLIP(), []
     for seed in range(40):
         train.clip_objective(clip, torch.zeros(8, 3, 2, 2), torch.zeros(8, dtype=torch.long),
-                             TOKENS, PARTIAL_TRUE_OF, alpha_bar, data.generator(seed))
+                             TOKENS, PARTIAL_TRUE_OF, alpha_bar, data.generator("training", seed))
         rows = (clip.tokens == TOKENS[:, :, None]).all(dim=3).sum(dim=2)      # (S, K + P)
         assert rows.sum(dim=0)[:5].tolist() == [1] * 5
         assert sorted(rows.sum(dim=0)[5:].tolist()) == [0, 1, 1] and len(clip.tokens) == 7
@@ -129,12 +129,12 @@ def test_clip_objective_is_the_papers_loss_if_captions_are_many(alpha_bar):
     partial_true_of = torch.ones(1, K, dtype=torch.bool)
     caption_ids = torch.tensor([3, K - 1, 3, 0])
     loss = train.clip_objective(clip, torch.randn(4, 3, 2, 2), caption_ids, tokens, partial_true_of,
-                                alpha_bar, data.generator(0))
+                                alpha_bar, data.generator("training", 0))
     assert torch.equal(clip.tokens[:, 0] % (K + 1), caption_ids)
     logits = clip.image_features @ clip.text_features.T
     assert loss == tinyclip.contrastive_loss(logits, caption_ids)
     train.clip_objective(clip, torch.randn(4, 3, 2, 2), caption_ids % 1000, tokens[:, 1:],
-                         partial_true_of[:, 1:], alpha_bar, data.generator(0))
+                         partial_true_of[:, 1:], alpha_bar, data.generator("training", 0))
     assert len(clip.tokens) == train.CLOSED_SET + 1
 
 
@@ -159,7 +159,7 @@ def test_ddpm_objective_drops_a_tenth_of_the_conditions(alpha_bar):
         return torch.zeros_like(x_t)
 
     before, x_0 = cond.clone(), torch.zeros(4000, 3, 2, 2)
-    loss = train.ddpm_objective(unet, x_0, cond, alpha_bar, data.generator(0))
+    loss = train.ddpm_objective(unet, x_0, cond, alpha_bar, data.generator("training", 0))
     (x_t, t, given), = seen
     dropped = (given == 0).all(dim=1)
     assert torch.equal(given[~dropped], cond[~dropped]) and torch.equal(cond, before)
@@ -173,7 +173,7 @@ def test_ddpm_objective_without_a_condition(alpha_bar):
     """An unconditional U-Net is called without one."""
     unet = lambda x_t, t: torch.zeros_like(x_t)
     assert train.ddpm_objective(unet, torch.zeros(8, 3, 2, 2), None, alpha_bar,
-                                data.generator(0)).isfinite()
+                                data.generator("training", 0)).isfinite()
 
 
 def test_a_conditional_ddpm_gets_the_text_features_of_each_image(monkeypatch):
@@ -191,7 +191,7 @@ def test_a_conditional_ddpm_gets_the_text_features_of_each_image(monkeypatch):
     monkeypatch.setattr(train, "ddpm_objective", lambda model, x_0, cond, *rest: conds.append(cond))
     x_0, indices = data.batch(dataset, 0, 1, 8)
     caption_ids = torch.from_numpy(dataset.caption_ids[indices])
-    task.objective(task.model, x_0, caption_ids, data.generator(0))
+    task.objective(task.model, x_0, caption_ids, data.generator("training", 0))
     features = [F.normalize(clip.encode_captions(texts), dim=1)[dataset.caption_ids[indices]]
                 for texts in train.normalized_templates(dataset)]
     assert not torch.allclose(features[0], features[1], atol=1e-3)
@@ -263,7 +263,7 @@ def test_clip_learns(tmp_path, alpha_bar, capsys):
     text_features, accuracy = clip.encode_captions(captions), {}
     for timestep in (0, 200, 300, 900):
         t = torch.full((len(x_0),), timestep)
-        eps = torch.randn(x_0.shape, generator=data.generator(0))
+        eps = torch.randn(x_0.shape, generator=data.generator("training", 0))
         x_t = tinyddpm.q_sample(x_0, t, eps, alpha_bar)
         predicted = clip.caption_probs(x_t, text_features, t).argmax(dim=1)
         accuracy[timestep] = (predicted == caption_ids).float().mean().item()
@@ -285,7 +285,7 @@ def test_ddpm_learns(tmp_path, alpha_bar):
     zero = lambda x_t, t: torch.zeros_like(x_t)
     with torch.no_grad():
         loss, loss_of_zero = (
-            train.ddpm_objective(model, x_0, None, alpha_bar, data.generator(0)).item()
+            train.ddpm_objective(model, x_0, None, alpha_bar, data.generator("training", 0)).item()
             for model in (unet, zero))
     assert loss < 0.35 * loss_of_zero
     assert task.chance == pytest.approx(loss_of_zero, rel=0.05)
@@ -471,7 +471,8 @@ def test_other_settings_are_another_run(here, capsys):
                            ("--steps 4 --seed 1", "another seed"),
                            ("--steps 4 --width 16", "another width"),
                            ("--steps 4 --images 50", "another number of images")):
-        with pytest.raises(cli.UserError, match=f"{message}.*another --out.*--fresh") as error:
+        with pytest.raises(cli.UserError, match=f"{message}.*must end as if it had never stopped"
+                           ".*another --out.*--fresh") as error:
             train.main(command("judge", f"--out settings {flags}"))
         assert "\n" not in str(error.value)
     with pytest.raises(cli.UserError, match="of kind 'ddpm run' is needed"):
@@ -500,9 +501,9 @@ def test_a_clip_of_other_images_is_refused(here):
     small = toys.FLAGS["clip"].replace("--image-size 16", "--image-size 8")
     train.main(f"clip --steps 1 {small} --out small".split())
     content = torch.load("small/weights.pt", weights_only=True)
-    checkpoint.save("photos.pt", {**content, "data": "/photos"})
+    checkpoint.save("photos.pt", {**content, "data": "./photos", "captions": ["a cat"]})
     for clip in ("photos.pt", "small/weights.pt"):
-        with pytest.raises(cli.UserError, match="/photos|at 8 pixels"):
+        with pytest.raises(cli.UserError, match="./photos|at 8 pixels"):
             train.main(command("ddpm", f"--steps 1 --clip {clip} --out misfit"))
 
 
@@ -514,9 +515,35 @@ def test_other_captions_are_another_run(tmp_path, monkeypatch):
         Image.new("RGB", (16, 16)).save(f"photos/{i:02d}.png")
         Path(f"photos/{i:02d}.txt").write_text(f"a thing of number {i}")
     train.main(command("clip", "--data photos --steps 2"))
-    Path("photos/59.txt").write_text("what is this?")
+    Path("photos").rename("moved")   # a data set is known by what it holds
+    train.main(command("clip", "--data moved --steps 2"))
+    Path("moved/59.txt").write_text("what is this?")
     with pytest.raises(cli.UserError, match="another captions' checksum"):
-        train.main(command("clip", "--data photos --steps 2"))
+        train.main(command("clip", "--data moved --steps 2"))
+    Path("moved/59.txt").write_text("a thing of number 59")
+    for i in range(60):   # any of them may be in the split
+        Image.new("RGB", (16, 16), "red").save(f"moved/{i:02d}.png")
+    with pytest.raises(cli.UserError, match="another images' checksum"):
+        train.main(command("clip", "--data moved --steps 2"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
+def test_two_commands_do_not_train_in_one_folder(here):
+    """The second is refused while the first runs, and is let in after it, even if it was killed;
+    what that left half written is removed."""
+    Path("shared").mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import pathlib, sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+         "from infra import checkpoint\nwith checkpoint.lock(pathlib.Path('shared')):\n"
+         "    print(flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    with pytest.raises(cli.UserError, match="another command trains in shared; choose another --o"):
+        train.main(command("judge", "--steps 1 --out shared"))
+    Path("shared/checkpoint.1.tmp").write_bytes(b"half")
+    holder.kill()
+    holder.communicate()
+    train.main(command("judge", "--steps 1 --out shared"))
+    assert not list(Path("shared").glob("*.tmp"))
 
 
 def interrupt_step(monkeypatch, number, *signals):
