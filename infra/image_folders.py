@@ -27,8 +27,10 @@ from PIL import Image, ImageCms, ImageOps
 from infra.cli import DatasetError
 
 NO_IMAGES = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}   # which Pillow alone cannot read
+FORMATS = sorted({*Image.registered_extensions().values()} & {*Image.OPEN} - NO_IMAGES)
 EXTENSIONS = {extension for extension, kind in Image.registered_extensions().items()
-              if kind in Image.OPEN and kind not in NO_IMAGES}
+              if kind in FORMATS}
+MAX_PIXELS = 90_000_000   # to hold in memory at a time; of a JPEG, after it is made smaller
 PARTS = {"train", "val", "valid", "validation", "test"}   # folders that are no classes
 TEMPLATES = ("a photo of {}", "{}", "a picture of {}", "a blurry photo of {}",
              "a close-up photo of {}", "a small photo of {}")   # of class names
@@ -217,7 +219,7 @@ def report(image_folder, split, indices, readable, K):
     return line.encode("utf-8", "replace").decode("utf-8")   # file names can hold any bytes
 
 
-READER = 2   # counts the changes of read_image, after which images have to be packed again
+READER = 3   # counts the changes of read_image, after which images have to be packed again
 
 
 def fingerprint(files):
@@ -229,8 +231,11 @@ def fingerprint(files):
 
 def read_image(path, size):
     """Read an image file: upright, on white, center crop, area-averaged -> (size, size, 3) uint8"""
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         kind = image.format
+        image.draft(None, (4 * size, 4 * size))   # a JPEG may be decoded at 1/2, 1/4 or 1/8
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError("the image is too large")
         with contextlib.suppress(Exception):   # damaged metadata, whatever Pillow raises for it
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":   # 16 bits, or 0 to 1; convert() would clip these, not scale them
@@ -256,8 +261,9 @@ def read_image(path, size):
 
 def read_images(files, size):
     """Read files for cache.pack -> images: (n, size, size, 3) uint8; numbers: n times 0 or -1"""
-    warnings.simplefilter("ignore")   # Pillow's, about files that it can read all the same,
-    warnings.simplefilter("error", Image.DecompressionBombWarning)   # but not of 90 million pixels
+    warnings.simplefilter("ignore")   # Pillow's, about files that it can read all the same
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    Image.MAX_IMAGE_PIXELS = 10 * MAX_PIXELS   # where it warns, before a JPEG is made smaller
     images, numbers = np.zeros((len(files), size, size, 3), np.uint8), [0] * len(files)
     for i, file in enumerate(files):
         try:

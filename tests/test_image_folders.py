@@ -288,8 +288,24 @@ def test_broken_images_are_counted_and_named(tmp_path):
     assert f"cannot be read: 2, such as {train[1]}, {train[2]}" in splits["train"].report
 
 
+def test_a_large_photograph_is_read(tmp_path):
+    """A JPEG of 92 million pixels, decoded at an eighth of its size, keeps its content."""
+    image = Image.new("L", (9600, 9600))
+    image.paste(255, (4800, 0, 9600, 9600))
+    image.save(tmp_path / "a.jpg")
+    pixels = image_folders.read_image(tmp_path / "a.jpg", 8)
+    assert (pixels[:, :4] < 5).all() and (pixels[:, 4:] > 250).all()
+
+
+def test_postscript_with_another_name_is_not_run(tmp_path):
+    """Pillow would hand it to Ghostscript, if there is one."""
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    with pytest.raises(Image.UnidentifiedImageError):
+        image_folders.read_image(tmp_path / "a.png", 8)
+
+
 def test_an_image_bomb_is_left_out(tmp_path):
-    """A small file that claims to be a huge image: Pillow warns from 90 million pixels on."""
+    """A small file that claims to be a huge image, and is no JPEG."""
     Image.new("1", (9500, 9500)).save(tmp_path / "bomb.png")
     write(tmp_path / "a.png", (200, 30, 40))
     images, numbers = image_folders.read_images([tmp_path / "bomb.png", tmp_path / "a.png"], 8)

@@ -86,7 +86,7 @@ def test_models_that_do_not_fit_are_refused(here, capsys):
     """CLIP and DDPM of different sizes or data sets, and a DDPM conditional on another CLIP."""
     small = toys.FLAGS["clip"].replace("--image-size 16", "--image-size 8")
     train.main(f"clip --steps 1 {small} --out small".split())
-    with pytest.raises(cli.UserError, match="CLIP is for cars at 8 pixels, 294 .*the DDPM for cars"):
+    with pytest.raises(cli.UserError, match="CLIP is for cars at 8 pixels, .* the DDPM for"):
         sample.load_models(clip="small/weights.pt")
     content = torch.load("runs/clip/weights.pt", weights_only=True)
     torch.save({**content, "data": "./photos", "captions": ["a cat"]}, "photos.pt")
