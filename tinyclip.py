@@ -410,6 +410,11 @@ class TextEncoder(nn.Module):
 
 # ---- CLIP ----------------------------------------------------------------------------------------
 
+def full_precision(x):
+    """Context in which autocast, which computes in bf16, is off on the device of x."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 class CLIP(nn.Module):
     """An image encoder, a text encoder, and the scale that turns their cosines into logits."""
 
@@ -438,7 +443,8 @@ class CLIP(nn.Module):
         """t: (B,) int in 0..T -> (B, D)"""
         if not self.config.noise_aware:
             return torch.zeros(len(t), self.config.width, device=t.device)
-        return self.time_mlp(t[:, None].float() * (4 / T))   # inputs of order 1
+        with full_precision(t):   # bf16 would tell 507 of the 1,001 timesteps apart
+            return self.time_mlp(t[:, None].float() * (4 / T))   # inputs of order 1
 
     def encode_image(self, x, t=None):
         """Encode images -> image_features: (B, E), unnormalised.
@@ -474,7 +480,8 @@ class CLIP(nn.Module):
         """
         log_scale = self.log_scale.expand(len(t), 1)
         if self.config.noise_aware:
-            log_scale = log_scale + self.log_scale_time(self.time_embedding(t)).float()
+            with full_precision(t):
+                log_scale = log_scale + self.log_scale_time(self.time_embedding(t))
         return log_scale.clamp(max=math.log(self.config.max_logit_scale)).exp()
 
     def logits(self, image_features, text_features, t=None):
@@ -487,7 +494,8 @@ class CLIP(nn.Module):
             t = torch.zeros(len(image_features), dtype=torch.long, device=image_features.device)
         images = F.normalize(image_features.float(), dim=-1)
         captions = F.normalize(text_features.float(), dim=-1)
-        return self.logit_scale(t) * (images @ captions.T)
+        with full_precision(t):   # bf16 could reorder close captions
+            return self.logit_scale(t) * (images @ captions.T)
 
     @torch.no_grad()
     def caption_probs(self, x, text_features, t=None):
@@ -498,8 +506,7 @@ class CLIP(nn.Module):
         t = torch.zeros(len(x), dtype=torch.long, device=x.device) if t is None else t
         image_features = torch.cat([self.encode_image(images, ts)
                                     for images, ts in zip(x.split(250), t.split(250))])
-        with torch.autocast(x.device.type, enabled=False):   # bf16 could reorder close captions
-            return self.logits(image_features, text_features, t).softmax(dim=1)
+        return self.logits(image_features, text_features, t).softmax(dim=1)
 
     @classmethod
     def from_openai(cls, weights, tokenizer):
