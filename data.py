@@ -43,15 +43,20 @@ def to_uint8(x):
 PURPOSES = "sampling", "captions", "training", "dropout", "evaluation"
 
 
-def generator(purpose, *entropy, device="cpu"):
-    """Make a torch.Generator from a purpose and integers: "sampling", seed, index of the image
+def random_seed(purpose, *entropy):
+    """Hash a purpose and integers -> int: "sampling", seed, index of the image
 
-    purpose: one of PURPOSES. All others, and all other integers, have an unrelated stream, which
+    purpose: one of PURPOSES. All others, and all other integers, give unrelated streams, which
     `manual_seed(seed + index)` does not promise: image 1 of seed 0 would be image 0 of seed 1.
     """
     key = PURPOSES.index(purpose)
     sequence = np.random.SeedSequence(entropy, spawn_key=(key,) if key else ())
-    return torch.Generator(device).manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+    return int(sequence.generate_state(1, np.uint64)[0])
+
+
+def generator(purpose, *entropy, device="cpu"):
+    """Make a torch.Generator whose seed is random_seed's."""
+    return torch.Generator(device).manual_seed(random_seed(purpose, *entropy))
 
 
 # ---- data sets -----------------------------------------------------------------------------------

@@ -155,7 +155,10 @@ def x0(clip, text_features, targets, labels):
     return lambda x_t, t, x_0_hat: log_p(x_0_hat, torch.zeros_like(t), x_0_hat)
 
 
-def lookahead_log_p(log_p, alpha_bar, t_fraction, sigma_data=0.5):
+PIXEL_STD = 0.5
+
+
+def lookahead_log_p(log_p, alpha_bar, t_fraction):
     """Apply log_p not to x_t but to the point that DDIM would reach at timestep t_fraction * t.
 
     As far as we know this is new. That point is x_0_hat, noised again by eps_hat, but less:
@@ -165,17 +168,18 @@ def lookahead_log_p(log_p, alpha_bar, t_fraction, sigma_data=0.5):
 
     The gradient does not go through the U-Net: Cov(x_0 | x_t) in x0 is replaced by a scalar,
         r_t^2 = s^2 (1 - alpha_bar) / (1 - alpha_bar + s^2 alpha_bar),
-    its value if pixels were independent and normal with standard deviation s = sigma_data: then
+    its value if pixels were independent and normal with standard deviation s: then
     1 / r_t^2 = 1 / s^2 + alpha_bar / (1 - alpha_bar), prior and likelihood. (They are not, and the
-    default scale makes up for it: see METHODS. Song et al. 2023 choose r_t so, with s = 1. Pixels
-    of the cars have .61 about the mean of all, .34 about the mean image; .5 lies between.) Then
+    default scale makes up for it: see METHODS. Song et al. 2023 choose r_t so, with s = 1; here it
+    is .5: pixels of the cars deviate by .61 from the mean of all, by .34 from the mean image.) Then
     x_0_hat changes by scale r_t^2 times the gradient of log_p with respect to x_0_hat, eps_hat held
     constant. r_t^2 never exceeds s^2, whereas the factor in `guided` explodes, so guidance can
     start at t = T.
     """
     def log_p_ahead(x_t, t, x_0_hat):
         a, t_ahead = extract(alpha_bar, t), (t_fraction * t).long()
-        r2 = sigma_data ** 2 * (1 - a) / (1 - a + sigma_data ** 2 * a)
+        s2 = PIXEL_STD ** 2
+        r2 = s2 * (1 - a) / (1 - a + s2 * a)
         # The scalar that stands for d x_0_hat / d x_t. `guided` will multiply the gradient by
         # (1 - a) / sqrt(a), so that r2 remains.
         jacobian = r2 * a.sqrt() / (1 - a)
@@ -259,15 +263,13 @@ METHODS = {
 DEFAULT = "lookahead"
 
 
-def build_denoiser(name, models, targets, scale=None, interval=None):
-    """Build the denoiser of one of METHODS, with its own scale and interval unless given.
+def build_denoiser(name, models, targets, scale, interval):
+    """Build the denoiser of one of METHODS.
 
     models: a sample.Models, or anything with clip, unet, alpha_bar, text_features, caption_labels;
-    targets: (B,) int, unused by "none"
+    targets: (B,) int, unused by "none"; scale, interval: see guided
     """
     method, denoise = METHODS[name], denoiser(models.unet, models.alpha_bar)
-    scale = method.scale if scale is None else scale
-    interval = interval or method.interval
     if name == "none":
         return denoise
     if name == "classifier-free":

@@ -8,8 +8,9 @@
 
 Uses runs/clip and runs/ddpm if both were trained (without a prompt runs/ddpm is enough), else the
 models in weights/. Writes one PNG with prompt, seed and settings in its metadata, and prints how
-CLIP reads the prompt, CLIP's probability of it and the judge's prompt accuracy. From Python:
-load_models, then generate (see README.md).
+CLIP reads the prompt, CLIP's probability of it and the judge's prompt accuracy. With another -n or
+--batch an image may differ a little on a CPU that computes in bf16, as its products are rounded in
+another order. From Python: load_models, then generate (see README.md).
 """
 import argparse
 import difflib
@@ -45,7 +46,7 @@ class Models(NamedTuple):
     alpha_bar: torch.Tensor          # (T + 1,)
     captions: list                   # K, and behind them those that a new prompt adds
     caption_labels: torch.Tensor     # (K, A) int, the attributes that each caption names, or -1
-    templates: list                  # S lists of K + P texts, normalised: ways to write each
+    templates: list                  # S lists of K + P texts, ways to write each: see data.Dataset
     partial: list                    # P partial captions, such as "a bus"
     partial_true_of: torch.Tensor    # (P, K) bool, the captions that they are true of
     words: list                      # all words of the training
@@ -215,7 +216,7 @@ def read_text(text, index_of, models):
 
 
 def resolve_prompt(prompt, models):
-    """Read a prompt -> models, targets: (K + new,) bool, which of their captions it allows
+    """Read a prompt -> models, allowed: (K + new,) bool, which of their captions it allows
 
     models: as load_models gives them, without captions of other prompts.
     "red bus or blue van" allows what either does; "something red" means all captions whose main
@@ -228,25 +229,25 @@ def resolve_prompt(prompt, models):
     text = normalize_prompt(prompt)
     if not text:
         raise cli.UserError("the prompt is empty; leave it out to sample without guidance")
-    index_of = {known: i for texts in [*models.templates, map(normalize_prompt, models.captions)]
-                for i, known in enumerate(texts)}
+    names = [normalize_prompt(caption) for caption in models.captions]   # to a published CLIP
+    index_of = {known: i for texts in [*models.templates, names] for i, known in enumerate(texts)}
     parts = [text] if text in index_of else map(normalize_prompt, text.split(" or "))
     if models.clip.config.noise_aware:
         parts = [known_words(part, models.words) for part in parts]
-    targets, new, readings = models.partial_true_of.new_zeros(K), {}, []
+    allowed, new, readings = models.partial_true_of.new_zeros(K), {}, []
     for part in filter(None, parts):   # what has no known word says nothing
         index, feature = read_text(part, index_of, models)
         if index is None:
             new[part] = feature
             readings.append(part)
         elif index < K:
-            targets[index] = True
+            allowed[index] = True
             readings.append(models.captions[index])
         else:
-            targets |= models.partial_true_of[index - K]
+            allowed |= models.partial_true_of[index - K]
             readings.append(models.partial[index - K])
     if not readings:
-        targets[:], readings = True, ["anything"]
+        allowed[:], readings = True, ["anything"]
     print(f"{shorten(prompt, 80)!r} is read as {shorten(' or '.join(map(repr, readings)), 300)}")
     if new:
         labels = models.caption_labels.new_full((len(new), models.caption_labels.shape[1]), -1)
@@ -254,7 +255,7 @@ def resolve_prompt(prompt, models):
         models = models._replace(captions=[*models.captions, *new],
                                  caption_labels=torch.cat([models.caption_labels, labels]),
                                  text_features=torch.cat([models.text_features, *new.values()]))
-    return models, torch.cat([targets, targets.new_ones(len(new))])
+    return models, torch.cat([allowed, allowed.new_ones(len(new))])
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -284,17 +285,18 @@ class SamplingConfig:
             raise cli.UserError(f"--interval must be LO <= HI in 1 to {tinyddpm.T}, not {lo} {hi}")
         if self.scale is not None and not math.isfinite(self.scale):
             raise cli.UserError(f"--scale must be a finite number, not {self.scale}")
-        if self.scale is None or self.method == "none":
-            self.scale = guide.METHODS[self.method].scale
 
 
-def for_clip(config, clip):
-    """Choose another method if CLIP was trained on clean images only, as published ones are."""
-    if clip.config.noise_aware or config.method not in ("lookahead", "noise-aware", "spherical"):
-        return config
-    print(f"this CLIP was trained on clean images: method x0-fast instead of {config.method}")
-    scale = None if config.scale == guide.METHODS[config.method].scale else config.scale
-    return replace(config, method="x0-fast", scale=scale)
+def fill_in(config, clip=None):
+    """Fill in the scale and interval that are left open; replace a method that needs noise-aware
+    CLIP if this one, like the published ones, was trained on clean images only -> config"""
+    if clip and not clip.config.noise_aware and config.method in (
+            "lookahead", "noise-aware", "spherical"):
+        print(f"this CLIP was trained on clean images: method x0-fast instead of {config.method}")
+        config = replace(config, method="x0-fast")
+    own = guide.METHODS[config.method]
+    return replace(config, interval=config.interval or own.interval,
+                   scale=own.scale if config.scale is None else config.scale)
 
 
 def generate(models, prompt=None, callback=None, **options):
@@ -303,23 +305,24 @@ def generate(models, prompt=None, callback=None, **options):
     options: fields of SamplingConfig; callback: see tinyddpm.sample, of the first batch
     """
     config = SamplingConfig(**options)
-    config = replace(config, method="none") if prompt is None else for_clip(config, models.clip)
+    if prompt is None:
+        config = replace(config, method="none")
     with torch.no_grad(), cli.autocast(models.alpha_bar.device):
-        models, targets = resolve_prompt(prompt, models)
-        return sample_images(models, draw_captions(targets, config), config, callback)
+        models, allowed = resolve_prompt(prompt, models)
+        return sample_images(models, draw_captions(allowed, config), config, callback)
 
 
-def draw_captions(targets, config):
-    """Draw a caption for each image from those that targets, (K,) bool, allow -> (n,) int64
+def draw_captions(allowed, config):
+    """Draw a caption for each image from those that allowed, (K,) bool, marks -> (n,) int64
 
     As p(x | text) is the sum over captions of p(caption | text) p(x | caption). (Guidance by
     the summed probability of all allowed captions works too, but ends at the easiest one: of "a car
     with a yellow roof" at yellow cars.)
     """
-    allowed = targets.nonzero()[:, 0]                                         # (number of True,)
+    indices = allowed.nonzero()[:, 0]
     generators = [data.generator("captions", config.seed, i) for i in range(config.n)]
-    drawn = [torch.randint(len(allowed), (), generator=generator) for generator in generators]
-    return allowed[torch.stack(drawn)]
+    drawn = [torch.randint(len(indices), (), generator=generator) for generator in generators]
+    return indices[torch.stack(drawn)]
 
 
 def sample_images(models, caption_ids, config, callback=None):
@@ -330,7 +333,8 @@ def sample_images(models, caption_ids, config, callback=None):
     if config.method == "classifier-free" and not models.unet.config.cond_dim:
         raise cli.UserError("this DDPM is unconditional; train a conditional one with: python "
                             "train.py ddpm --clip FILE --out runs/conditional")
-    size, device, images = models.unet.config.image_size, models.alpha_bar.device, []
+    config, images = fill_in(config, models.clip), []
+    size, device = models.unet.config.image_size, models.alpha_bar.device
     for start in range(0, len(caption_ids), config.batch):
         targets = caption_ids[start:start + config.batch].to(device)          # (B,)
         denoise = guide.build_denoiser(config.method, models, targets, config.scale,
@@ -393,27 +397,27 @@ def output_paths(args):
     return paths
 
 
-def report(models, targets, x_0, judge_model, content):
+def report(models, allowed, x_0, judge_model, content):
     """Print the judge's prompt accuracy and CLIP's mean probability, optimistic if CLIP guided.
 
-    An image is right if the judge's labels are those of one of the targets, (K,) bool.
+    An image is right if the judge's labels are those of one of the captions allowed, (K,) bool.
     """
-    if targets.all() or len(targets) > models.partial_true_of.shape[1]:
-        print("not judged: " + ("it names nothing" if targets.all() else "the caption is new"))
+    if allowed.all() or len(allowed) > models.partial_true_of.shape[1]:
+        print("not judged: " + ("it names nothing" if allowed.all() else "the caption is new"))
         return   # CLIP's probability of it means little
     if judge_model is None:
         print("not judged: there is no judge of these captions")
     else:
-        allowed = torch.tensor(content["caption_labels"])[targets]            # (n, A)
+        labels = torch.tensor(content["caption_labels"])[allowed]             # (n, A)
         predicted = judge.predict(judge_model, x_0).cpu()                     # (N, A)
-        correct = (predicted[:, None] == allowed).all(dim=2).any(dim=1)       # (N,)
+        correct = (predicted[:, None] == labels).all(dim=2).any(dim=1)        # (N,)
         each = ", ".join(
-            f"{name} {torch.isin(predicted[:, a], allowed[:, a]).float().mean():.0%}"
+            f"{name} {torch.isin(predicted[:, a], labels[:, a]).float().mean():.0%}"
             for a, (name, values) in enumerate(content["attributes"].items())
-            if len(allowed[:, a].unique()) < len(values))
+            if len(labels[:, a].unique()) < len(values))
         print(f"prompt accuracy by the judge: {int(correct.sum())} of {len(x_0)} ({each}); "
               f"{content['path']}, {content['steps']:,} steps")
-    p = models.clip.caption_probs(x_0, models.text_features)[:, targets].sum(dim=1).mean()
+    p = models.clip.caption_probs(x_0, models.text_features)[:, allowed].sum(dim=1).mean()
     print(f"CLIP's mean probability of it: {p:.0%}, among {len(models.captions)} captions")
 
 
@@ -425,19 +429,19 @@ def main(arguments=None):
         models = load_unguided(args.ddpm, device)
     else:
         models = load_models(args.clip, args.ddpm, device)
-        config = for_clip(config, models.clip)
+    config = fill_in(config, models.clip)   # for the metadata and the report
     judge_model, content = load_judge(models.captions, args.judge, device)
     print(models.description)
     checksums = {f"{name} checksum": checkpoint.weights_checksum(model)
                  for name, model in (("CLIP", models.clip), ("DDPM", models.unet)) if model}
     with cli.autocast(device):
         resolved = [resolve_prompt(prompt, models) for prompt in args.prompts]
-        for prompt, (extended, targets), path in zip(args.prompts, resolved, paths):
+        for prompt, (extended, allowed), path in zip(args.prompts, resolved, paths):
             frames, start = [], time.perf_counter()
             shown = min(8, config.n, config.batch)   # in the GIF
             keep_frame = lambda t, x_t, x_0_hat: frames.append(
                 data.to_uint8(torch.cat([x_t[:shown], x_0_hat[:shown]])))
-            x_0 = sample_images(extended, draw_captions(targets, config), config,
+            x_0 = sample_images(extended, draw_captions(allowed, config), config,
                                 keep_frame if args.gif else None)
             images = data.to_uint8(x_0)   # waits for the device, so the time is right
             seconds = time.perf_counter() - start
@@ -449,7 +453,7 @@ def main(arguments=None):
             if frames:   # one row of x_t, one of x_0_hat
                 data.save_gif(path.with_suffix(".gif"), frames, columns=shown, zoom=zoom)
             if prompt is not None:
-                report(extended, targets, x_0, judge_model, content)
+                report(extended, allowed, x_0, judge_model, content)
             print(f"{config.n} images in {seconds:.1f} s ({config.steps} x {config.recurrence} "
                   f"steps, {config.method}, scale {config.scale:g}) -> {path}")
 

@@ -220,6 +220,11 @@ class CLIPConfig:
     image_size: int = 32           # pixels, H and W
     noise_aware: bool = True       # False: t does not matter, as published
 
+    @property
+    def stem_widths(self):
+        """Channels of the conv stem at each resolution: 32, 64, 128 for patch 4 and width 128"""
+        return [max(32, self.width >> i) for i in reversed(range(self.patch.bit_length()))]
+
     def __post_init__(self):
         if min(self.patch, self.width, self.layers, self.heads, self.text_width, self.text_layers,
                self.text_heads, self.embed_dim, self.image_size) < 1:
@@ -228,9 +233,10 @@ class CLIPConfig:
             raise ValueError(f"stem must be conv or patch, not {self.stem!r}")
         if self.stem == "conv" and not self.noise_aware:
             raise ValueError("the conv stem depends on t; without noise-awareness use patch")
-        if self.stem == "conv" and (self.patch & (self.patch - 1) or self.width % 32):
-            raise ValueError("with the conv stem, patch must be a power of two and width a "
-                             "multiple of 32")
+        if self.stem == "conv" and (self.patch & (self.patch - 1) or self.width < 32 or
+                                    any(width % 16 for width in self.stem_widths)):
+            raise ValueError(f"the conv stem has {self.stem_widths} channels; each must be a "
+                             "multiple of 16, width at least 32, and patch a power of two")
         if self.image_size % self.patch:
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of patch {self.patch}")
@@ -318,9 +324,7 @@ class ConvStem(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        halvings = int(math.log2(config.patch))
-        # Channels at each resolution: 32, 64, 128 for patch 4 and width 128.
-        widths = [max(32, config.width >> (halvings - i)) for i in range(halvings + 1)]
+        widths = config.stem_widths
         layers = [(3, widths[0], 1)]   # (channels in, channels out, stride) of each convolution
         for c_in, c_out in zip(widths, widths[1:]):
             layers += [(c_in, c_out, 2), (c_out, c_out, 1)]
@@ -359,9 +363,9 @@ class ImageEncoder(nn.Module):
         nn.init.normal_(self.projection.weight, std=D ** -0.5)
 
     def forward(self, x, time):
-        """x: (B, 3, H, W), time: (B, D) -> (B, E)"""
+        """x: (B, 3, H, W), time: (B, D) or (1, D) -> (B, E)"""
         patches = self.stem(x, time).flatten(2).transpose(1, 2)               # (B, grid^2, D)
-        class_token = (self.class_token + time)[:, None]                      # (B, 1, D)
+        class_token = (self.class_token + time)[:, None].expand(len(x), 1, -1)   # (B, 1, D)
         tokens = torch.cat([class_token, patches], dim=1) + self.position_embedding
         tokens = self.blocks[:-1](self.ln_pre(tokens))                        # (B, 1 + grid^2, D)
         # Only the class token is used from here on: compute the last block for it alone.
@@ -440,7 +444,9 @@ class CLIP(nn.Module):
         return clip.eval().requires_grad_(False)
 
     def time_embedding(self, t):
-        """t: (B,) int in 0..T -> (B, D)"""
+        """t: (B,) int in 0..T -> (B, D); None: t = 0 for all -> (1, D)"""
+        if t is None:
+            t = torch.zeros(1, dtype=torch.long, device=self.log_scale.device)
         if not self.config.noise_aware:
             return torch.zeros(len(t), self.config.width, device=t.device)
         with full_precision(t):   # bf16 would tell 507 of the 1,001 timesteps apart
@@ -452,8 +458,6 @@ class CLIP(nn.Module):
         x: (B, 3, H, W) in [-1, 1], noised up to t; t: (B,) int in 0..T, None: all are clean, t = 0.
         A published CLIP takes x from `preprocess` instead, and t does not matter.
         """
-        if t is None:
-            t = torch.zeros(len(x), dtype=torch.long, device=x.device)
         return self.image_encoder(x, self.time_embedding(t))
 
     def encode_text(self, tokens):
@@ -473,14 +477,14 @@ class CLIP(nn.Module):
         return sum(F.normalize(self.encode_captions(texts).float(), dim=-1)
                    for texts in templates) / len(templates)
 
-    def logit_scale(self, t):
-        """t: (B,) int in 0..T -> (B, 1) in (0, max_logit_scale]
+    def logit_scale(self, t=None):
+        """t: as in encode_image -> (B, 1), None: (1, 1), in (0, max_logit_scale]
 
         Learned: the more noise, the less certain CLIP can be, and the flatter the softmax must be.
         """
-        log_scale = self.log_scale.expand(len(t), 1)
+        log_scale = self.log_scale.view(1, 1)
         if self.config.noise_aware:
-            with full_precision(t):
+            with full_precision(log_scale):
                 log_scale = log_scale + self.log_scale_time(self.time_embedding(t))
         return log_scale.clamp(max=math.log(self.config.max_logit_scale)).exp()
 
@@ -490,11 +494,9 @@ class CLIP(nn.Module):
         image_features: (B, E), text_features: (K, E), t as in encode_image -> (B, K)
         Both are normalised here, in each call, so nobody who calls it has to.
         """
-        if t is None:
-            t = torch.zeros(len(image_features), dtype=torch.long, device=image_features.device)
         images = F.normalize(image_features.float(), dim=-1)
         captions = F.normalize(text_features.float(), dim=-1)
-        with full_precision(t):   # bf16 could reorder close captions
+        with full_precision(images):   # bf16 could reorder close captions
             return self.logit_scale(t) * (images @ captions.T)
 
     @torch.no_grad()
@@ -535,7 +537,8 @@ class CLIP(nn.Module):
             stem="patch", patch=patch, width=D, layers=layers("visual."), heads=max(1, D // 64),
             text_width=text_width, text_layers=layers(""), text_heads=max(1, text_width // 64),
             embed_dim=E, context_length=len(weights["positional_embedding"]),
-            max_logit_scale=101., image_size=patch * grid, noise_aware=False)
+            max_logit_scale=101.,   # published scales are up to 100, so none is cut off
+            image_size=patch * grid, noise_aware=False)
         if len(weights["token_embedding.weight"]) != tokenizer.vocab_size:
             raise ValueError(f"the weights are for {len(weights['token_embedding.weight']):,} "
                              f"tokens, the vocabulary has {tokenizer.vocab_size:,}")
@@ -631,11 +634,11 @@ def contrastive_loss(logits, caption_ids):
 TEXT_TO_IMAGE = 0.1   # weight of the second term of closed_set_loss
 
 
-def closed_set_loss(logits, is_true, is_clean):
+def closed_set_loss(logits, is_true, clean):
     """Compute the loss of each image against all N texts of a closed set -> scalar
 
     logits: (B, N); is_true: (B, N) bool, which texts are true of each image: of "a bus" and
-    "something red" both may be, or none; is_clean: (B,) bool, without noise
+    "something red" both may be, or none; clean: (n,) int, indices of the images without noise
 
     differs from the paper: where captions are few, use them all, not only those of the batch. No
     batch is too small, and the hardest negatives ("red and white") are always there. The softmax
@@ -644,14 +647,13 @@ def closed_set_loss(logits, is_true, is_clean):
     Text to image (weight TEXT_TO_IMAGE): each caption against the clean images of the batch, of
     which several may be right. Noised images would be ranked by their noise, not their content.
     """
-    targets = lambda is_true: is_true / is_true.sum(dim=1, keepdim=True).clamp(min=1)
-    image_to_text = F.cross_entropy(logits, targets(is_true))
-    true_of = is_true[is_clean].T                                             # (N, clean images)
-    present = true_of.any(dim=1)                                              # (N,)
-    if not present.any():
-        return image_to_text
-    text_to_image = F.cross_entropy(logits[is_clean].T[present], targets(true_of[present]))
-    return image_to_text + TEXT_TO_IMAGE * text_to_image
+    def losses(logits, is_true):   # 0 in rows where nothing is true
+        targets = is_true / is_true.sum(dim=1, keepdim=True).clamp(min=1)
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    true_of = is_true[clean].T                                                # (N, n)
+    text_to_image = losses(logits[clean].T, true_of).sum() / true_of.any(1).sum().clamp(min=1)
+    return losses(logits, is_true).mean() + TEXT_TO_IMAGE * text_to_image
 
 
 # ---- demonstration -------------------------------------------------------------------------------

@@ -289,7 +289,7 @@ def ddpm_loss(unet, x_0, t, eps, alpha_bar, cond=None):
     Where it comes from: the variational bound on -log p(x_0) is a sum over t of KL divergences
     (Ho et al. eq. 5) between two Gaussians of equal variance: the posterior q(x_{t-1} | x_t, x_0),
     and the model, which is the same with x_0_hat for x_0. Each KL is the squared distance between
-    their means over twice the variance (eq. 8). With the mean and variance of ddim_step that is
+    their means over twice the variance (eq. 8). With both as ddim_step below gives them, that is
         w |x_0 - x_0_hat|^2,   w = (SNR_{t-1} - SNR_t) / 2,   SNR = alpha_bar / (1 - alpha_bar).
     Training takes another weight w: SNR if the loss is |eps - eps_hat|^2, because q_sample gives
     eps - eps_hat = sqrt(SNR) (x_0_hat - x_0); likewise (SNR + 1) if it is |v - v_hat|^2. That is no
@@ -305,7 +305,7 @@ def ddpm_loss(unet, x_0, t, eps, alpha_bar, cond=None):
     a = extract(alpha_bar, t)
     v = a.sqrt() * eps - (1 - a).sqrt() * x_0
     x_t = q_sample(x_0, t, eps, alpha_bar)
-    v_hat = unet(x_t, t) if cond is None else unet(x_t, t, cond)
+    v_hat = unet(x_t, t, cond)
     return (v_hat.float() - v).square().mean(dim=(1, 2, 3))   # v_hat may be bf16
 
 
@@ -332,8 +332,7 @@ def denoiser(unet, alpha_bar, cond=None):
     """
     def denoise(x_t, t):
         a = extract(alpha_bar, t)
-        v_hat = unet(x_t, t) if cond is None else unet(x_t, t, cond)
-        return a.sqrt() * x_t - (1 - a).sqrt() * v_hat.float()
+        return a.sqrt() * x_t - (1 - a).sqrt() * unet(x_t, t, cond).float()
     return denoise
 
 
@@ -503,7 +502,7 @@ class PointMLP(nn.Module):
             nn.Linear(2 + 12 + 32, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(),
             nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
 
-    def forward(self, x_t, t):
+    def forward(self, x_t, t, cond=None):
         x = x_t.flatten(1)                                                    # (B, 2)
         waves = torch.cat([math.pi * x, 2 * math.pi * x, 4 * math.pi * x], dim=1)
         features = [x, waves.sin(), waves.cos(), timestep_embedding(t, 32)]

@@ -68,28 +68,28 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     """
     (B, *_), S, (P, K) = x_0.shape, len(tokens), partial_true_of.shape
     t = tinyddpm.stratified_timesteps(B, generator)
-    shuffled = torch.randperm(B, generator=generator, device=x_0.device)   # t ascends
-    t[shuffled[:math.ceil(clean_fraction * B)]] = 0
+    shuffled = torch.randperm(B, generator=generator, device=x_0.device)   # as t ascends
+    clean = shuffled[:math.ceil(clean_fraction * B)]
+    t[clean] = 0
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     x_t = tinyddpm.q_sample(x_0, t, eps, alpha_bar)
 
     closed = K <= CLOSED_SET   # else the captions of this micro-batch, as in the paper
     partial = torch.randperm(P, generator=generator, device=x_0.device)[:PARTIAL_PER_STEP]
-    texts = torch.cat([torch.arange(K, device=x_0.device), K + partial]) if closed else caption_ids
-    template = torch.randint(S, texts.shape, generator=generator, device=x_0.device)
-    text_features = clip.encode_text(tokens[template, texts])                 # (N, E)
+    ids = torch.cat([torch.arange(K, device=x_0.device), K + partial]) if closed else caption_ids
+    template = torch.randint(S, ids.shape, generator=generator, device=x_0.device)
+    text_features = clip.encode_text(tokens[template, ids])                   # (N, E)
     logits = clip.logits(clip.encode_image(x_t, t), text_features, t)         # (B, N)
     if not closed:
         return tinyclip.contrastive_loss(logits, caption_ids)
     # Captions have a softmax of their own: it estimates p(caption | x_t), which guidance needs.
     # Partial captions, several of which are true together, are not their rivals.
-    is_true, is_clean = F.one_hot(caption_ids, K).bool(), t == 0              # (B, K), (B,)
-    loss = tinyclip.closed_set_loss(logits[:, :K], is_true, is_clean)
+    is_true = F.one_hot(caption_ids, K).bool()                                # (B, K)
+    loss = tinyclip.closed_set_loss(logits[:, :K], is_true, clean)
     if P == 0:
         return loss
     partial_is_true = partial_true_of[partial][:, caption_ids].T              # (B, N - K)
-    return loss + PARTIAL_WEIGHT * tinyclip.closed_set_loss(logits[:, K:], partial_is_true,
-                                                            is_clean)
+    return loss + PARTIAL_WEIGHT * tinyclip.closed_set_loss(logits[:, K:], partial_is_true, clean)
 
 
 def ddpm_objective(unet, x_0, cond, alpha_bar, generator):
@@ -317,7 +317,7 @@ def train_step(run, step):
     x_0, indices = data.batch(run.dataset, seed, step, size, device, rank)
     caption_ids = torch.from_numpy(run.dataset.caption_ids[indices]).to(device)
     generator = data.generator("training", seed, step, rank, device=device)
-    torch.manual_seed(data.generator("dropout", seed, step, rank).initial_seed())
+    torch.manual_seed(data.random_seed("dropout", seed, step, rank))
     total = 0.
     for x, ids in zip(x_0.chunk(options.accumulate), caption_ids.chunk(options.accumulate)):
         with cli.autocast(device, run.bf16):

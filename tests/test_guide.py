@@ -1,5 +1,4 @@
 """Guidance against closed answers, finite differences and other papers' formulas."""
-import functools
 import itertools
 import math
 import weakref
@@ -39,9 +38,16 @@ def models(clip, unet, text_features, alpha_bar):
                            caption_labels=LABELS)
 
 
+def build(name, models, targets, scale=None, interval=None):
+    """guide.build_denoiser, with the scale and interval of METHODS unless given."""
+    own = guide.METHODS[name]
+    return guide.build_denoiser(name, models, targets, own.scale if scale is None else scale,
+                                interval or own.interval)
+
+
 def generate(name, models, targets, scale, eta=1., steps=5, interval=None):
     """Sample images with a method of guidance, one for each target."""
-    denoise = guide.build_denoiser(name, models, torch.tensor(targets), scale, interval)
+    denoise = build(name, models, torch.tensor(targets), scale, interval)
     g = generators(len(targets))
     return sample(denoise, randn_per_image(g, SHAPE), g, models.alpha_bar, steps, eta).detach()
 
@@ -143,7 +149,7 @@ def test_guidance_needs_no_gradients_around_it(models):
     graph behind it."""
     x, t = torch.randn(1, *SHAPE), torch.tensor([400])
     for name in ("lookahead", "x0"):
-        guided = guide.build_denoiser(name, models, torch.tensor([5]))
+        guided = build(name, models, torch.tensor([5]))
         expected = guided(x, t)
         with torch.no_grad():
             out = guided(x, t)
@@ -164,10 +170,10 @@ def test_interval_is_when_to_guide(alpha_bar):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_has_its_own_interval_unless_given(name, models):
     """Guided and unguided estimates differ inside a method's interval only."""
-    unguided = guide.build_denoiser("none", models, None)
+    unguided = build("none", models, None)
     x = torch.randn(1, *SHAPE)
     for interval in (None, (300, 400)):
-        guided = guide.build_denoiser(name, models, torch.tensor([5]), interval=interval)
+        guided = build(name, models, torch.tensor([5]), interval=interval)
         lo, hi = interval or guide.METHODS[name].interval
         for t in {1, max(lo - 1, 1), lo, hi, min(hi + 1, 1000), 1000}:
             t = torch.tensor([t])
@@ -292,7 +298,7 @@ def test_classifier_free_is_a_line_through_two_estimates(unet, alpha_bar):
     x, t, cond = torch.randn(2, *SHAPE), torch.tensor([400, 400]), torch.randn(2, 16)
     with torch.no_grad():
         unconditional = tinyddpm.denoiser(unet, alpha_bar)(x, t)
-        conditional = tinyddpm.denoiser(functools.partial(unet, cond=cond), alpha_bar)(x, t)
+        conditional = tinyddpm.denoiser(lambda x, t, _: unet(x, t, cond), alpha_bar)(x, t)
         out = {scale: guide.classifier_free(unet, alpha_bar, cond, scale)(x, t)
                for scale in (0., 1., 3.)}
     assert torch.equal(out[0.], unconditional)
@@ -312,7 +318,7 @@ def test_the_condition_is_the_targets_text_feature(models):
         dim=1, keepdim=True), atol=1e-6)
     x, t, targets = torch.randn(2, *SHAPE), torch.tensor([400, 400]), torch.tensor([3, 100])
     with torch.no_grad():
-        out = guide.build_denoiser("classifier-free", models, targets, scale=1.)(x, t)
+        out = build("classifier-free", models, targets, scale=1.)(x, t)
         expected = tinyddpm.denoiser(models.unet, models.alpha_bar, cond[[3, 100]])(x, t)
     assert torch.isfinite(out).all() and torch.allclose(out, expected, atol=1e-5)
 
@@ -380,7 +386,7 @@ def test_a_trajectory_leaves_nothing_in_memory(models, monkeypatch):
         inputs.append(weakref.ref(x))
         return encode(x, t)
     models.clip.encode_image = record
-    guided = guide.build_denoiser("noise-aware", models, torch.tensor([5]), scale=1.)
+    guided = build("noise-aware", models, torch.tensor([5]), scale=1.)
     monkeypatch.setattr(cli, "cpu_is_fast_in_bf16", lambda: True)
     with cli.autocast(torch.device("cpu")):
         for t in (900, 500, 100):

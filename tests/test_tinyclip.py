@@ -201,10 +201,10 @@ def test_no_t_is_t_0_and_t_matters(clip, text_features):
     with torch.no_grad():
         image_features = clip.encode_image(x)
         assert torch.isfinite(image_features).all()
-        assert torch.equal(image_features, clip.encode_image(x, t))
+        assert torch.allclose(image_features, clip.encode_image(x, t), atol=1e-5)
         assert not torch.allclose(image_features, clip.encode_image(x, t + 500), atol=1e-3)
-        assert torch.equal(clip.logits(image_features, text_features),
-                           clip.logits(image_features, text_features, t))
+        assert torch.allclose(clip.logits(image_features, text_features),
+                              clip.logits(image_features, text_features, t), atol=1e-5)
         assert clip.logit_scale(t).shape == (2, 1)
         assert (clip.logit_scale(t) - clip.logit_scale(t + 500)).abs().min() > 1e-3
 
@@ -266,7 +266,7 @@ def test_logits_are_scaled_cosines(clip, text_features):
 
 
 @pytest.mark.parametrize("options", [
-    dict(stem="vit"), dict(patch=3), dict(width=48), dict(image_size=30), dict(layers=0),
+    dict(stem="vit"), dict(patch=3), dict(width=224), dict(image_size=30), dict(layers=0),
     dict(heads=5), dict(text_heads=3), dict(context_length=2), dict(max_logit_scale=0.)])
 def test_sizes_that_do_not_fit_are_refused(options):
     """Each setting that no CLIP can have is a ValueError that names it."""
@@ -342,11 +342,11 @@ def test_closed_set_loss_is_the_papers_when_the_captions_are_the_batchs_own():
     torch.manual_seed(0)
     logits, caption_ids = torch.randn(6, 6), torch.arange(6)
     loss_i, loss_t = F.cross_entropy(logits, caption_ids), F.cross_entropy(logits.T, caption_ids)
-    clean = torch.ones(6, dtype=torch.bool)
+    clean, none = torch.tensor([3, 0, 5, 1, 2, 4]), torch.tensor([], dtype=torch.long)
     is_true = torch.eye(6).bool()
     assert torch.allclose(closed_set_loss(logits, is_true, clean),
                           loss_i + tinyclip.TEXT_TO_IMAGE * loss_t)
-    assert torch.allclose(closed_set_loss(logits, is_true, ~clean), loss_i)
+    assert torch.allclose(closed_set_loss(logits, is_true, none), loss_i)
 
 
 def test_closed_set_loss_of_texts_that_are_true_of_several_images_by_hand():
@@ -356,7 +356,7 @@ def test_closed_set_loss_of_texts_that_are_true_of_several_images_by_hand():
     is_true = torch.tensor([[1, 0, 0], [0, 1, 1], [0, 0, 0]]).bool()
     image_to_text = -(math.log(.5) + (math.log(.1) + math.log(.8)) / 2) / 3
     text_to_image = -(math.log(2 / 6) + math.log(1 / 4) + math.log(8 / 10)) / 3
-    only = lambda *images: torch.tensor([i in images for i in range(3)])
+    only = lambda *images: torch.tensor(images, dtype=torch.long)
     for clean, expected in ((only(), image_to_text), (only(2), image_to_text),   # none is true
                             (only(0, 1, 2),
                              image_to_text + tinyclip.TEXT_TO_IMAGE * text_to_image)):
@@ -368,7 +368,7 @@ def test_text_to_image_accepts_every_image_of_a_caption():
     equal logits log 3 among three; captions that no image has do not count."""
     logits = torch.zeros(3, 4)
     logits[:2, 0] = 50.
-    caption_ids, clean = torch.tensor([0, 0, 1]), torch.ones(3, dtype=torch.bool)
+    caption_ids, clean = torch.tensor([0, 0, 1]), torch.arange(3)
     loss = closed_set_loss(logits, one_each(caption_ids, 4), clean)
     loss -= F.cross_entropy(logits, caption_ids)
     expected = tinyclip.TEXT_TO_IMAGE * (math.log(2) + math.log(3)) / 2
@@ -379,10 +379,10 @@ def test_text_to_image_is_of_clean_images_only():
     """Noised images take part in the first term alone."""
     torch.manual_seed(0)
     logits, caption_ids = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0])
-    clean = torch.tensor([True, True, False, False, True])
+    clean = torch.tensor([4, 0, 1])
     loss = closed_set_loss(logits, one_each(caption_ids, 3), clean)
     loss -= F.cross_entropy(logits, caption_ids)
-    p = logits[clean].softmax(dim=0)                                          # (3 images, 3)
+    p = logits[[0, 1, 4]].softmax(dim=0)                                      # (3 images, 3)
     terms = [-(p[0, 0].log() + p[2, 0].log()) / 2, -p[1, 1].log()]
     expected = tinyclip.TEXT_TO_IMAGE * sum(terms).item() / 2
     assert loss.item() == pytest.approx(expected, rel=1e-4)
@@ -403,7 +403,7 @@ def test_loss_at_start_is_about_chance(stem, tokenizer):
 
 @pytest.mark.parametrize("loss_of", [
     lambda logits, ids: closed_set_loss(logits, one_each(ids, logits.shape[1]),
-                                        torch.ones(16, dtype=torch.bool)),
+                                        torch.arange(16)),
     lambda logits, ids: contrastive_loss(logits[:, ids], ids)], ids=["closed set", "contrastive"])
 def test_learning(loss_of, tokenizer):
     """Sixteen images are assigned to their captions after a few steps, with either loss."""

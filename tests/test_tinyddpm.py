@@ -212,7 +212,7 @@ def test_loss_of_the_true_v_is_zero_and_the_denoiser_inverts_it(alpha_bar):
     t = torch.tensor([1, 100, 500, 990])
     a = alpha_bar[t].view(-1, 1, 1, 1)
     v = a.sqrt() * eps - (1 - a).sqrt() * x_0
-    exact, off_by_one = lambda x_t, t: v, lambda x_t, t: v + torch.ones(4, 1, 1, 1)
+    exact, off_by_one = lambda x_t, t, cond: v, lambda x_t, t, cond: v + torch.ones(4, 1, 1, 1)
     assert (tinyddpm.ddpm_loss(exact, x_0, t, eps, alpha_bar) == 0).all()
     assert torch.allclose(tinyddpm.ddpm_loss(off_by_one, x_0, t, eps, alpha_bar), torch.ones(4))
     x_0_hat = tinyddpm.denoiser(exact, alpha_bar)(q_sample(x_0, t, eps, alpha_bar), t)
@@ -224,7 +224,7 @@ def test_loss_of_the_true_v_is_zero_and_the_denoiser_inverts_it(alpha_bar):
 def test_loss_and_denoiser_pass_the_condition_on(unet, alpha_bar):
     """With a cond they are those of the network that has it as an argument."""
     x_0, eps, cond = torch.randn(2, 3, 8, 12), torch.randn(2, 3, 8, 12), torch.randn(2, 16)
-    t, fixed = torch.tensor([40, 400]), lambda x_t, t: unet(x_t, t, cond)
+    t, fixed = torch.tensor([40, 400]), lambda x_t, t, _: unet(x_t, t, cond)
     with torch.no_grad():
         loss = tinyddpm.ddpm_loss(unet, x_0, t, eps, alpha_bar, cond)
         assert torch.equal(loss, tinyddpm.ddpm_loss(fixed, x_0, t, eps, alpha_bar))
