@@ -78,9 +78,13 @@ APART = [{"crimson", "lorry"}, {"navy", "coach"}, {"silver", "minivan"}, {"emera
          {"ivory", "sedan"}]
 
 # Ways to say it, by what is named. {n}: noun, {N}: its plural, {m}, {s}: main and second colour,
-# {a}: "a", "the", "this" or nothing. {painted}, {body}, ... become one of their own PARTS, in which
-# others may stand. What stands twice is drawn twice as often. CLIP reads an order of words that it
-# never met with the colours swapped, so what names body and roof stands here in both orders.
+# {a}: "a", "the", "this" or nothing. {painted}, {body}, ... are replaced by one of their PARTS:
+#     "{painted} {with} {roof}"                 of PHRASES["two colours"]
+#     "{a} {n} in {m} {with} {roof}"            one of the PARTS "painted"
+#     "{a} {n} in {m} that has {a} {s} roof"    of "with" and "roof"
+#     "the coach in red that has a navy roof"   of NOUNS and SHADES
+# What stands twice is drawn twice as often. CLIP reads an order of words that it never met with the
+# colours swapped, so what names body and roof stands here in both orders.
 split = lambda text: re.split(r" \| |\n +", text.strip())
 PAINTED = """
     {a} {m} {n} | {a} {m} {n} | {a} {n} in {m} | {a} {n} painted {m} | {a} {n} that is {m}

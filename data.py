@@ -87,7 +87,8 @@ class Dataset(NamedTuple):
         return self.caption_labels[self.caption_ids]
 
 
-# Index ranges of the built-in cars: disjoint, so no model is tested on what it was trained on.
+# Index ranges of the built-in cars: disjoint, so no model is tested on what it was trained on. Of a
+# folder, a hash of the file's name gives each image to one split (image_folders.SPLITS).
 SPLITS = {"train": cars.TRAIN, "validation": cars.VALIDATION, "judge": cars.JUDGE_TRAIN,
           "judge-2": cars.JUDGE_2_TRAIN, "judge-test": cars.JUDGE_TEST}
 

@@ -256,7 +256,7 @@ class Run:
         self.model = task.model.to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         # Muon takes less than half of AdamW's steps to the same loss; infra/muon.py says why.
-        matrices, others = muon.split(self.model)
+        matrices, others = muon.split(self.model)   # weights at least 32 x 32; all else
         self.optimizers = (
             muon.Muon(matrices, options.lr, options.weight_decay),
             torch.optim.AdamW(others, options.lr, betas=(0.9, 0.99), weight_decay=0., fused=True))
@@ -280,7 +280,8 @@ class Run:
     def resume(self):
         """Load checkpoint.pt if there is one; UserError if it is of another run."""
         path, kind = self.folder / "checkpoint.pt", f"{self.task.kind} run"
-        saved = distributed.broadcast(lambda: path.exists() and checkpoint.load(path, kind))
+        saved = distributed.broadcast(   # rank 0 reads it for all
+            lambda: path.exists() and checkpoint.load(path, kind))
         if not saved:
             return
         for key, now in self.settings.items():
@@ -367,12 +368,12 @@ def train(task, options, dataset, folder, seed=0, device=torch.device("cpu"),
     save_at = start + save_every
     bar = tqdm(total=options.steps * options.batch, initial=run.step * options.batch,
                desc=task.kind, unit="image", unit_scale=True, disable=not rank_0)
-    with cli.catch_signals() as signals, bar:
+    with cli.catch_signals() as signals, bar:   # signals: empty until Ctrl-C or SIGTERM
         for step in range(run.step + 1, options.steps + 1):
             measured.append(train_step(run, step))
             run.step, last, now = step, step == options.steps, time.monotonic()
             bar.update(options.batch)
-            stop, save = distributed.any_rank(
+            stop, save = distributed.any_rank(   # all ranks leave the loop after the same step
                 last or bool(signals) or now > start + 60 * minutes, rank_0 and now > save_at)
             if step % 50 == 0 or stop or save:   # not every step: it waits for the device
                 record(run, measured)

@@ -1,6 +1,7 @@
 """Prompts, sampling, files and reports; from class folders to an image; the shipped models."""
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -328,6 +329,12 @@ def test_an_image_from_a_prompt(here, capsys):
     assert metadata["prompt"] == "white and RED car" and metadata["seed"] == "0"
     assert (metadata["method"], metadata["scale"], metadata["steps"], metadata["n"]) == (
         "lookahead", "128.0", "3", "3")
+    for name, path in (("CLIP", "runs/clip/weights.pt"), ("DDPM", "runs/ddpm/weights.pt")):
+        weights = torch.load(path, weights_only=True)["weights"].values()
+        checksum = zlib.crc32(b"".join(w.numpy().tobytes() for w in weights))
+        assert metadata[f"{name} checksum"] == str(checksum)   # to draw it again
+    assert metadata["torch"] == torch.__version__ and metadata["bf16"] in ("True", "False")
+    assert not any(str(here) in text for text in metadata.values())   # no path of the user's disk
     images = data.to_uint8(sample.generate(sample.load_models(), "white and red car", n=3, steps=3,
                                            batch=2))
     expected = data.image_grid(images, columns=2, zoom=6)
