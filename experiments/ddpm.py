@@ -8,7 +8,7 @@ import sample
 import tinyddpm
 from experiments import evaluator, metrics
 
-STEPS_IMAGES = 100   # images for each number of steps
+STEPS_IMAGES = 100   # images for each number of steps, enough for KID
 STEPS = (5, 10, 20, 50, 100, 1000)
 
 
@@ -23,8 +23,7 @@ def unguided_quality(models, args):
     judge, _ = sample.load_judge(models.captions, args.judge, x_0.device)
     if judge is None:
         return
-    order = torch.randperm(len(x_0), generator=data.generator("evaluation", 0))[:STEPS_IMAGES]
-    real = metrics.judge_features(judge, x_0[order.to(x_0.device)])
+    real = metrics.judge_features(judge, evaluator.random_real(models, args, STEPS_IMAGES))
     for eta in (0., 1.):
         for steps in STEPS:
             changed = Namespace(**{**vars(args), "steps": steps, "eta": eta, "recurrence": 1})

@@ -27,7 +27,8 @@ REAL = 4000       # rendered cars for each sample of a caption, to have real ima
 POOL = 2000       # unguided images from which best_of chooses
 METHODS = {**guide.METHODS, **variants.VARIANTS}
 # The source code as it was imported: a file may be edited while an experiment runs.
-SOURCE = [Path(module.__file__).read_bytes() for module in (guide, tinyclip, tinyddpm, variants)]
+SOURCE = [Path(module.__file__).read_bytes()
+          for module in (data, guide, tinyclip, tinyddpm, variants)]
 
 
 def with_captions(models, captions, templates=None):
@@ -99,7 +100,7 @@ def cache_path(guidance, indices, models, args):
     device = models.alpha_bar.device.type
     settings = (device, torch.is_autocast_enabled(device), torch.__version__, guidance, args.steps,
                 args.eta, args.recurrence, args.seed, args.batch, indices.tolist(),
-                models.captions, models.caption_labels.tolist(), SOURCE,
+                models.captions, models.caption_labels.tolist(), models.templates, SOURCE,
                 *((m.config, checkpoint.weights_checksum(m)) for m in (models.clip, models.unet)))
     return data.CACHE / f"samples-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}.npz"
 
@@ -151,6 +152,7 @@ class Evaluator(NamedTuple):
     target_labels: torch.Tensor     # (K, A) int, the attributes of an image of each caption
     attributes: dict                # A names -> values
     real: torch.Tensor              # (N, F), the judge's features of real images of the captions
+    random_real: torch.Tensor       # (<= N, F), and of real images whatever their caption
 
 
 def make_evaluator(models, targets, args):
@@ -159,7 +161,15 @@ def make_evaluator(models, targets, args):
     labels = dict(zip(content["captions"], content["caption_labels"]))
     real = data.to_float(real_images(models, targets, args)).to(models.alpha_bar.device)
     return Evaluator(judge, second, torch.tensor([labels[text] for text in models.captions]),
-                     content["attributes"], metrics.judge_features(judge, real))
+                     content["attributes"], metrics.judge_features(judge, real),
+                     metrics.judge_features(judge, random_real(models, args, len(targets))))
+
+
+def random_real(models, args, count):
+    """Held-out images whatever their caption, as unguided ones are -> (<= count, 3, H, W)"""
+    _, _, x_0, _ = images_and_noise(models, args.seed)
+    order = torch.randperm(len(x_0), generator=data.generator("evaluation", 0))
+    return x_0[order[:count].to(x_0.device)]
 
 
 def real_images(models, targets, args, skip=0):
@@ -176,12 +186,13 @@ def real_images(models, targets, args, skip=0):
     return dataset.images[indices]
 
 
-def score(images, targets, models, evaluator):
+def score(images, targets, models, evaluator, guided=True):
     """Scores of images (N, H, W, 3) uint8 of captions targets (N,) -> a row of a table
 
     prompt_accuracy: the judge predicts all attributes of the caption; second_judge: the other one
     does; disagree: one of the two does. clip_prob: CLIP's mean probability of the caption
-    (optimistic: it guided). diversity: within a caption, relative to real images.
+    (optimistic: it guided). kid: from real images of the same captions, of unguided images from
+    random ones. diversity: within a caption, relative to real images.
     """
     x = data.to_float(images).to(models.alpha_bar.device)
     labels, second = evaluator.target_labels[targets.cpu()], (None, None)                 # (N, A)
@@ -193,7 +204,8 @@ def score(images, targets, models, evaluator):
     features, real = metrics.judge_features(evaluator.judge, x), evaluator.real
     order = torch.randperm(   # both are in the order of captions
         len(x), generator=data.generator("evaluation", 0))
-    kid, error = metrics.kid(real[order], features[order])
+    others = real[order] if guided else evaluator.random_real
+    kid, error = metrics.kid(others, features[order[:len(others)]])
     std = real.std(dim=0) + 1e-6
     spread, real_spread = (metrics.diversity(f / std, targets) for f in (features, real))
     return {**metrics.accuracy_row(correct.all(1)),

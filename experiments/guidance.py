@@ -56,7 +56,7 @@ def compare_methods(models, args):
         preview = samples.images[::max(1, len(targets) // 48)][:48]   # evenly from all captions
         data.save_grid(args.out / f"guidance-{label}.png", preview, zoom=2)
         yield {"method": name, "scale": scale,
-               **evaluator.score(samples.images, targets, models, scores),
+               **evaluator.score(samples.images, targets, models, scores, guided=name != "none"),
                "unet_evaluations": samples.unet_evaluations,
                "unet_backwards": samples.unet_backwards, "seconds": samples.seconds,
                "relative_time": samples.seconds / first_seconds if first_seconds else None}

@@ -136,17 +136,19 @@ def test_wilson_interval():
 
 def test_kid_of_a_block_is_the_sum_over_pairs():
     torch.manual_seed(0)
-    real, generated = torch.randn(24, 3) * 2 + 1, torch.randn(24, 3)
+    real, generated = torch.randn(100, 3) * 2 + 1, torch.randn(100, 3)
     x, y = ((a - real.mean(0)) / real.std(0) for a in (real, generated))
     kernel = lambda a, b: (float(a @ b) / 3 + 1) ** 3
-    pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
+    pairs = [(i, j) for i in range(25) for j in range(25) if i != j]
     expected = [
         sum(kernel(x[n + i], x[n + j]) + kernel(y[n + i], y[n + j]) - 2 * kernel(x[n + i], y[n + j])
-            for i, j in pairs) / 30 for n in (0, 6, 12, 18)]
+            for i, j in pairs) / 600 for n in (0, 25, 50, 75)]
     value, error = metrics.kid(real, generated)
     assert value == pytest.approx(sum(expected) / 4, rel=1e-4)
     assert error == pytest.approx(statistics.stdev(expected) / 2, rel=1e-4)
-    assert metrics.kid(real[:7], generated[:7]) == (None, None)
+    assert metrics.kid(real[:99], generated[:99]) == (None, None)
+    with pytest.raises(ValueError, match="as many"):
+        metrics.kid(real, generated[:99])
 
 
 def test_kid_is_unbiased_and_finds_differences():
@@ -273,6 +275,22 @@ def test_real_images_are_of_their_captions_and_distinct(here, monkeypatch):
     assert len({image.tobytes() for image in images}) == 60
 
 
+def test_unguided_images_are_compared_with_random_ones(here, models, monkeypatch):
+    """Others are compared with real images of the same captions."""
+    compared = []
+    monkeypatch.setattr(metrics, "kid", lambda real, generated: (
+        compared.append((real, generated)) or (0., 0.)))
+    targets = torch.arange(20)   # of 30 held-out images
+    scores = evaluator.make_evaluator(models, targets, argparse.Namespace(each=1, seed=0, judge=""))
+    images = random_cars("cars", 16, 20).images
+    for guided in (True, False):
+        evaluator.score(images, targets, models, scores, guided)
+    (same, _), (others, generated) = compared
+    assert torch.equal(others, scores.random_real) and len(others) == len(generated) == 20
+    rows = lambda features: sorted(features.sum(dim=1).tolist())
+    assert rows(same) == rows(scores.real) != rows(others)
+
+
 def test_the_cache_key_contains_all_that_determines_the_samples(models, monkeypatch):
     args = argparse.Namespace(steps=2, eta=1., recurrence=1, seed=0, batch=4)
     indices, guidance = torch.arange(3), ("x0", 32., (1, 950))
@@ -281,7 +299,8 @@ def test_the_cache_key_contains_all_that_determines_the_samples(models, monkeypa
     paths = [path(), path(steps=3), path(eta=0.), path(recurrence=2), path(seed=1),
              path(indices=indices + 1), path(guidance=("x0", 3., (1, 950))),
              path(models._replace(captions=models.captions[::-1])),
-             path(models._replace(caption_labels=models.caption_labels.flip(0))), path(batch=8)]
+             path(models._replace(caption_labels=models.caption_labels.flip(0))), path(batch=8),
+             path(models._replace(templates=2 * models.templates))]
     with torch.autocast("cpu", torch.bfloat16):
         paths.append(path())
     assert path() == paths[0]
@@ -290,7 +309,7 @@ def test_the_cache_key_contains_all_that_determines_the_samples(models, monkeypa
         paths.append(path())
     monkeypatch.setattr(evaluator, "SOURCE", evaluator.SOURCE[:-1])
     paths.append(path())
-    assert len(set(paths)) == len(paths) == 14
+    assert len(set(paths)) == len(paths) == 15
 
 
 def test_plain_net_learns():
