@@ -26,7 +26,7 @@ import tinyddpm
 import toys
 import train
 from experiments import __main__ as main
-from experiments import (ablations, clip, ddpm, english, evaluator, guidance, metrics,
+from experiments import (ablations, benchmark, clip, ddpm, english, evaluator, guidance, metrics,
                          second_judge, variants, zeroshot)
 from infra import checkpoint, cli
 
@@ -334,6 +334,32 @@ def test_the_second_judge_in_weights(tmp_path, monkeypatch):
     predicted = judge.predict(network, data.to_float(images))
     assert (predicted.numpy() == labels).all(1).sum() >= 15
     assert second_judge.load_second_judge("photos") is None
+
+
+# ---- the benchmark -------------------------------------------------------------------------------
+
+def test_the_benchmark_skips_what_is_missing_or_slow(monkeypatch, capsys):
+    """And names it; what is fast gets all its rounds, what reaches the limit later gets one."""
+    clock, calls = [0.], []
+
+    def sleeping(seconds):   # -> what makes a function to time and its model
+        sleep = lambda: (calls.append(seconds), clock.__setitem__(0, clock[0] + seconds))
+        return lambda bf16: (sleep, torch.nn.Linear(1, 1))
+
+    def missing(bf16):
+        raise ModuleNotFoundError("no peer")
+
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(cli, "bf16_is_fast", lambda device: False)
+    monkeypatch.setattr(benchmark, "COMPARISONS", [
+        ("missing", "ddpm", missing, sleeping(1)), ("endless", "clip", sleeping(500), sleeping(1)),
+        ("slow", "clip", sleeping(50), sleeping(5)), ("fast", "clip", sleeping(2), sleeping(1))])
+    slow, fast = benchmark.benchmark()
+    errors = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in errors] == [
+        "skipped bf16", "skipped ddpm beside missing", "skipped clip beside endless"]
+    assert slow["fp32_ratio"] == 10 and fast["fp32_ratio"] == 2
+    assert [calls.count(seconds) for seconds in (500, 50, 2)] == [1, 3, 21]
 
 
 # ---- changed data sets ---------------------------------------------------------------------------
