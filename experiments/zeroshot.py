@@ -207,41 +207,35 @@ def render_with_words(indices, words, size):
     return np.stack(images), np.array(labels)
 
 
-def words_objective(images, caption_ids, words, dataset, tokenizer, length):
-    """The loss of train.clip_objective, but one image in four carries a word, and has a caption of
-    its own that says so; its plain caption is true as well.
+def words_objective(images, caption_ids, words, dataset, tokenizer, length, device):
+    """train.clip_objective, but one image in four carries a word, and has a caption of its own that
+    says so; partial captions are true of it as if there were no word.
 
     images: (N, H, W, 3) uint8 with words, caption_ids, words: (N,) int -> an objective for a Task
     """
-    alpha_bar, K = tinyddpm.cosine_alpha_bar(), len(dataset.captions)
+    alpha_bar, K = tinyddpm.cosine_alpha_bar().to(device), len(dataset.captions)
+    caption_ids, words, true_of = (x.to(device) for x in (
+        caption_ids, words, torch.from_numpy(dataset.partial_true_of)))
     templates = train.normalized_templates(dataset)[:16]
-    tokens = torch.stack([tokenizer.batch(texts[:K], length) for texts in templates])  # (S, K, L)
+    tokens = torch.stack([tokenizer.batch(texts, length) for texts in templates]).to(device)
     with_word = torch.stack([torch.stack([
         tokenizer.batch([f"{text} that says {word.lower()}" for text in texts[:K]], length)
-        for texts in templates]) for word in WORDS])                          # (W, S, K, L)
+        for texts in templates]) for word in WORDS]).to(device)               # (W, S, K, L)
 
     def objective(model, x_0, ids, generator):
         n = len(x_0) // 4
-        chosen = torch.randint(len(images), (n,), generator=generator)
-        x_0 = torch.cat([data.to_float(images[chosen.numpy()]), x_0[n:]])
-        caption, word = torch.cat([caption_ids[chosen], ids[n:]]), words[chosen]
-        t = tinyddpm.stratified_timesteps(len(x_0), generator)
-        t = t[torch.randperm(len(x_0), generator=generator)]
-        t[:int(train.CLEAN_FRACTION * len(x_0))] = 0   # they are in random order
-        eps = torch.randn(x_0.shape, generator=generator)
-        template = torch.randint(len(tokens), (K + n,), generator=generator)
-        text_features = model.encode_text(torch.cat([
-            tokens[template[:K], torch.arange(K)], with_word[word, template[K:], caption[:n]]]))
-        has_word = torch.cat([word, word.new_full((len(x_0) - n,), -1)])
-        same = (caption[:, None] == caption[:n]) & (has_word[:, None] == word)
-        is_true = torch.cat([F.one_hot(caption, K).bool(), same], dim=1)      # (B, K + n)
-        image_features = model.encode_image(tinyddpm.q_sample(x_0, t, eps, alpha_bar), t)
-        logits = model.logits(image_features, text_features, t)
-        return tinyclip.closed_set_loss(logits, is_true, is_clean=t == 0)
+        chosen = torch.randint(len(images), (n,), generator=generator, device=device)
+        x_0 = torch.cat([data.to_float(images[chosen.cpu().numpy()]).to(device), x_0[n:]])
+        plain = caption_ids[chosen]                                           # (n,)
+        new = with_word[words[chosen], :, plain].transpose(0, 1)              # (S, n, L)
+        ids = torch.cat([K + torch.arange(n, device=device), ids[n:]])
+        return train.clip_objective(
+            model, x_0, ids, torch.cat([tokens[:, :K], new, tokens[:, K:]], dim=1),
+            torch.cat([true_of, true_of[:, plain]], dim=1), alpha_bar, generator)
     return objective
 
 
-def train_with_words():
+def train_with_words(device):
     """Train a CLIP on images of which one in four carries a word -> the path of its weights"""
     _, config, options = train.TASKS["clip"]
     dataset = data.load("cars", config.image_size, options.images)
@@ -250,11 +244,11 @@ def train_with_words():
     words = np.random.default_rng(0).integers(len(WORDS), size=len(indices))
     images, labels = render_with_words(indices, [list(WORDS)[i] for i in words], config.image_size)
     torch.manual_seed(0)
-    device, folder = torch.device("cpu"), Path("runs/ablations/clip-words")
-    task = train.clip_task(config, options, dataset, validation, device)
+    task, folder = train.clip_task(config, options, dataset, validation, device), Path(
+        "runs/ablations/clip-words")
     objective = words_objective(
         images, torch.from_numpy(cars.caption_index(labels)), torch.from_numpy(words), dataset,
-        task.model.tokenizer, config.context_length)
+        task.model.tokenizer, config.context_length, device)
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         train.train(task._replace(objective=objective), options, dataset, folder, device=device)
     return folder / "weights.pt"
@@ -262,7 +256,8 @@ def train_with_words():
 
 def typographic(models, args):
     """Words on cars: how often zero-shot prediction of the body follows the word."""
-    reader = sample.load_models(train_with_words(), args.ddpm, models.alpha_bar.device)
+    device = models.alpha_bar.device
+    reader = sample.load_models(train_with_words(device), args.ddpm, device)
     indices = from_the_side(SIDE_VIEWS, cars.VALIDATION)
     words = [list(WORDS)[i % len(WORDS)] for i in range(len(indices))]
     size = models.unet.config.image_size

@@ -456,6 +456,29 @@ def test_a_linear_probe_by_separable_features():
     assert torch.equal(zeroshot.linear_probe(features, labels)(features), labels)
 
 
+def test_training_with_words_is_clip_objective(here, monkeypatch):
+    """On the given device, with a caption of its own for each of eight images that has a word."""
+    monkeypatch.setattr(zeroshot, "WITH_WORDS", 3)
+    device, trained = torch.device("cpu", 0), []
+    monkeypatch.setattr(train, "train", lambda task, *_, device: trained.append((task, device)))
+    zeroshot.train_with_words(device)
+    (task, used), = trained
+    assert used is device
+    monkeypatch.setattr(train, "clip_objective", lambda *arguments: arguments)
+    plain = torch.full((8, 3, 16, 16), 9.)
+    _, x_0, ids, tokens, true_of, _, _ = task.objective(
+        task.model, plain, torch.arange(8), torch.Generator().manual_seed(0))
+    assert (x_0[:2] <= 1).all() and torch.equal(x_0[2:], plain[2:])
+    assert ids.tolist() == [294, 295, 2, 3, 4, 5, 6, 7]
+    assert tokens.shape[1] == 294 + 2 + 154 == sum(true_of.shape)
+    says = [task.model.tokenizer.decode(row.tolist()) for row in tokens[0, 294:296]]
+    names = [tinyclip.normalize_prompt(caption) for caption in cars.CAPTIONS]
+    for text, column in zip(says, true_of.T[294:]):
+        caption, word = text.split(" that says ")
+        assert word.rstrip(" !").upper() in zeroshot.WORDS   # "!" is token 0, the padding
+        assert torch.equal(column, true_of[:, names.index(caption)])
+
+
 def test_a_word_is_painted_on_both_sides():
     """In letters that stand out."""
     scene = cars.scene(0, zeroshot.from_the_side(1, 0)[0])[0]
