@@ -41,15 +41,19 @@ def hold_out_pairs(dataset):
         report=f"{dataset.report}; {len(indices):,} and {keep.sum()} without the held-out pairs")
 
 
-def clean_objective(clip, dataset, device):
-    """train.clip_objective on clean images only, as a Task has it."""
-    alpha_bar = tinyddpm.cosine_alpha_bar().to(device)
+def clip_inputs(clip, dataset, device):
+    """What train.clip_objective takes besides a batch -> tokens, partial_true_of, alpha_bar"""
     tokens = torch.stack([clip.tokenizer.batch(texts, clip.config.context_length)
                           for texts in train.normalized_templates(dataset)]).to(device)
-    partial_true_of = torch.from_numpy(dataset.partial_true_of).to(device)
+    return (tokens, torch.from_numpy(dataset.partial_true_of).to(device),
+            tinyddpm.cosine_alpha_bar().to(device))
+
+
+def clean_objective(clip, dataset, device):
+    """train.clip_objective on clean images only, as a Task has it."""
+    inputs = clip_inputs(clip, dataset, device)
     return lambda model, x_0, caption_ids, generator: train.clip_objective(
-        model, x_0, caption_ids, tokens, partial_true_of, alpha_bar, generator,
-        clean_fraction=1.)
+        model, x_0, caption_ids, *inputs, generator, clean_fraction=1.)
 
 
 def train_changed(kind, change, device):

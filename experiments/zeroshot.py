@@ -19,7 +19,6 @@ import cars
 import data
 import sample
 import tinyclip
-import tinyddpm
 import train
 from experiments import ablations, evaluator, figures, metrics, second_judge
 from experiments.clip import held_out_phrasings
@@ -54,15 +53,18 @@ def predict_file(arguments=None):
                 print(f"{way}: {correct.float().mean():.1%} of {len(correct):,} images")
             return
         x = data.to_float(image_folders.read_image(args.image, size)[None])
-        features = models.clip.encode_captions(list(map(tinyclip.normalize_prompt, args.texts)))
+        features = models.clip.encode_captions(normalized(args.texts))
         for p, text in sorted(zip(models.clip.caption_probs(x, features)[0].tolist(), args.texts),
                               reverse=True):
             print(f"{p:6.1%}  {text}")
 
 
+def normalized(texts):
+    return [tinyclip.normalize_prompt(text) for text in texts]
+
+
 def predict_texts(clip, x, text_features):
-    """Zero-shot: x (N, 3, H, W), text_features (n, E) -> (N,) int, the most probable text of each
-    """
+    """Predict the most probable text: x (N, 3, H, W), text_features (n, E) -> (N,) int"""
     return clip.caption_probs(x.to(text_features.device), text_features).argmax(dim=1).cpu()
 
 
@@ -85,8 +87,7 @@ def predict_folder(clip, folder, size):
         raise cli.UserError(f"{folder}: none of {len(images):,} images can be read")
     x, truth, correct = data.to_float(images[readable]), torch.tensor(caption_ids)[readable], {}
     for way, ensemble in (("one prompt", templates[:1]), (f"{len(templates)} prompts", templates)):
-        features = clip.encode_ensemble([[tinyclip.normalize_prompt(text) for text in texts]
-                                         for texts in ensemble])
+        features = clip.encode_ensemble(list(map(normalized, ensemble)))
         correct[f"zero-shot, {way}"] = predict_texts(clip, x, features) == truth
     return correct
 
@@ -122,43 +123,51 @@ def zero_shot(models, args):
     x, truth = data.to_float(held_out.images[:]), torch.from_numpy(held_out.labels)
     seen = data.load("cars", judge.config.image_size, 50_000)
     x_seen, seen_labels = data.to_float(seen.images[:SEEN]), torch.from_numpy(seen.labels[:SEEN])
+    by_judge = predict(judge, x.to(models.alpha_bar.device)).cpu()
+    zero_shot_of = lambda models, features: labels[predict_texts(models.clip, x, features)]
 
-    with tempfile.TemporaryDirectory() as folder:
-        for i, image in enumerate(held_out.images):
-            path = Path(folder, cars.BODIES[truth[i, 0]], f"{i}.png")
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(image).save(path)
-        for way, correct in predict_folder(models.clip, Path(folder), x.shape[2]).items():
-            yield row("class folders, by body", way, correct)
+    def compare(task, ways, subset=slice(None)):   # ways: name -> (N, A) int
+        for way, predicted in ways.items():
+            yield row(task, way, (predicted == truth).all(dim=1)[subset])
+
+    yield from class_folders(models, held_out)
     probe = linear_probe(image_features(models, x_seen), seen_labels)
-    ways = {"zero-shot, 294 captions": labels[predict_texts(models.clip, x, models.text_features)],
-            "linear probe, 10,000 images": probe(image_features(models, x)),
-            "the judge, 50,000 images": predict(judge, x.to(models.alpha_bar.device)).cpu()}
-    for way, found in ways.items():
-        yield row("all attributes", way, (found == truth).all(dim=1))
-    phrasings = [models.clip.encode_captions([tinyclip.normalize_prompt(text) for text in texts])
-                 for texts in held_out_phrasings()]
-    found = torch.cat([labels[predict_texts(models.clip, x, features)] for features in phrasings])
+    yield from compare("all attributes", {
+        "zero-shot, 294 captions": zero_shot_of(models, models.text_features),
+        "linear probe, 10,000 images": probe(image_features(models, x)),
+        "the judge, 50,000 images": by_judge})
+    phrasings = [models.clip.encode_captions(normalized(texts)) for texts in held_out_phrasings()]
+    correct = [(zero_shot_of(models, features) == truth).all(dim=1) for features in phrasings]
     yield row("all attributes", f"zero-shot, {len(phrasings)} phrasings that CLIP never met",
-              (found == truth.repeat(len(phrasings), 1)).all(dim=1))
+              torch.cat(correct))
 
     # Pairs of colours that CLIP never met, neither in images nor in texts.
     pairs = ablations.changed_models("pairs", ("clip",), models, args)
-    unseen = torch.tensor([ablations.colours(row) in ablations.PAIRS for row in truth.tolist()])
-    known = torch.tensor([ablations.colours(row) not in ablations.PAIRS
-                          for row in seen_labels.tolist()])
-    probe = linear_probe(image_features(pairs, x_seen[known]), seen_labels[known])
-    ways = {"zero-shot, 294 captions": labels[predict_texts(pairs.clip, x, pairs.text_features)],
-            "linear probe": probe(image_features(pairs, x)),
-            "the judge, which met them": predict(judge, x.to(models.alpha_bar.device)).cpu()}
-    for way, found in ways.items():
-        yield row("pairs that CLIP never met", way, (found == truth).all(dim=1)[unseen])
+    unseen, seen = (torch.tensor([ablations.colours(row) in ablations.PAIRS for row in x.tolist()])
+                    for x in (truth, seen_labels))
+    probe = linear_probe(image_features(pairs, x_seen[~seen]), seen_labels[~seen])
+    yield from compare("pairs that CLIP never met", {
+        "zero-shot, 294 captions": zero_shot_of(pairs, pairs.text_features),
+        "linear probe": probe(image_features(pairs, x)),
+        "the judge, which met them": by_judge}, unseen)
     yield from typographic(models, args)
     yield from two_cars(models)
 
 
+def class_folders(models, dataset):
+    """Zero-shot prediction of the body, of images in a folder for each."""
+    size = dataset.images.shape[1]
+    with tempfile.TemporaryDirectory() as folder:
+        for i, (image, label) in enumerate(zip(dataset.images, dataset.labels)):
+            path = Path(folder, cars.BODIES[label[0]], f"{i}.png")
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(image).save(path)
+        for way, correct in predict_folder(models.clip, Path(folder), size).items():
+            yield row("class folders, by body", way, correct)
+
+
 def row(task, way, correct):
-    return {"task": task, "way": way, "samples": len(correct), **metrics.accuracy_row(correct)}
+    return {"task": task, "way": way, **metrics.accuracy_row(correct)}
 
 
 # ---- words on cars -------------------------------------------------------------------------------
@@ -168,20 +177,17 @@ def paint_word(scene, word):
     vertices = np.concatenate([solid.vertices for solid in scene.solids])
     (x0, y0, _), (x1, y1, height) = vertices.min(axis=0), vertices.max(axis=0)
     rows = [".".join(FONT[letter].split(",")[i] for letter in word) for i in range(5)]
-    width, step = len(rows[0]), .08 * height
+    width, step, half = len(rows[0]), .08 * height, max(abs(y0), abs(y1))
     dx = min(.85 * (x1 - x0) / width, 2 * step)
-    dark = scene.paints["main"] @ np.array([.3, .6, .1]) < .45
+    is_dark = scene.paints["main"] @ np.array([.3, .6, .1]) < .45
     letters = []
-    for i, line in enumerate(rows):
-        for j in (j for j, mark in enumerate(line) if mark == "#"):
-            z = .32 * height + (4 - i) * step
-            for side in (-1, 1):   # it reads from left to right on both
-                x = (x0 + x1) / 2 - side * (j - width / 2) * dx
-                ends = sorted((x, x - side * dx))
-                half = max(abs(y0), abs(y1))
-                letters.append(cars.box("headlight" if dark else "tyre", *ends,
-                                        *sorted((side * (half - .1), side * (half + .02))),
-                                        z, z + step))
+    for i, j in ((i, j) for i in range(5) for j in range(width) if rows[i][j] == "#"):
+        z = .32 * height + (4 - i) * step
+        for side in (-1, 1):   # it reads from left to right on both
+            x = (x0 + x1) / 2 - side * (j - width / 2) * dx
+            letters.append(cars.box(
+                "headlight" if is_dark else "tyre", *sorted((x, x - side * dx)),
+                *sorted((side * (half - .1), side * (half + .02))), z, z + step))
     return scene._replace(solids=[*scene.solids, *letters])
 
 
@@ -207,31 +213,30 @@ def render_with_words(indices, words, size):
     return np.stack(images), np.array(labels)
 
 
-def words_objective(images, caption_ids, words, dataset, tokenizer, length, device):
+def words_objective(images, caption_ids, words, clip, dataset, device):
     """train.clip_objective, but one image in four carries a word, and has a caption of its own that
     says so; partial captions are true of it as if there were no word.
 
     images: (N, H, W, 3) uint8 with words, caption_ids, words: (N,) int -> an objective for a Task
     """
-    alpha_bar, K = tinyddpm.cosine_alpha_bar().to(device), len(dataset.captions)
-    caption_ids, words, true_of = (x.to(device) for x in (
-        caption_ids, words, torch.from_numpy(dataset.partial_true_of)))
-    templates = train.normalized_templates(dataset)[:16]
-    tokens = torch.stack([tokenizer.batch(texts, length) for texts in templates]).to(device)
-    with_word = torch.stack([torch.stack([
-        tokenizer.batch([f"{text} that says {word.lower()}" for text in texts[:K]], length)
-        for texts in templates]) for word in WORDS]).to(device)               # (W, S, K, L)
+    caption_ids, words = caption_ids.to(device), words.to(device)
+    tokens, partial_true_of, alpha_bar = ablations.clip_inputs(clip, dataset, device)
+    K, S = len(dataset.captions), 16   # of 192 lists of texts
+    with_word = torch.stack([clip.tokenizer.batch(
+        [f"{text} that says {word.lower()}" for word in WORDS for text in texts[:K]],
+        clip.config.context_length)
+        for texts in train.normalized_templates(dataset)[:S]]).to(device)     # (S, W K, L)
 
     def objective(model, x_0, ids, generator):
         n = len(x_0) // 4
         chosen = torch.randint(len(images), (n,), generator=generator, device=device)
         x_0 = torch.cat([data.to_float(images[chosen.cpu().numpy()]).to(device), x_0[n:]])
         plain = caption_ids[chosen]                                           # (n,)
-        new = with_word[words[chosen], :, plain].transpose(0, 1)              # (S, n, L)
+        new = with_word[:, K * words[chosen] + plain]                         # (S, n, L)
         ids = torch.cat([K + torch.arange(n, device=device), ids[n:]])
         return train.clip_objective(
-            model, x_0, ids, torch.cat([tokens[:, :K], new, tokens[:, K:]], dim=1),
-            torch.cat([true_of, true_of[:, plain]], dim=1), alpha_bar, generator)
+            model, x_0, ids, torch.cat([tokens[:S, :K], new, tokens[:S, K:]], dim=1),
+            torch.cat([partial_true_of, partial_true_of[:, plain]], dim=1), alpha_bar, generator)
     return objective
 
 
@@ -244,57 +249,52 @@ def train_with_words(device):
     words = np.random.default_rng(0).integers(len(WORDS), size=len(indices))
     images, labels = render_with_words(indices, [list(WORDS)[i] for i in words], config.image_size)
     torch.manual_seed(0)
-    task, folder = train.clip_task(config, options, dataset, validation, device), Path(
-        "runs/ablations/clip-words")
-    objective = words_objective(
-        images, torch.from_numpy(cars.caption_index(labels)), torch.from_numpy(words), dataset,
-        task.model.tokenizer, config.context_length, device)
+    folder = Path("runs/ablations/clip-words")
+    task = train.clip_task(config, options, dataset, validation, device)
+    task = task._replace(objective=words_objective(
+        images, torch.from_numpy(cars.caption_index(labels)), torch.from_numpy(words), task.model,
+        dataset, device))
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        train.train(task._replace(objective=objective), options, dataset, folder, device=device)
+        train.train(task, options, dataset, folder, device=device)
     return folder / "weights.pt"
 
 
 def typographic(models, args):
     """Words on cars: how often zero-shot prediction of the body follows the word."""
-    device = models.alpha_bar.device
+    device, shown = models.alpha_bar.device, []
     reader = sample.load_models(train_with_words(device), args.ddpm, device)
     indices = from_the_side(SIDE_VIEWS, cars.VALIDATION)
     words = [list(WORDS)[i % len(WORDS)] for i in range(len(indices))]
-    size = models.unet.config.image_size
     bodies = [cars.PARTIAL.index((b, None, None)) for b in range(len(cars.BODIES))]
-    named, shown = torch.tensor([WORDS[word] for word in words]), []
-    for painted in (False, True):
-        images, labels = render_with_words(indices, words if painted else [None] * len(words), size)
-        x, truth = data.to_float(images), torch.from_numpy(labels[:, 0])
+    named = torch.tensor([WORDS[word] for word in words])
+    for task, painted in (("the same without a word", [None] * len(words)),
+                          ("a word that names another body", words)):
+        images, labels = render_with_words(indices, painted, models.unet.config.image_size)
+        x, truth = data.to_float(images).to(device), torch.from_numpy(labels[:, 0])
         other = named != truth
         for name, clip in (("CLIP", models), ("CLIP trained with words", reader)):
-            probs = clip.clip.caption_probs(
-                x.to(models.alpha_bar.device), clip.partial_features[bodies]).cpu()
-            found = probs.argmax(dim=1)
-            yield {**row("a word that names another body" if painted else "the same without a word",
-                         name, (found == truth)[other]),
-                   "as the word": metrics.mean((found == named)[other])}
+            probs = clip.clip.caption_probs(x, clip.partial_features[bodies]).cpu()
+            predicted = probs.argmax(dim=1)
+            yield {**row(task, name, (predicted == truth)[other]),
+                   "as the word": metrics.mean((predicted == named)[other])}
             shown.append((images, probs))
     draw_attack(shown, words, labels, args.out / "typographic.png")
 
 
 def draw_attack(shown, words, labels, path):
     """Four cars without and with a word, and what both CLIPs take each for."""
+    def cell(pixels, probs):
+        image, draw = figures.canvas(180, 208)
+        image.paste(Image.fromarray(pixels).resize((160, 160), Image.NEAREST), (10, 0))
+        p, body = probs.max(dim=0)
+        draw.text((90, 184), f"{cars.BODIES[body]} {p:.0%}", "black", figures.FONT, "mm")
+        return image
+
     chosen = [i for i in range(len(words)) if WORDS[words[i]] != labels[i, 0]][:4]
-    rows = []
-    for images, probs in shown:
-        cells = []
-        for i in chosen:
-            image, draw = figures.canvas(180, 208)
-            image.paste(Image.fromarray(images[i]).resize((160, 160), Image.NEAREST), (10, 0))
-            p, body = probs[i].max(dim=0)
-            draw.text((90, 184), f"{cars.BODIES[body]} {p:.0%}", "black", figures.FONT, "mm")
-            cells.append(image)
-        rows.append(cells)
-    figures.labelled_grid(rows, ["CLIP, no word", "trained on words, no word", "CLIP, word",
-                                 "trained on words, word"],
-                          [f"{words[i]} on a {cars.BODIES[labels[i, 0]]}" for i in chosen]).save(
-        path)
+    figures.labelled_grid(
+        [[cell(images[i], probs[i]) for i in chosen] for images, probs in shown],
+        ["CLIP, no word", "trained on words, no word", "CLIP, word", "trained on words, word"],
+        [f"{words[i]} on a {cars.BODIES[labels[i, 0]]}" for i in chosen]).save(path)
 
 
 # ---- two cars in one image -----------------------------------------------------------------------
