@@ -25,7 +25,6 @@ STANDALONE = {   # list of arguments -> None
     "predict": zeroshot.predict_file,
     "second_judge": second_judge.train_second_judge, "benchmark": benchmark.main,
     "interruptions": interruptions.main, "tables": tables.write_tables}
-SETTINGS = "steps", "eta", "recurrence", "seed", "batch"   # of sample.SamplingConfig
 
 
 def parse_args(arguments):
@@ -41,7 +40,7 @@ def parse_args(arguments):
     add("--prompts", default="all", choices=guidance.PROMPTS, help="tune on half of the captions")
     add("--each", type=int, default=1, help="samples of each caption")
     add("--interval", type=int, nargs=2, metavar=("LO", "HI"), help="timesteps with guidance")
-    for name in SETTINGS:
+    for name in ("steps", "eta", "recurrence", "seed", "batch"):
         value = getattr(default, name)
         add(f"--{name}", type=type(value), default=value, help=f"see sample.py; default {value}")
     for kind in ("clip", "ddpm", "judge"):
@@ -50,8 +49,8 @@ def parse_args(arguments):
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
     args = parser.parse_args(arguments)
     cli.check_range("--each", args.each, 1, 1000)
-    sample.SamplingConfig(interval=args.interval, **{k: getattr(args, k) for k in SETTINGS})
-    return args   # that has checked them
+    evaluator.sampling_config(args)   # checks them
+    return args
 
 
 def main(arguments):

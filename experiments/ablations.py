@@ -93,9 +93,12 @@ def changed_models(change, kinds, models, args):
         raise cli.UserError("this experiment needs models of the built-in cars, of all captions")
     device, paths = models.alpha_bar.device, {"clip": args.clip, "ddpm": args.ddpm}
     paths |= {kind: train_changed(kind, change, device) for kind in kinds}
-    changed = evaluator.with_captions(sample.load_models(**paths, device=device), cars.CAPTIONS,
-                                      cars.descriptions(train.ENSEMBLE))
-    return changed._replace(caption_labels=models.caption_labels)
+    changed = sample.load_models(**paths, device=device)
+    templates = [evaluator.normalized(texts[:len(cars.CAPTIONS)])
+                 for texts in cars.descriptions(train.ENSEMBLE)]
+    return changed._replace(
+        captions=cars.CAPTIONS, caption_labels=models.caption_labels, templates=templates,
+        text_features=changed.clip.encode_ensemble(templates))
 
 
 def ablations(models, args):

@@ -9,7 +9,7 @@ import torch
 
 import cars
 import sample
-from experiments import clip, metrics, second_judge
+from experiments import clip, evaluator, metrics, second_judge
 from judge import predict
 
 PROMPTS = {   # -> body, main, second, None where the prompt leaves it open
@@ -26,18 +26,13 @@ PROMPTS = {   # -> body, main, second, None where the prompt leaves it open
     "a car with a yellow roof": ("car", None, "yellow")}
 
 
-def sampling_config(args, n):
-    return sample.SamplingConfig(n=n, **{key: getattr(args, key) for key in (
-        "steps", "eta", "recurrence", "seed", "batch", "interval")})
-
-
 def english(models, args):
     """Prompts as people write them, and all captions in phrasings that CLIP never met."""
     judge, _, _ = second_judge.load_judges(models, args)
     for prompt, names in PROMPTS.items():
         with contextlib.redirect_stdout(io.StringIO()) as out:
             read, targets = sample.resolve_prompt(prompt, models)
-        config = sampling_config(args, n=32 if None in names else 16)
+        config = evaluator.sampling_config(args, n=32 if None in names else 16)
         x_0 = sample.sample_images(read, sample.draw_captions(targets, config), config)
         predicted = predict(judge, x_0).cpu()                                 # (N, A)
         wanted = [values.index(name) if name else None
@@ -46,7 +41,7 @@ def english(models, args):
                                if value is not None], dim=1)
         values = [len(predicted[:, a].unique()) for a, value in enumerate(wanted) if value is None]
         yield {"prompt": prompt, "read as": out.getvalue().splitlines()[-1].split(" read as ")[1],
-               "samples": config.n, **metrics.accuracy_row(correct.all(dim=1)),
+               **metrics.accuracy_row(correct.all(dim=1)),
                "values left open": ", ".join(map(str, values))}
     yield from held_out(models, args, judge)
 
@@ -60,10 +55,10 @@ def held_out(models, args, judge):
             _, targets = sample.resolve_prompt(phrasings[k % len(phrasings)][k], models)
         first = targets[:K].nonzero()[:1, 0].tolist()   # none if it became a new caption,
         read += first or [(k + 1) % K]                  # which counts as wrong
-    config = sampling_config(args, K)
+    config = evaluator.sampling_config(args, n=K)
     labels = torch.from_numpy(cars.caption_labels(plain.numpy()))
     for name, targets in (("all captions, plain", plain),
                           ("all captions, in held-out phrasings", torch.tensor(read))):
         predicted = predict(judge, sample.sample_images(models, targets, config)).cpu()
-        yield {"prompt": name, "samples": K, **metrics.accuracy_row((predicted == labels).all(1))}
+        yield {"prompt": name, **metrics.accuracy_row((predicted == labels).all(1))}
 

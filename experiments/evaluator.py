@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import data
 import guide
+import sample
 import tinyclip
 import tinyddpm
 from experiments import metrics, second_judge, variants
@@ -31,16 +32,14 @@ SOURCE = [Path(module.__file__).read_bytes()
           for module in (data, guide, tinyclip, tinyddpm, variants)]
 
 
-def with_captions(models, captions, templates=None):
-    """The models with other captions; templates: S lists of ways to write them, which come first"""
-    templates = [[tinyclip.normalize_prompt(text) for text in texts[:len(captions)]]
-                 for texts in templates or [captions]]
-    return models._replace(captions=captions, templates=templates, partial=[],
-                           caption_labels=torch.arange(len(captions))[:, None].to(
-                               models.caption_labels.device),
-                           partial_features=models.partial_features[:0],
-                           partial_true_of=models.partial_true_of.new_empty((0, len(captions))),
-                           text_features=models.clip.encode_ensemble(templates))
+def normalized(texts):
+    return [tinyclip.normalize_prompt(text) for text in texts]
+
+
+def sampling_config(args, **changes):
+    """The flags of an experiment -> sample.SamplingConfig"""
+    names = "steps", "eta", "recurrence", "seed", "batch", "interval"
+    return sample.SamplingConfig(**{name: getattr(args, name) for name in names}, **changes)
 
 
 def images_and_noise(models, seed):

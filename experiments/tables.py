@@ -22,7 +22,7 @@ SECTION = re.compile(r"(<!-- table (\w+)(?: (\w+)=(\S+))? -->\n).*?(<!-- end -->
 FRACTIONS = {"prompt_accuracy", "low", "body", "main", "second", "second_judge", "disagree",
              "clip_prob", "top-1", "swapped", "different", "order", "paraphrase",
              "captions@1", "captions@5", "captions@10", "images@1", "images@5", "images@10",
-             "as the word", "plain", *(f"t = {t}" for t in (0, 300, 500, 700))}
+             "as the word", *(f"t = {t}" for t in range(0, 1000, 50))}
 PAIRS = {"low": ("high", " to "), "kid": ("kid_error", " ± "),   # printed in one column
          "unet_evaluations": ("unet_backwards", " + ")}
 HEADINGS = {"low": "95 % interval", "kid": "KID", "ece": "ECE", "clip_prob": "CLIP's probability",

@@ -18,10 +18,10 @@ from PIL import Image
 import cars
 import data
 import sample
-import tinyclip
 import train
 from experiments import ablations, evaluator, figures, metrics, second_judge
 from experiments.clip import held_out_phrasings
+from experiments.evaluator import normalized
 from infra import cli, image_folders
 from judge import predict
 
@@ -57,10 +57,6 @@ def predict_file(arguments=None):
         for p, text in sorted(zip(models.clip.caption_probs(x, features)[0].tolist(), args.texts),
                               reverse=True):
             print(f"{p:6.1%}  {text}")
-
-
-def normalized(texts):
-    return [tinyclip.normalize_prompt(text) for text in texts]
 
 
 def predict_texts(clip, x, text_features):

@@ -95,7 +95,9 @@ def here(folder, monkeypatch):
 @pytest.fixture
 def models(folder):
     models = sample.load_models(folder / "runs/clip/weights.pt", folder / "runs/ddpm/weights.pt")
-    return evaluator.with_captions(models, models.captions)   # in float32
+    templates = [evaluator.normalized(models.captions)]
+    return models._replace(templates=templates, caption_labels=torch.arange(294)[:, None],
+                           text_features=models.clip.encode_ensemble(templates))   # in float32
 
 
 def run(command, steps=2):
