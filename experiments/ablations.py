@@ -56,8 +56,11 @@ def clean_objective(clip, dataset, device):
         model, x_0, caption_ids, *inputs, generator, clean_fraction=1.)
 
 
-def train_changed(kind, change, device):
-    """Train a "clip" or "ddpm" with a change, unless it is there -> the path of its weights"""
+def train_changed(kind, change, device, make_objective=None):
+    """Train a "clip" or "ddpm" with a change, unless it is there -> the path of its weights
+
+    make_objective: (model, dataset, device) -> an objective for a Task, other than train.py's
+    """
     make_task, config, options = train.TASKS[kind]
     dataset = data.load("cars", config.image_size, options.images)
     validation = data.load("cars", config.image_size, evaluator.HELD_OUT, "validation")
@@ -72,7 +75,9 @@ def train_changed(kind, change, device):
     torch.manual_seed(0)   # for the initial weights
     task = make_task(config, options, dataset, validation, device)
     if change == "clean":
-        task = task._replace(objective=clean_objective(task.model, dataset, device))
+        make_objective = clean_objective
+    if make_objective:
+        task = task._replace(objective=make_objective(task.model, dataset, device))
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         train.train(task, options, dataset, path.parent, device=device)
     return path

@@ -19,7 +19,7 @@ import cars
 import data
 import sample
 import train
-from experiments import ablations, evaluator, figures, metrics, second_judge
+from experiments import ablations, figures, metrics, second_judge
 from experiments.clip import held_out_phrasings
 from experiments.evaluator import normalized
 from infra import cli, image_folders
@@ -209,19 +209,21 @@ def render_with_words(indices, words, size):
     return np.stack(images), np.array(labels)
 
 
-def words_objective(images, caption_ids, words, clip, dataset, device):
-    """train.clip_objective, but one image in four carries a word, and has a caption of its own that
-    says so; partial captions are true of it as if there were no word.
-
-    images: (N, H, W, 3) uint8 with words, caption_ids, words: (N,) int -> an objective for a Task
-    """
-    caption_ids, words = caption_ids.to(device), words.to(device)
+def words_objective(clip, dataset, device):
+    """Make train.clip_objective with a word on one image in four, which has a caption of its own
+    that says so; partial captions are true of it as if there were no word."""
     tokens, partial_true_of, alpha_bar = ablations.clip_inputs(clip, dataset, device)
     K, S = len(dataset.captions), 16   # of 192 lists of texts
     with_word = torch.stack([clip.tokenizer.batch(
         [f"{text} that says {word.lower()}" for word in WORDS for text in texts[:K]],
         clip.config.context_length)
         for texts in train.normalized_templates(dataset)[:S]]).to(device)     # (S, W K, L)
+    indices = from_the_side(WITH_WORDS, cars.TRAIN)
+    words = np.random.default_rng(0).integers(len(WORDS), size=len(indices))
+    images, labels = render_with_words(indices, [list(WORDS)[i] for i in words],
+                                       clip.config.image_size)
+    caption_ids, words = (torch.from_numpy(x).to(device)
+                          for x in (cars.caption_index(labels), words))
 
     def objective(model, x_0, ids, generator):
         n = len(x_0) // 4
@@ -236,29 +238,11 @@ def words_objective(images, caption_ids, words, clip, dataset, device):
     return objective
 
 
-def train_with_words(device):
-    """Train a CLIP on images of which one in four carries a word -> the path of its weights"""
-    _, config, options = train.TASKS["clip"]
-    dataset = data.load("cars", config.image_size, options.images)
-    validation = data.load("cars", config.image_size, evaluator.HELD_OUT, "validation")
-    indices = from_the_side(WITH_WORDS, cars.TRAIN)
-    words = np.random.default_rng(0).integers(len(WORDS), size=len(indices))
-    images, labels = render_with_words(indices, [list(WORDS)[i] for i in words], config.image_size)
-    torch.manual_seed(0)
-    folder = Path("runs/ablations/clip-words")
-    task = train.clip_task(config, options, dataset, validation, device)
-    task = task._replace(objective=words_objective(
-        images, torch.from_numpy(cars.caption_index(labels)), torch.from_numpy(words), task.model,
-        dataset, device))
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        train.train(task, options, dataset, folder, device=device)
-    return folder / "weights.pt"
-
-
 def typographic(models, args):
     """Words on cars: how often zero-shot prediction of the body follows the word."""
     device, shown = models.alpha_bar.device, []
-    reader = sample.load_models(train_with_words(device), args.ddpm, device)
+    weights = ablations.train_changed("clip", "words", device, words_objective)
+    reader = sample.load_models(weights, args.ddpm, device)
     indices = from_the_side(SIDE_VIEWS, cars.VALIDATION)
     words = [list(WORDS)[i % len(WORDS)] for i in range(len(indices))]
     bodies = [cars.PARTIAL.index((b, None, None)) for b in range(len(cars.BODIES))]

@@ -441,8 +441,9 @@ def test_zero_shot(here, monkeypatch):
     for name, small in (("TEST_IMAGES", 300), ("SEEN", 40), ("SIDE_VIEWS", 12), ("WITH_WORDS", 8),
                         ("PAIRS_OF_CARS", 20)):
         monkeypatch.setattr(zeroshot, name, small)
-    monkeypatch.setattr(ablations, "train_changed", lambda kind, change, device: (
-        Path(f"runs/{kind}/weights.pt")))
+    train_changed = ablations.train_changed
+    monkeypatch.setattr(ablations, "train_changed", lambda kind, change, *rest: (
+        train_changed(kind, change, *rest) if rest[1:] else Path(f"runs/{kind}/weights.pt")))
     rows = run("zeroshot")
     tasks = [row["task"] for row in rows]
     assert tasks.count("class folders, by body") == 2 and tasks.count("all attributes") == 4
@@ -463,7 +464,7 @@ def test_training_with_words_is_clip_objective(here, monkeypatch):
     monkeypatch.setattr(zeroshot, "WITH_WORDS", 3)
     device, trained = torch.device("cpu", 0), []
     monkeypatch.setattr(train, "train", lambda task, *_, device: trained.append((task, device)))
-    zeroshot.train_with_words(device)
+    ablations.train_changed("clip", "words", device, zeroshot.words_objective)
     (task, used), = trained
     assert used is device
     monkeypatch.setattr(train, "clip_objective", lambda *arguments: arguments)
