@@ -23,7 +23,7 @@ def unguided_quality(models, args):
     judge, _ = sample.load_judge(models.captions, args.judge, x_0.device)
     if judge is None:
         return
-    real = metrics.judge_features(judge, evaluator.random_real(models, args, STEPS_IMAGES))
+    real = evaluator.random_real(models, judge, STEPS_IMAGES, args.seed)
     for eta in (0., 1.):
         for steps in STEPS:
             changed = Namespace(**{**vars(args), "steps": steps, "eta": eta, "recurrence": 1})

@@ -151,7 +151,6 @@ class Evaluator(NamedTuple):
     target_labels: torch.Tensor     # (K, A) int, the attributes of an image of each caption
     attributes: dict                # A names -> values
     real: torch.Tensor              # (N, F), the judge's features of real images of the captions
-    random_real: torch.Tensor       # (<= N, F), and of real images whatever their caption
 
 
 def make_evaluator(models, targets, args):
@@ -160,15 +159,15 @@ def make_evaluator(models, targets, args):
     labels = dict(zip(content["captions"], content["caption_labels"]))
     real = data.to_float(real_images(models, targets, args)).to(models.alpha_bar.device)
     return Evaluator(judge, second, torch.tensor([labels[text] for text in models.captions]),
-                     content["attributes"], metrics.judge_features(judge, real),
-                     metrics.judge_features(judge, random_real(models, args, len(targets))))
+                     content["attributes"], metrics.judge_features(judge, real))
 
 
-def random_real(models, args, count):
-    """Held-out images whatever their caption, as unguided ones are -> (<= count, 3, H, W)"""
-    _, _, x_0, _ = images_and_noise(models, args.seed)
+def random_real(models, judge, count, seed):
+    """The judge's features of random held-out images, to compare unguided ones with (<= count, F)
+    """
+    _, _, x_0, _ = images_and_noise(models, seed)
     order = torch.randperm(len(x_0), generator=data.generator("evaluation", 0))
-    return x_0[order[:count].to(x_0.device)]
+    return metrics.judge_features(judge, x_0[order[:count].to(x_0.device)])
 
 
 def real_images(models, targets, args, skip=0):
@@ -185,13 +184,13 @@ def real_images(models, targets, args, skip=0):
     return dataset.images[indices]
 
 
-def score(images, targets, models, evaluator, guided=True):
+def score(images, targets, models, evaluator, unguided_real=None):
     """Scores of images (N, H, W, 3) uint8 of captions targets (N,) -> a row of a table
 
     prompt_accuracy: the judge predicts all attributes of the caption; second_judge: the other one
     does; disagree: one of the two does. clip_prob: CLIP's mean probability of the caption
-    (optimistic: it guided). kid: from real images of the same captions, of unguided images from
-    random ones. diversity: within a caption, relative to real images.
+    (optimistic: it guided). kid: from real images of the same captions, or for unguided images from
+    unguided_real, (n, F) of random_real. diversity: within a caption, relative to real images.
     """
     x = data.to_float(images).to(models.alpha_bar.device)
     labels, second = evaluator.target_labels[targets.cpu()], (None, None)                 # (N, A)
@@ -203,7 +202,7 @@ def score(images, targets, models, evaluator, guided=True):
     features, real = metrics.judge_features(evaluator.judge, x), evaluator.real
     order = torch.randperm(   # both are in the order of captions
         len(x), generator=data.generator("evaluation", 0))
-    others = real[order] if guided else evaluator.random_real
+    others = real[order] if unguided_real is None else unguided_real
     kid, error = metrics.kid(others, features[order[:len(others)]])
     std = real.std(dim=0) + 1e-6
     spread, real_spread = (metrics.diversity(f / std, targets) for f in (features, real))

@@ -38,12 +38,12 @@ def prepare(models, args):
 def compare_methods(models, args):
     """Methods of guidance, and real images: scores and cost, relative to the first method's."""
     indices, targets, scores = prepare(models, args)
-    grid, first_seconds = [("real", None)], None
-    for name in args.methods:
-        has_scale = name not in ("none", *BEST_OF)
-        scales = (args.scales or [evaluator.METHODS[name].scale]) if has_scale else [None]
-        grid += [(name, scale) for scale in scales]
+    scales = lambda name: [None] if name in ("none", *BEST_OF) else (
+        args.scales or [evaluator.METHODS[name].scale])
+    grid = [("real", None), *((name, scale) for name in args.methods for scale in scales(name))]
+    first_seconds = None
     for name, scale in grid:
+        unguided_real = None
         if name == "real":   # other images than those in the evaluator
             real = evaluator.real_images(models, targets, args, skip=args.each)
             samples = evaluator.Samples(real, None, None, 0.)
@@ -52,11 +52,13 @@ def compare_methods(models, args):
         else:
             samples = evaluator.sample_cached(name, indices, models, args, scale)
             first_seconds = first_seconds or samples.seconds
+        if name == "none":
+            unguided_real = evaluator.random_real(models, scores.judge, len(targets), args.seed)
         label = name if scale is None else f"{name}-{scale:g}"
         preview = samples.images[::max(1, len(targets) // 48)][:48]   # evenly from all captions
         data.save_grid(args.out / f"guidance-{label}.png", preview, zoom=2)
         yield {"method": name, "scale": scale,
-               **evaluator.score(samples.images, targets, models, scores, guided=name != "none"),
+               **evaluator.score(samples.images, targets, models, scores, unguided_real),
                "unet_evaluations": samples.unet_evaluations,
                "unet_backwards": samples.unet_backwards, "seconds": samples.seconds,
                "relative_time": samples.seconds / first_seconds if first_seconds else None}
