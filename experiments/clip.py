@@ -45,11 +45,9 @@ def zero_shot(models, args):
 
 
 def caption_logits(models, x_t, t):
-    """-> (N, K) in float32, because near-ties matter"""
-    parts = zip(x_t.split(250), t.split(250))
-    features = torch.cat([models.clip.encode_image(*part) for part in parts]).float()
-    with torch.autocast(x_t.device.type, enabled=False):
-        return models.clip.logits(features, models.text_features.float(), t)
+    """Logits of noised images, N of them, and all captions -> (N, K)"""
+    features = [models.clip.encode_image(*part) for part in zip(x_t.split(250), t.split(250))]
+    return models.clip.logits(torch.cat(features), models.text_features, t)
 
 
 def word_order(logits, caption_ids, labels):
