@@ -10,8 +10,7 @@ upper hemisphere.
 World coordinates in metres: x forward, y to the left, z up, the ground at z = 0.
 Shapes: N images, F faces and V vertices of a solid. Images are RGB, uint8 (N, size, size, 3).
 
-The other chapters need only captions and descriptions below and render() at the end, not what lies
-between.
+The other chapters need only captions and descriptions below and render() at the end.
 This file imports only numpy: copy it and it works. `python cars.py` prints a car.
 Left out: shadows, reflections, curved surfaces, backgrounds.
 """
@@ -238,7 +237,7 @@ def descriptions(count, seed=0):
             for i in range(count)]
 
 
-# ---- solids --------------------------------------------------------------------------------------
+# ---- solids (skip at first) ----------------------------------------------------------------------
 
 class Solid(NamedTuple):
     """A convex solid of one paint: all points with normals @ point <= offsets."""
@@ -292,7 +291,7 @@ def exchange_axes(solid, x):
                           vertices=vertices + (x, 0, 0))
 
 
-# ---- proportions ---------------------------------------------------------------------------------
+# ---- proportions (skip at first) -----------------------------------------------------------------
 
 class Proportions(NamedTuple):
     """Measures of a body. A position is a fraction of the length, 0 at the nose, 1 at the tail."""
@@ -355,7 +354,7 @@ def vary(car, rng):
                         nose=nose, wheel=wheel, axles=axles, cowl=cowl, roof=roof, deck=deck)
 
 
-# ---- the parts of a car: functions from the Proportions of one car to a list of solids -----------
+# ---- the parts of a car: Proportions -> a list of Solid (skip at first) --------------------------
 
 RELIEF = .015   # metres by which a detail stands out, so that rays meet it before the surface below
 
@@ -477,7 +476,7 @@ def build_car(body, rng):
     return [solid for part in (hull, cabin, lights, *EXTRAS[body], wheels) for solid in part(car)]
 
 
-# ---- the scene -----------------------------------------------------------------------------------
+# ---- the scene (skip at first) -------------------------------------------------------------------
 
 class Scene(NamedTuple):
     """A car and a camera."""
@@ -547,7 +546,7 @@ def camera_height(scene):
     return math.degrees(math.asin(-scene.forward[2]))
 
 
-# ---- the ray cast --------------------------------------------------------------------------------
+# ---- the ray cast (skip at first) ----------------------------------------------------------------
 #
 # The ray of a pixel (u, v in [-1, 1]) is eye + depth * d, where d = forward + u right + v up.
 # It is inside the half-space normal . p <= offset where depth * (normal . d) <= gap, with

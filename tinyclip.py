@@ -560,7 +560,7 @@ class CLIP(nn.Module):
                 for name, w in weights.items()}
 
 
-# ---- the published layout ------------------------------------------------------------------------
+# ---- the published layout (skip at first) --------------------------------------------------------
 
 TRANSPOSED = "visual.proj", "text_projection"   # published as (D, E), nn.Linear has (E, D)
 

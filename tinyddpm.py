@@ -461,6 +461,8 @@ def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, r
     return x_t
 
 
+# ---- inversion (skip at first) -------------------------------------------------------------------
+
 def invert(denoise, x_0, alpha_bar, steps=50):
     """Find the noise that deterministic sampling turns into these images: plain DDIM run backwards.
 

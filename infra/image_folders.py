@@ -7,6 +7,7 @@
     class folders   CLASS/**/*.png, captioned "a photo of a CLASS"; also below train/, val/ and
                     test/, whose images are all put together and split anew
 
+Several captions of an image, one a line or one a row, are ways to write the same.
 SRN cars and captions.csv are taken where they are, text files if there are at least half as many as
 images in folders; a folder that holds nothing but another is entered.
 Any image that can be read becomes square RGB; what cannot be read is left out and reported.
@@ -43,7 +44,7 @@ class ImageFolder(NamedTuple):
     """N image files with captions."""
     layout: str
     files: list      # N paths
-    texts: list      # N captions, one for each file
+    texts: list      # for each file a list of its captions
     objects: list    # N names of what is shown: images of one object all go into one split
     classes: list    # the names of the classes, sorted, if the layout is class folders; else empty
     left_out: int    # number of images without a caption
@@ -71,9 +72,12 @@ def scan_folder(folder):
         captioned = [(file, "", name) for file, name in images]
     if not captioned:
         raise DatasetError("there are no images in it")
-    paths, texts, objects = map(list, zip(*captioned))
-    classes = sorted(set(texts)) if layout == "class folders" else []
-    texts = [_fill(TEMPLATES[0], name) for name in texts] if classes else texts
+    texts, object_of = {}, {}
+    for file, text, object_of[file] in captioned:
+        texts.setdefault(file, []).append(text)
+    paths, texts, objects = list(texts), list(texts.values()), list(object_of.values())
+    classes = sorted({name for name, in texts}) if layout == "class folders" else []
+    texts = [[_fill(TEMPLATES[0], name)] for name, in texts] if classes else texts
     used = {"SRN cars": {".txt"}, "captions.csv": {".csv"}, "text files": {".txt"}}
     others = [name for file, name in files
               if file.suffix.lower() not in EXTENSIONS and file.suffix not in used.get(layout, ())]
@@ -126,8 +130,8 @@ def _captions_csv(folder, images):
 
 
 def _text_files(folder, images):
-    return [(file, " ".join(_text_of(file.with_suffix(".txt")).split()), name)
-            for file, name in images]
+    lines = lambda file: filter(str.strip, _text_of(file.with_suffix(".txt")).splitlines())
+    return [(file, line, name) for file, name in images for line in [*lines(file)] or [""]]
 
 
 def _class_folders(folder, images):
@@ -175,14 +179,19 @@ def _fill(template, name):   # "a photo of {}", "airplane" -> "a photo of an air
 
 
 def captions_and_templates(image_folder):
-    """-> captions: K texts, where case and white space do not count; templates: S lists of K texts,
-    all ways to write them; caption_ids: N indices of captions"""
-    texts = [" ".join(text.lower().split()) for text in image_folder.texts]
+    """-> captions: K texts, where case and white space do not count, the first ones of images;
+    templates: S lists of K texts, all ways to write them; caption_ids: N indices of captions"""
+    ways, firsts = {}, []
+    for texts in image_folder.texts:
+        first, *more = [" ".join(text.lower().split()) for text in texts]
+        ways.setdefault(first, {first: 0}).update(dict.fromkeys(more))   # a set in order
+        firsts.append(first)
     templates = [[_fill(template, name) for name in image_folder.classes] for template in TEMPLATES]
     if not image_folder.classes:
-        templates = [sorted(set(texts))]
+        ways = [list(ways[first]) for first in sorted(ways)]
+        templates = [[w[s % len(w)] for w in ways] for s in range(max(map(len, ways)))]
     index_of = {text: i for i, text in enumerate(templates[0])}
-    return templates[0], templates, [index_of[text] for text in texts]
+    return templates[0], templates, [index_of[first] for first in firsts]
 
 
 def split_indices(image_folder, split):
@@ -204,7 +213,7 @@ def split_indices(image_folder, split):
 def report(image_folder, split, indices, readable, K):
     """Describe a split in one line; indices of its files, and which of these can be read."""
     layout, files, texts, objects, _, left_out, others = image_folder
-    text_of = {objects[i]: texts[i] for i in indices}
+    text_of = {objects[i]: texts[i][0] for i in indices}
     first = ", ".join(f"{name}: {text!r}" for name, text in list(text_of.items())[:3])
     line = (f"{split}: found {len(text_of):,} objects, {len(readable):,} images, "
             f"{K:,} captions ({layout}); first three: {first}")

@@ -70,7 +70,7 @@ def test_names_of_class_folders_may_be_untidy(tmp_path):
     assert found.classes == ["_", "cat", "polar bear", "å"]
     captions, templates, caption_ids = image_folders.captions_and_templates(found)
     assert len(captions) == 4 and all(len(texts) == 4 for texts in templates)
-    assert [captions[i] for i in caption_ids] == found.texts
+    assert [[captions[i]] for i in caption_ids] == found.texts
 
 
 def two_classes(folder, count=30):
@@ -91,6 +91,24 @@ def test_class_folders_may_be_in_a_wrapper_or_in_parts(tmp_path, below):
     (tmp_path / below / "truck").mkdir()
     write(tmp_path / below / "truck" / "0.png")
     assert "truck" in image_folders.scan_folder(tmp_path).classes
+
+
+@pytest.mark.parametrize("layout", ["rows", "lines"])
+def test_several_captions_of_an_image_are_ways_to_write_the_same(tmp_path, layout):
+    """One a row or one a line: the first one is the caption, all are in its templates."""
+    texts = {"a": ["a cat", "A  tabby", "an animal"], "b": ["a dog"], "c": ["A cat", "a kitten"]}
+    for name in texts:
+        write(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("\n \n".join(texts[name]) + "\n")
+    if layout == "rows":
+        rows = [f"{name}.png,{text}" for name in texts for text in texts[name]]
+        (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *rows]))
+    found = image_folders.scan_folder(tmp_path)
+    captions, templates, caption_ids = image_folders.captions_and_templates(found)
+    assert [path.stem for path in found.files] == ["a", "b", "c"] and found.left_out == 0
+    assert captions == ["a cat", "a dog"] and caption_ids == [0, 1, 0]
+    assert templates == [["a cat", "a dog"], ["a tabby", "a dog"], ["an animal", "a dog"],
+                         ["a kitten", "a dog"]]
 
 
 def test_train_may_be_a_class(tmp_path):
@@ -126,7 +144,7 @@ def test_only_part_of_srn_cars_is_used(tmp_path):
             write(tmp_path / part / f"id{i}" / "rgb" / "0.png")
     (tmp_path / "cars.txt").write_text("a red car\na blue car")
     found = image_folders.scan_folder(tmp_path)
-    assert found.layout == "SRN cars" and found.texts == ["a red car", "a blue car"]
+    assert found.layout == "SRN cars" and found.texts == [["a red car"], ["a blue car"]]
     assert found.left_out == 3
 
 
@@ -160,7 +178,7 @@ def test_all_that_pillow_reads_is_read(tmp_path):
 def test_text_files(tmp_path):
     for i in range(30):
         write(tmp_path / "deep" / "er" / f"{i}.png", (8 * i, 0, 0))
-        text = f"\ufeff  A thing\nnumber {i % 3} " if i % 2 else f"a  thing number {i % 3}"
+        text = f"\ufeff  A thing\tnumber {i % 3} \n" if i % 2 else f"a  thing number {i % 3}"
         (tmp_path / "deep" / "er" / f"{i}.txt").write_text(text, "utf-8")
     write(tmp_path / "deep" / "without.png")
     write(tmp_path / ".hidden" / "a.png")
@@ -385,7 +403,7 @@ def test_an_object_without_a_caption_is_left_out(tmp_path):
     lines = [f"number {i}" if i else " " for i in range(40)]
     (tmp_path / "cars.txt").write_text("\n".join(lines))
     found = image_folders.scan_folder(tmp_path)
-    assert found.texts == lines[1:] and found.left_out == 1
+    assert found.texts == [[line] for line in lines[1:]] and found.left_out == 1
 
 
 def test_a_file_name_of_any_bytes_can_be_reported(tmp_path):
