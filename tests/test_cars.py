@@ -230,3 +230,11 @@ def test_image_has_the_colours_of_its_caption():
         channel = pixels.argmax(axis=1)[pixels.max(axis=1) - pixels.min(axis=1) > .3]
         fraction = np.bincount(channel, minlength=3) / len(channel)
         assert fraction[0] > .1 and fraction[2] > .05 and fraction[1] < .02
+
+
+def test_one_colour_is_exactly_the_same_paint():
+    """A red car's roof has the red of its body; a red and blue car's has another paint."""
+    for second, same in (("red", True), ("blue", False)):
+        paints = cars.draw_paints("red", second, np.random.default_rng(0))
+        assert (paints["main"] == paints["second"]).all() == same
+        assert np.abs(paints["main"] - cars.PAINT["red"]).max() < .05

@@ -99,6 +99,29 @@ def test_splits_of_the_cars_are_disjoint():
     assert sorted(data.SPLITS.values()) == [10_000_000 * i for i in range(5)]
 
 
+def hashes(dataset):
+    return {hash(image.tobytes()) for image in dataset.images}
+
+
+def test_splits_of_the_cars_have_disjoint_images(here, monkeypatch):
+    """By content: no model is tested, and no judge trained, on what another was trained on."""
+    monkeypatch.setattr(cache, "load_packed", lambda items, make, size, path: make(items, size))
+    found = [hashes(data.load("cars", 16, 12, split)) for split in data.SPLITS]
+    assert len(found) == 5 and len(set.union(*found)) == sum(map(len, found)) == 60
+
+
+def test_splits_of_a_folder_have_disjoint_images(here):
+    """By content: each image of a folder is in one split."""
+    rng = np.random.default_rng(0)
+    for i in range(150):
+        path = here / "many" / f"class{i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)).save(path)
+    found = [hashes(data.load("many", 8, 1, split)) for split in data.SPLITS if split != "judge-2"]
+    assert len(set.union(*found)) == sum(map(len, found)) == 150
+    assert len(found[0]) > 2 * len(found[2]) > 2 * len(found[1]) > 0   # train, validation, judge
+
+
 def test_cars_where_workers_are_spawned(here):
     """As on Windows and macOS: rendering works from a script with the usual guard."""
     Path("script.py").write_text(f"""if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The experiments: metrics and variants by hand, every experiment at toy size, one as a command."""
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from PIL import Image
 
 import cars
 import data
+import guide
 import judge
 import sample
 import tinyclip
@@ -112,12 +114,12 @@ def run(command, steps=2):
 # ---- metrics -------------------------------------------------------------------------------------
 
 def test_calibration_by_hand():
-    """Of two answers given with 95 % one is correct, of two with 52 % both are: half of |.5 - .95|
-    and half of |1 - .52|."""
+    """Of three answers given with 95 % one is correct, and the one with 52 % is: three quarters of
+    |1/3 - .95| and a quarter of |1 - .52|."""
     sure, unsure = [0.95, 0.05], [0.48, 0.52]
-    probs, caption_ids = torch.tensor([sure, sure, unsure, unsure]), torch.tensor([0, 1, 1, 1])
+    probs, caption_ids = torch.tensor([sure, sure, sure, unsure]), torch.tensor([0, 1, 1, 1])
     error = metrics.calibration_error(probs, caption_ids, bins=10)
-    assert error == pytest.approx((0.45 + 0.48) / 2, abs=1e-6)
+    assert error == pytest.approx(0.75 * (0.95 - 1 / 3) + 0.25 * 0.48, abs=1e-6)
 
 
 def test_recall_by_hand():
@@ -239,7 +241,8 @@ def test_joint_guidance_by_hand(models):
     torch.manual_seed(0)
     x, t, targets = torch.randn(1, 3, 16, 16), torch.tensor([300]), torch.tensor([77])
     with torch.no_grad():
-        log_p = variants.joint(models.clip, models.text_features, targets, models.caption_labels)
+        log_p = variants.joint(models.clip, models.text_features, targets,
+                               torch.from_numpy(cars.caption_labels(np.arange(294))))
         value = log_p(x, t, torch.zeros_like(x))
         eps_hat = x / (1 - models.alpha_bar[300]).sqrt()   # for an x_0_hat that is zero
         x_225 = (1 - models.alpha_bar[225]).sqrt() * eps_hat
@@ -259,7 +262,165 @@ def test_dot_product_by_hand(models):
     assert value.shape == (2,) and torch.allclose(value, expected, rtol=1e-4)
 
 
+def test_each_variant_has_its_own_part(models):
+    """Its name says which value of which part it is; all other parts are the default's."""
+    x, t, targets = torch.randn(1, 3, 16, 16), torch.tensor([500]), torch.tensor([77])
+    value = lambda make: make(models.clip, models.text_features, targets, models.caption_labels)(
+        x, t, x).item()
+    for part, values in variants.PARTS.items():
+        for number in values:
+            variant = variants.VARIANTS[f"{part} {number}"]
+            other = functools.partial(variants.lookahead_with, **{part: number})
+            assert variant.scale == guide.METHODS["lookahead"].scale
+            assert value(variant.make_log_p) == value(other) != value(guide.lookahead)
+
+
 # ---- images and the cache ------------------------------------------------------------------------
+
+def test_held_out_images_have_noise_of_their_own(here, models):
+    """Images of the validation split with their captions, and for each other noise, by the seed."""
+    dataset, caption_ids, x_0, eps = evaluator.images_and_noise(models, 0)
+    held_out = random_cars("cars", 16, evaluator.HELD_OUT, "validation")
+    caption_of = {image.tobytes(): k for image, k in zip(held_out.images, held_out.caption_ids)}
+    assert [caption_of[image.tobytes()] for image in data.to_uint8(x_0)] == caption_ids.tolist()
+    assert len(x_0) == 30 == len(eps.flatten(1)[:, 0].unique())
+    assert eps.std().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(eps, evaluator.images_and_noise(models, 0)[3])
+    assert not torch.equal(eps, evaluator.images_and_noise(models, 1)[3])
+
+
+@pytest.mark.parametrize("scale, interval, guidance", [
+    (3., (2, 9), (3., (2, 9))), (None, None, (32., (1, 950)))])
+def test_all_settings_are_passed_on_to_sampling(models, tmp_path, monkeypatch, scale, interval,
+                                                guidance):
+    """Method, captions, scale and interval to the denoiser, the method's own unless given; steps,
+    eta and recurrence to the loop, from each image's own noise."""
+    built, sampled = [], []
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setattr(evaluator, "build_denoiser", lambda name, models, targets, *rest: (
+        built.append((name, targets.tolist(), *rest))))
+    monkeypatch.setattr(tinyddpm, "sample", lambda denoise, x_T, generators, alpha_bar, *a, **kw: (
+        sampled.append((x_T, *a, kw)) or x_T.clamp(-1, 1)))
+    args = argparse.Namespace(steps=7, eta=0.5, recurrence=3, seed=4, batch=2, interval=interval)
+    indices = torch.tensor([5, 300, 7])
+    samples = evaluator.sample_cached("x0", indices, models, args, scale)
+    assert built == [("x0", [5, 6], *guidance), ("x0", [7], *guidance)]
+    x_T = tinyddpm.randn_per_image(
+        [data.generator("sampling", 4, i) for i in (5, 300, 7)], (3, 16, 16))
+    assert torch.equal(torch.cat([x for x, *_ in sampled]), x_T)
+    assert all(rest == [7, 0.5, {"recurrence": 3}] for _, *rest in sampled)
+    assert (samples.images == data.to_uint8(x_T)).all()
+
+
+def test_unguided_samples_are_of_indices_that_nothing_else_uses(models, monkeypatch):
+    """Not even 33 samples of each caption."""
+    monkeypatch.setattr(evaluator, "sample_cached", lambda method, indices, *rest: (
+        method, indices.tolist()))
+    method, indices = evaluator.unguided(models, None, 5)
+    assert method == "none" and len(set(indices)) == 5
+    assert not set(indices) & set(range(33 * len(models.captions)))
+
+
+def test_best_of_by_hand(models, monkeypatch):
+    """For each caption the one of n images of the pool that CLIP finds most probable: of all of
+    them, the one whose caption it is."""
+    images = np.arange(8, dtype=np.uint8).repeat(2 * 2 * 3).reshape(8, 2, 2, 3)
+    probs = 0.1 + 0.5 * torch.eye(8).roll(3, dims=0)   # image (k + 3) % 8 is that of caption k
+    monkeypatch.setattr(evaluator, "POOL", 8)
+    monkeypatch.setattr(evaluator, "unguided", lambda models, args, count: evaluator.Samples(
+        images, 5, 0, 16.))
+    monkeypatch.setattr(models.clip, "caption_probs", lambda x, text_features: probs)
+    args, targets = argparse.Namespace(seed=0), torch.tensor([0, 2, 7])
+    best = evaluator.best_of(8, targets, models, args)
+    assert best.images[:, 0, 0, 0].tolist() == [3, 5, 2]
+    assert (best.unet_evaluations, best.unet_backwards, best.seconds) == (40, 0, 48.)
+    one = evaluator.best_of(1, torch.zeros(40, dtype=torch.long), models, args)
+    assert len(set(one.images[:, 0, 0, 0])) > 4   # at random
+
+
+class MeanJudge(torch.nn.Module):
+    """Two attributes: whether an image is bright, and whether it is rather red than green; `wrong`:
+    it takes bright red images for green ones."""
+
+    def __init__(self, wrong=False):
+        super().__init__()
+        self.wrong = wrong
+
+    def forward(self, x):
+        bright, red = x.mean(dim=(1, 2, 3)) > 0, x[:, 0].mean(dim=(1, 2)) > x[:, 1].mean(dim=(1, 2))
+        red = red & ~(bright & self.wrong)
+        return {name: torch.stack([~value, value], dim=1).float()
+                for name, value in (("bright", bright), ("red", red))}
+
+
+@pytest.fixture
+def by_hand(models, monkeypatch):
+    """-> eight images, models and an Evaluator of four captions: dark or bright, green or red"""
+    levels = torch.tensor([[-.5, -.4], [-.4, -.5], [.4, .5], [.5, .4]])   # red and green channel
+    x = levels[[0, 0, 1, 1, 2, 2, 3, 3]].repeat_interleave(4, dim=1).view(8, 2, 2, 2)
+    images = data.to_uint8(torch.cat([x, x[:, 1:]], dim=1) + torch.arange(8).view(8, 1, 1, 1) / 50)
+    monkeypatch.setattr(metrics, "judge_features", lambda judge, x: torch.cat(
+        [x.mean(dim=(2, 3)), x.std(dim=(2, 3))], dim=1))
+    monkeypatch.setattr(metrics, "kid", lambda real, generated: (
+        real.tolist(), generated.tolist()))
+    monkeypatch.setattr(models.clip, "caption_probs", lambda x, text_features: torch.cat(
+        [torch.full((8, 1), .1), torch.linspace(0, .7, 8)[:, None], torch.full((8, 2), .05)], 1))
+    labels = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
+    torch.manual_seed(0)
+    scores = evaluator.Evaluator(
+        MeanJudge(), MeanJudge(wrong=True), labels, {"bright": [0, 1], "red": [0, 1]},
+        torch.randn(8, 6))
+    return images, models, scores
+
+
+def test_real_images_for_unguided_ones_are_random_held_out_ones(here, models, monkeypatch):
+    """Not the first ones, which of a folder are of one class."""
+    monkeypatch.setattr(metrics, "judge_features", lambda judge, x: x.flatten(1))
+    real = evaluator.random_real(models, None, 12, seed=0)
+    _, _, x_0, _ = evaluator.images_and_noise(models, 0)
+    found = [int((x_0.flatten(1) == row).all(dim=1).nonzero()) for row in real]
+    assert len(set(found)) == 12 and found != list(range(12))
+
+
+def test_score_by_hand(by_hand):
+    """The first judge's accuracy, the second's and where they disagree, CLIP's probability of each
+    image's own caption, KID of rows in the same order, diversity relative to real images."""
+    images, models, scores = by_hand
+    targets = torch.tensor([0, 1, 1, 1, 2, 3, 3, 3])   # the second image and the sixth are wrong
+    row = evaluator.score(images, targets, models, scores)
+    assert row["samples"] == 8 and row["prompt_accuracy"] == 6 / 8
+    assert (row["bright"], row["red"]) == (1., 6 / 8)
+    assert row["second_judge"] == 4 / 8 and row["disagree"] == 2 / 8   # about the last two
+    probs = [.1, .1, .2, .3, .05, .05, .05, .05]   # the second column rises from 0 to .7
+    assert row["clip_prob"] == pytest.approx(sum(probs) / 8, abs=1e-6)
+    features = metrics.judge_features(None, data.to_float(images))
+    order = torch.randperm(8, generator=data.generator("evaluation", 0))
+    assert row["kid"] == scores.real[order].tolist()
+    assert row["kid_error"] == features[order].tolist()
+    real = torch.randn(5, 6)   # fewer, and not of these captions
+    row = evaluator.score(images, targets, models, scores, real)
+    assert (row["kid"], row["kid_error"]) == (real.tolist(), features[order[:5]].tolist())
+    std = scores.real.std(dim=0)
+    spread, real = (torch.stack([torch.pdist((f / std)[i:i + 3]).mean() for i in (1, 5)]).mean()
+                    for f in (features, scores.real))
+    assert row["diversity"] == pytest.approx((spread / real).item(), rel=1e-4)
+    alone = evaluator.score(images, targets, models, scores._replace(second_judge=None))
+    assert alone["second_judge"] is None and alone["disagree"] is None
+
+
+def test_an_evaluator_has_both_judges_and_the_labels_of_its_captions(here, models, monkeypatch):
+    """Whatever the order in which the judge has the captions."""
+    content = {"captions": models.captions[::-1], "attributes": cars.ATTRIBUTES,
+               "caption_labels": cars.caption_labels(np.arange(294))[::-1].tolist()}
+    first, second = (judge.Judge(judge.JudgeConfig(width=8, image_size=16), {"body": 6}).eval()
+                     for _ in range(2))
+    monkeypatch.setattr(second_judge, "load_judges", lambda models, args: (first, content, second))
+    targets, args = torch.tensor([4, 100]), argparse.Namespace(each=1)
+    scores = evaluator.make_evaluator(models, targets, args)
+    assert scores.judge is first and scores.second_judge is second
+    assert (scores.target_labels.numpy() == cars.caption_labels(np.arange(294))).all()
+    real = data.to_float(evaluator.real_images(models, targets, args))
+    assert torch.allclose(scores.real, metrics.judge_features(first, real))
 
 def test_real_images_are_of_their_captions_and_distinct(here, monkeypatch):
     monkeypatch.setattr(evaluator, "REAL", 600)   # every caption twice, some three times
@@ -410,6 +571,50 @@ def test_models_by_themselves(here):
     assert rows[0]["samples"] == 40 == sum(row["samples"] for row in rows[1:])
 
 
+def test_accuracy_by_noise_level_by_hand(models, monkeypatch):
+    """A CLIP whose logits are the first pixels: right for three of four clean images, for none
+    where noise that names another caption drowns them; with the attributes of the captions."""
+    dataset = toys.squares(4, 0)   # six captions: three colours on two sides
+    caption_ids, read = torch.tensor([0, 1, 2, 5]), torch.tensor([0, 1, 2, 4])
+    image = lambda k: F.one_hot(k, 6 * 6 * 3).float().view(4, 3, 6, 6)
+    x_0, eps, seen = image(read), image((caption_ids + 2) % 6), []
+
+    class PixelCLIP:
+        encode_image = staticmethod(lambda x, t: x.flatten(1)[:, :6])
+        logit_scale = staticmethod(lambda t: torch.ones(1))
+
+        @staticmethod
+        def logits(features, text_features, t):
+            seen.append(t.tolist())
+            return 100 * features
+
+    monkeypatch.setattr(clip, "TIMESTEPS", (0, 900))
+    monkeypatch.setattr(evaluator, "images_and_noise", lambda models, seed: (
+        dataset, caption_ids, x_0, eps))
+    rows = clip.zero_shot(models._replace(clip=PixelCLIP(), data="squares"),
+                          argparse.Namespace(seed=0))
+    clean, noised = rows
+    assert seen == [[0] * 4, [900] * 4]
+    assert (clean["top-1"], clean["colour"], clean["side"]) == (0.75, 1., 0.75)
+    assert (noised["top-1"], noised["colour"], noised["side"]) == (0., 0., 1.)
+    assert clean["captions@1"] == 0.75 and clean["ece"] == pytest.approx(0.25, abs=1e-3)
+
+
+def test_the_ddpm_is_sampled_with_each_number_of_steps_and_eta(here, models, monkeypatch):
+    """And its samples are compared with real images."""
+    monkeypatch.setattr(metrics, "kid", lambda real, generated: (
+        (real - generated).square().mean().item(), 0.))
+    called, unguided = [], evaluator.unguided
+    monkeypatch.setattr(evaluator, "unguided", lambda models, args, count: called.append(
+        (args.eta, args.steps, args.recurrence, count)) or unguided(models, args, count))
+    args = argparse.Namespace(steps=9, eta=0.5, recurrence=2, seed=0, batch=8, judge=None,
+                              interval=None)
+    with torch.no_grad():
+        rows = list(ddpm.unguided_quality(models, args))[-4:]
+    assert called == [(eta, steps, 1, 8) for eta in (0., 1.) for steps in (1, 2)]
+    assert len({row["kid"] for row in rows}) == 3   # of one step, eta changes nothing
+
+
 def test_guidance(here, monkeypatch):
     command = "guidance --methods none x0 best-of-4 --prompts even --recurrence 1"
     rows = run(command)
@@ -437,20 +642,54 @@ def test_english(here, monkeypatch):
     assert rows[3]["samples"] == 294
 
 
-def test_zero_shot(here, monkeypatch):
-    """Every task has its row, and the figure of words on cars is drawn."""
+def test_zero_shot(here, models, monkeypatch):
+    """Every task has its row, and the figure of words on cars is drawn. Linear probes learn from
+    images of the training; where pairs of colours are held out, they learn from none of those, and
+    only those are counted."""
     for name, small in (("TEST_IMAGES", 300), ("SEEN", 40), ("SIDE_VIEWS", 12), ("WITH_WORDS", 8),
                         ("PAIRS_OF_CARS", 20)):
         monkeypatch.setattr(zeroshot, name, small)
     train_changed = ablations.train_changed
     monkeypatch.setattr(ablations, "train_changed", lambda kind, change, *rest: (
         train_changed(kind, change, *rest) if rest[1:] else Path(f"runs/{kind}/weights.pt")))
+    fitted, linear_probe = [], zeroshot.linear_probe
+    monkeypatch.setattr(zeroshot, "linear_probe", lambda features, labels: (
+        fitted.append((features, labels)) or linear_probe(features, labels, steps=20)))
     rows = run("zeroshot")
     tasks = [row["task"] for row in rows]
     assert tasks.count("class folders, by body") == 2 and tasks.count("all attributes") == 4
     assert tasks.count("pairs that CLIP never met") == 3 and len(rows) == 9 + 4 + 3
     assert checkpoint.load("runs/ablations/clip-words/weights.pt", "clip")["steps"] == 10
     assert Path("out/typographic.png").exists()
+
+    seen, tested = (random_cars("cars", 16, count, split) for count, split in (
+        (40, "train"), (300, "validation")))
+    known, unseen = (torch.tensor([(ablations.colours(row) in ablations.PAIRS) == held_out
+                                   for row in dataset.labels])
+                     for dataset, held_out in ((seen, False), (tested, True)))
+    with torch.no_grad():
+        features = zeroshot.image_features(models, data.to_float(seen.images))
+    for (fitted_features, labels), part in zip(fitted, (known | True, known), strict=True):
+        assert torch.equal(labels, torch.from_numpy(seen.labels)[part])
+        assert torch.allclose(fitted_features, features[part], atol=1e-5)
+    assert known.sum() < 40 and {row["samples"] for row in rows if row["task"].startswith(
+        "pairs")} == {int(unseen.sum())}
+
+
+def test_a_clip_that_reads_words_is_counted(here, models, monkeypatch):
+    """One that finds the body that the word names is never right where it names another one."""
+    words = [list(zeroshot.WORDS)[i % 4] for i in range(12)]
+    named = torch.tensor([zeroshot.WORDS[word] for word in words])
+    monkeypatch.setattr(zeroshot, "SIDE_VIEWS", 12)
+    monkeypatch.setattr(ablations, "train_changed", lambda *args: None)
+    monkeypatch.setattr(zeroshot, "draw_attack", lambda *args: None)
+    monkeypatch.setattr(models.clip, "caption_probs", lambda x, features: (
+        F.one_hot(named, len(features)).float()))
+    models = models._replace(partial_features=torch.ones(len(cars.PARTIAL), 16))
+    monkeypatch.setattr(sample, "load_models", lambda *args: models)
+    rows = list(zeroshot.typographic(models, argparse.Namespace(ddpm=None, out=Path("."))))
+    assert [(row["prompt_accuracy"], row["as the word"]) for row in rows] == [(0, 1)] * 4
+    assert all(row["samples"] > 0 for row in rows)
 
 
 def test_a_linear_probe_by_separable_features():
@@ -461,26 +700,32 @@ def test_a_linear_probe_by_separable_features():
 
 
 def test_training_with_words_is_clip_objective(here, monkeypatch):
-    """On the given device, with a caption of its own for each of eight images that has a word."""
+    """On the given device, with a caption of its own for each of 16 images that has a word: what it
+    shows and says; partial captions are true of it as without the word."""
+    labels = np.array([[0, 0, 1], [3, 2, 2], [5, 6, 0]])
+    device, trained, words = torch.device("cpu", 0), [], []
+    images = np.full((3, 16, 16, 3), np.arange(3)[:, None, None, None], np.uint8)
     monkeypatch.setattr(zeroshot, "WITH_WORDS", 3)
-    device, trained = torch.device("cpu", 0), []
+    monkeypatch.setattr(zeroshot, "render_with_words", lambda indices, some, size: (
+        words.extend(some) or (images, labels)))
     monkeypatch.setattr(train, "train", lambda task, *_, device: trained.append((task, device)))
     ablations.train_changed("clip", "words", device, zeroshot.words_objective)
     (task, used), = trained
     assert used is device
     monkeypatch.setattr(train, "clip_objective", lambda *arguments: arguments)
-    plain = torch.full((8, 3, 16, 16), 9.)
+    plain = torch.full((16, 3, 16, 16), 9.)
     _, x_0, ids, tokens, true_of, _, _ = task.objective(
-        task.model, plain, torch.arange(8), torch.Generator().manual_seed(0))
-    assert (x_0[:2] <= 1).all() and torch.equal(x_0[2:], plain[2:])
-    assert ids.tolist() == [294, 295, 2, 3, 4, 5, 6, 7]
-    assert tokens.shape[1] == 294 + 2 + 154 == sum(true_of.shape)
-    says = [task.model.tokenizer.decode(row.tolist()) for row in tokens[0, 294:296]]
+        task.model, plain, torch.arange(16), torch.Generator().manual_seed(0))
+    assert torch.equal(x_0[4:], plain[4:]) and ids.tolist() == [294, 295, 296, 297, *range(4, 16)]
+    assert tokens.shape[1] == 294 + 4 + 154 == sum(true_of.shape)
     names = [tinyclip.normalize_prompt(caption) for caption in cars.CAPTIONS]
-    for text, column in zip(says, true_of.T[294:]):
-        caption, word = text.split(" that says ")
-        assert word.rstrip(" !").upper() in zeroshot.WORDS   # "!" is token 0, the padding
-        assert torch.equal(column, true_of[:, names.index(caption)])
+    shown = data.to_uint8(x_0[:4])[:, 0, 0, 0].tolist()   # which image each one is
+    assert len(set(shown)) > 1
+    for i, row, column in zip(shown, tokens[0, 294:298], true_of.T[294:]):
+        k = cars.caption_index(labels[i])
+        text = task.model.tokenizer.decode(row.tolist()).rstrip(" !")   # "!" is the padding
+        assert text == f"{names[k]} that says {words[i].lower()}"
+        assert torch.equal(column, true_of[:, k])
 
 
 def test_a_word_is_painted_on_both_sides():
@@ -527,6 +772,47 @@ def test_predict_counts_a_class_folder(here, capsys):
     assert re.fullmatch(r"zero-shot, 6 prompts: [0-9.]+% of 40 images", several)
 
 
+def test_each_setting_of_the_sweep_is_passed_on(here, models, monkeypatch):
+    """Method, scale, interval, eta, steps and recurrence of each row; all else as the flags say."""
+    given = []
+    monkeypatch.setattr(guidance, "prepare", lambda models, args: (None, None, None))
+    monkeypatch.setattr(evaluator, "score", lambda *args: {})
+    monkeypatch.setattr(evaluator, "sample_cached", lambda method, indices, models, args, scale: (
+        given.append((method, scale, args)) or evaluator.Samples(None, 0, 0, 0.)))
+    args = argparse.Namespace(steps=25, eta=1., recurrence=2, interval=None)
+    rows = list(guidance.sweep(models, args))
+    assert len(rows) == len(given) == len(guidance.SWEEPS) > 30
+    for (name, value, *_), (method, scale, changed) in zip(guidance.SWEEPS, given):
+        steps, n = value if name == "steps, recurrence" else (25, 2)
+        assert changed == argparse.Namespace(
+            steps=steps, recurrence=n, eta=value if name == "eta" else 1.,
+            interval=value if name == "interval" else None)
+        assert scale == (value if name.startswith("scale of ") else None)
+        if name in variants.PARTS:
+            assert method == f"{name} {value}"
+        else:
+            assert method == name.removeprefix("scale of ") if scale else method == "lookahead"
+
+
+def test_methods_are_compared_on_the_same_captions(here, models, monkeypatch):
+    """Each of --each samples of a caption has an index of its own, the real images are others than
+    those in the evaluator, and every method gets its scale."""
+    given, real_images = [], evaluator.real_images
+    monkeypatch.setattr(evaluator, "real_images", lambda models, targets, args, skip=0: (
+        given.append(("real", skip, targets)) or real_images(models, targets, args, skip)))
+    images = np.zeros((2 * 19, 16, 16, 3), np.uint8)
+    monkeypatch.setattr(evaluator, "sample_cached", lambda method, indices, models, args, scale: (
+        given.append((method, scale, indices)) or evaluator.Samples(images, 0, 0, 1.)))
+    args = argparse.Namespace(each=2, prompts="even", methods=["none", "x0"], scales=[4., 8.],
+                              judge=None, out=Path("."), seed=0)
+    list(guidance.compare_methods(models, args))
+    assert [one[:2] for one in given] == [
+        ("real", 0), ("real", 2), ("none", None), ("x0", 4.), ("x0", 8.)]
+    even = list(range(0, 294, 16))
+    assert all(targets.tolist() == even + even for _, _, targets in given[:2])
+    assert all(indices.tolist() == even + [k + 294 for k in even] for _, _, indices in given[2:])
+
+
 def test_sweep_and_failures(here, monkeypatch):
     first = {sweep[0]: sweep for sweep in reversed(guidance.SWEEPS)}   # one of each kind
     monkeypatch.setattr(guidance, "SWEEPS", list(first.values()))
@@ -552,26 +838,67 @@ def test_ablations_train_what_is_missing(here, monkeypatch, capsys):
 
 
 def test_composition(here, monkeypatch):
+    """One row for each model, group of pairs and method; "swapped" is where the judge finds the
+    colours of the caption exchanged."""
+    sampled, sample_cached = [], evaluator.sample_cached
+    monkeypatch.setattr(evaluator, "sample_cached", lambda method, indices, *rest: (
+        sampled.append(indices % 294) or sample_cached(method, indices, *rest)))
+    labels = torch.from_numpy(cars.caption_labels(np.arange(294)))
+    monkeypatch.setattr(ablations, "predict", lambda model, x: labels[sampled[-1]][:, [0, 2, 1]])
     monkeypatch.setattr(ablations, "train_changed", lambda kind, change, device: (
         Path(f"runs/{kind}/weights.pt")))
     rows = run("composition", steps=1)
     assert [(row["held_out_of"], row["pairs"], row["guidance"]) for row in rows] == [
         (name, pairs, method) for name in ("neither", "DDPM", "CLIP", "both")
         for pairs in ("unseen", "seen") for method in ("lookahead", "joint")]
-    assert all(row["samples"] == 36 for row in rows)
+    assert all(row["samples"] == 36 and row["swapped"] == 1 for row in rows)
 
 
-def test_clean_objective_has_no_noise(here, monkeypatch):
-    seen = []
-    model = train.TASKS["clip"][0](*TOY["clip"], random_cars("cars", 16, 60),
-                                   random_cars("cars", 16, 60), torch.device("cpu")).model
-    monkeypatch.setattr(model, "encode_image", lambda x, t: seen.append((x, t)) or torch.ones(
-        len(x), 16))
-    objective = ablations.clean_objective(model, random_cars("cars", 16, 60), torch.device("cpu"))
-    x_0 = torch.randn(8, 3, 16, 16)
-    objective(model, x_0, torch.arange(8), torch.Generator().manual_seed(0))
-    (x_t, t), = seen
-    assert torch.equal(x_t, x_0) and not t.any()
+@pytest.mark.parametrize("change", ["tenth", "shuffled", "pairs", "clean"])
+def test_each_ablation_changes_one_thing(here, monkeypatch, change):
+    """A tenth of the steps; captions of other images; no image of some pairs, neither in training
+    nor in validation; clean images only. All else is as it was."""
+    clip_task, made, trained = train.clip_task, [], []
+    monkeypatch.setitem(train.TASKS, "clip", (
+        lambda *args: made.append(args) or clip_task(*args), *TOY["clip"]))
+    monkeypatch.setattr(train, "train", lambda *args, **options: trained.append(args))
+    path = ablations.train_changed("clip", change, torch.device("cpu"))
+    (_, _, dataset, validation, _), = made
+    (task, options, trained_on, folder), = trained
+    plain, held_out = (random_cars("cars", 16, count, split) for count, split in (
+        (60, "train"), (evaluator.HELD_OUT, "validation")))
+    changed = path.parent == folder, trained_on is dataset
+    assert changed == (True, True) and folder.name == f"clip-{change}"
+    assert options.steps == (1 if change == "tenth" else 10)
+    if change == "pairs":
+        assert len(dataset.captions) == len(validation.captions) == 258
+        plain, held_out = map(ablations.hold_out_pairs, (plain, held_out))
+    assert (dataset.images == plain.images).all() and (validation.images == held_out.images).all()
+    assert sorted(dataset.caption_ids) == sorted(plain.caption_ids)
+    moved = (dataset.caption_ids != plain.caption_ids).mean()
+    assert moved > 0.9 if change == "shuffled" else moved == 0
+    assert (validation.caption_ids == held_out.caption_ids).all()
+    seen, encode_image = [], task.model.encode_image
+    monkeypatch.setattr(task.model, "encode_image", lambda x, t: (
+        seen.append(t) or encode_image(x, t)))
+    task.objective(task.model, torch.randn(8, 3, 16, 16), torch.arange(8),
+                   data.generator("training", 0))
+    assert (seen[0] == 0).sum() == (8 if change == "clean" else 1)
+
+
+def test_changed_models_are_those_that_were_trained(here, models, monkeypatch):
+    """Each kind with its own weights, the other as given."""
+    loaded = []
+    monkeypatch.setattr(ablations, "train_changed", lambda kind, change, device: (
+        f"{kind}-{change}.pt"))
+    monkeypatch.setattr(sample, "load_models", lambda clip, ddpm, device: (
+        loaded.append((clip, ddpm)) or models))
+    args = argparse.Namespace(clip="my-clip.pt", ddpm=None)
+    for kinds in ((), ("clip",), ("ddpm",), ("clip", "ddpm")):
+        changed = ablations.changed_models("pairs", kinds, models, args)
+        assert torch.equal(changed.caption_labels, models.caption_labels)
+    assert loaded == [("my-clip.pt", None), ("clip-pairs.pt", None),
+                      ("my-clip.pt", "ddpm-pairs.pt"), ("clip-pairs.pt", "ddpm-pairs.pt")]
 
 
 def test_other_data_sets(here, tmp_path, monkeypatch):
@@ -588,10 +915,24 @@ def test_other_data_sets(here, tmp_path, monkeypatch):
 
 
 def test_the_second_judge_is_trained(here, tmp_path, monkeypatch):
+    """On a split that no other model is trained on; tested on that of the first judge."""
+    loaded = []
+    monkeypatch.setattr(data, "load", lambda *args: loaded.append(args[3]) or random_cars(*args))
     monkeypatch.setattr(second_judge, "FOLDER", tmp_path / "judge-2")
     main.main(["second_judge", "--device", "cpu"])
     network = second_judge.load_second_judge("cars")
     assert network.config.width == 8 and isinstance(network, second_judge.PlainNet)
+    assert loaded == ["judge-2", "judge-test"]
+
+
+def test_two_judges_by_hand(here, models, monkeypatch):
+    """The first is right, the second never: it differs from the first for every image."""
+    labels = torch.from_numpy(random_cars("cars", 16, 40, "judge-test").labels)
+    monkeypatch.setattr(second_judge, "predict", lambda network, x: (
+        labels + isinstance(network, second_judge.PlainNet)))
+    rows = list(second_judge.judges(models, argparse.Namespace(judge=None)))
+    assert all((row["prompt_accuracy"], row["second_judge"], row["different"]) == (1, 0, 1)
+               for row in rows)
 
 
 def test_an_experiment_is_a_command(folder):

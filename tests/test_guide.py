@@ -181,6 +181,18 @@ def test_a_method_has_its_own_interval_unless_given(name, models):
             assert same == (not lo <= int(t) <= hi)
 
 
+def test_a_log_p_is_made_of_all_that_belongs_to_its_targets(models, monkeypatch):
+    """build_denoiser gives a method CLIP, text features and labels of all captions, and the
+    targets."""
+    given, method = [], guide.METHODS["noise-aware"]
+    monkeypatch.setitem(guide.METHODS, "noise-aware", method._replace(
+        make_log_p=lambda *args: given.extend(args)))
+    targets = torch.tensor([5, 77])
+    build("noise-aware", models, targets)
+    expected = models.clip, models.text_features, targets, models.caption_labels
+    assert given[0] is expected[0] and all(map(torch.equal, given[1:], expected[1:]))
+
+
 # ---- log_p ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("labels", [torch.arange(294)[:, None], LABELS], ids=["caption", "three"])

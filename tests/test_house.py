@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import mutate
+
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = {"tinyddpm", "tinyclip", "guide", "data", "cars", "judge"}
 COMMANDS = {"train", "sample"}
@@ -229,3 +231,16 @@ def test_every_name_is_used():
     unused = {f"{name_of(path)}: {name}" for path in SOURCES for name in defined(path)
               if name not in used | pages}
     assert unused == set()
+
+
+# ---- mutants -------------------------------------------------------------------------------------
+
+def test_every_mutant_has_its_place_and_its_tests():
+    """Each text that tests/mutate.py replaces stands in its file exactly once, each word of its
+    tests in the name of one; every chapter has mutants, and there are at least 80."""
+    mutants = mutate.find_all()   # or SystemExit
+    assert len(mutants) >= 80 and {f"{name}.py" for name in CHAPTERS | COMMANDS} <= {
+        file for file, *_ in mutants}
+    for name, words in [part for *_, tests in mutants for part in tests]:
+        names = " ".join(defined(ROOT / f"tests/test_{name}.py"))
+        assert words and all(word and word in names for word in words), (name, words)

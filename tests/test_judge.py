@@ -31,6 +31,16 @@ def test_other_sizes_are_area_averaged(model):
     assert (expected["body"][0] - expected["body"][1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("c_in, stride", [(16, 1), (8, 2)])
+def test_a_block_by_hand(c_in, stride):
+    """Norm, SiLU, conv, twice, plus the input, or a convolution of it where the shape changes."""
+    torch.manual_seed(0)
+    block, x = judge.Block(c_in, 16, stride), torch.randn(2, c_in, 8, 12)
+    h = block.conv2(F.silu(block.norm2(block.conv1(F.silu(block.norm1(x))))))
+    expected = h + (block.skip(x) if stride == 2 else x)
+    assert torch.allclose(block(x), expected, atol=1e-6)
+
+
 def test_images_of_a_batch_do_not_interact(model):
     """An image has the same logits alone."""
     x = torch.rand(3, 3, 24, 40) * 2 - 1

@@ -3,6 +3,7 @@ import shutil
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -174,6 +175,7 @@ def test_a_new_prompt_is_encoded_alone(models, encoded, capsys, all_new):
     more, targets = sample.resolve_prompt("purple car of wood", models)
     assert encoded == [1] and captions_of(more, targets) == ["car of"]
     assert more.captions == [*models.captions, "car of"]
+    assert more.caption_labels[294:].tolist() == [[294, -1, -1]]   # no other caption has these
     assert torch.equal(more.text_features[:294], models.text_features)
     expected = F.normalize(models.clip.encode_captions(["car of"]), dim=1)
     assert torch.allclose(more.text_features[294:], expected, atol=1e-5)
@@ -239,6 +241,30 @@ def test_every_text_of_cars_is_resolved_to_its_captions(models):
             assert same is models and torch.equal(targets, expected), text
 
 
+@pytest.mark.parametrize("cosine, index, printed", [
+    (0.99, 3, ""), (0.95, 3, "not sure of 'red of red': a cosine of 0.95 with what it is"),
+    (0.85, None, "nothing that CLIP was trained on means 'red of red'")])
+def test_a_text_must_be_near_to_one_that_clip_knows(models, monkeypatch, capsys, cosine, index,
+                                                    printed):
+    """From a cosine of .97 on it is read as that, from .9 on with a warning, below it is new."""
+    feature = torch.zeros(1, 16)
+    feature[0, 3], feature[0, 15] = cosine, (1 - cosine ** 2) ** 0.5
+    monkeypatch.setattr(models.clip, "encode_ensemble", lambda templates: feature)
+    like = models._replace(text_features=torch.eye(16)[:8], partial_features=torch.eye(16)[8:12])
+    found, new = sample.read_text("red of red", {}, like)
+    assert found == index and (new is feature) and capsys.readouterr().out.startswith(printed)
+
+
+def test_features_of_captions_and_partial_captions_are_those_of_their_texts(models):
+    """The mean over the templates of weights.pt, whose first one has the texts themselves."""
+    assert [tinyclip.normalize_prompt(text) for text in models.captions + models.partial] == (
+        models.templates[0])
+    with torch.no_grad():
+        features = models.clip.encode_ensemble(models.templates)
+    assert torch.equal(models.text_features, features[:294])
+    assert torch.equal(models.partial_features, features[294:])
+
+
 def test_text_features_are_encoded_once(here, encoded):
     """All texts in each template when the models are loaded, a new prompt when it is resolved, none
     while sampling."""
@@ -268,7 +294,8 @@ def test_generate_is_a_function_of_prompt_seed_and_options(models):
     assert torch.allclose(x_0[:2], first, atol=1e-4)
     for prompt, other in (("a red bus", {"seed": 1}), ("a red bus", {"eta": 0.}),
                           ("a red bus", {"scale": 1.}), ("a red bus", {"recurrence": 1}),
-                          ("a red bus", {"interval": (1, 500)}), ("a blue van", {}), (None, {})):
+                          ("a red bus", {"interval": (1, 500)}), ("a red bus", {"steps": 2}),
+                          ("a blue van", {}), (None, {})):
         assert not torch.equal(x_0, sample.generate(models, prompt, **{**options, **other}))
 
 
@@ -313,9 +340,12 @@ def test_probabilities_of_captions_are_those_of_clip(models):
 
 # ---- the command ---------------------------------------------------------------------------------
 
-def test_an_image_from_a_prompt(here, capsys):
+def test_an_image_from_a_prompt(here, monkeypatch, capsys):
     """The PNG has prompt, seed and settings in its metadata; the GIF has x_t above, x_0_hat below;
     the report says how the prompt is read, the judge's accuracy and CLIP's probability."""
+    frames, save_gif = [], data.save_gif
+    monkeypatch.setattr(data, "save_gif", lambda path, shown, **options: (
+        frames.extend(shown) or save_gif(path, shown, **options)))
     sample.main("white and RED car|-n|3|--steps|3|--gif|--device|cpu|--batch|2".split("|"))
     out = capsys.readouterr().out
     assert "CLIP from runs/clip/weights.pt" in out.replace("\\", "/")
@@ -341,7 +371,9 @@ def test_an_image_from_a_prompt(here, capsys):
     assert (pixels == np.asarray(expected)).all()
     # 2 of x_t (--batch), below them 2 of x_0_hat; 3 steps, all but the last taken twice
     with Image.open("out/white-and-red-car.gif") as gif:
-        assert gif.n_frames == 5 and gif.width == gif.height
+        assert gif.n_frames == len(frames) == 5 and gif.width == gif.height
+    x_T = torch.randn(3, 16, 16, generator=data.generator("sampling", 0, 0))
+    assert (frames[0][0] == data.to_uint8(x_T[None])).all() and (frames[-1][2:] == images[:2]).all()
 
 
 def test_without_a_prompt_a_ddpm_is_enough(here, tmp_path, monkeypatch, capsys):
@@ -451,14 +483,28 @@ def test_flags_and_prompts_in_any_order():
     assert sample.parse(["--interval", "5", "900"])[1].interval in ((5, 900), [5, 900])
 
 
-@pytest.mark.parametrize("method", [name for name in guide.METHODS if name != "classifier-free"])
-def test_every_method_samples(here, capsys, method):
-    """By the command, with its own scale."""
-    sample.main(["red bus", *FAST, "--method", method, "--out", "method.png"])
-    scale = guide.METHODS[method].scale
-    assert f"(2 x 2 steps, {method}, scale {scale:g})" in capsys.readouterr().out
-    with Image.open("method.png") as image:
-        assert image.text["recurrence"] == "2" and image.text["method"] == method
+def test_a_method_has_its_own_scale_and_interval_unless_given():
+    """Those of METHODS; no scale that CLIP needs is zero."""
+    for name, method in guide.METHODS.items():
+        config = sample.fill_in(sample.SamplingConfig(method=name, steps=5))
+        assert config == sample.SamplingConfig(
+            method=name, steps=5, scale=method.scale, interval=method.interval)
+        assert (method.scale > 0) == (name != "none")
+        given = sample.SamplingConfig(method=name, scale=0., interval=(3, 7))
+        assert sample.fill_in(given) == given
+
+
+def test_a_clip_of_clean_images_guides_through_x_0_hat():
+    """Methods that need a noise-aware CLIP become x0-fast, with its own scale unless one was given;
+    all others stay, as all do with a noise-aware CLIP."""
+    clip = lambda aware: SimpleNamespace(config=SimpleNamespace(noise_aware=aware))
+    for name in guide.METHODS:
+        for scale in (None, 7.):
+            other = "x0-fast" if name in ("lookahead", "noise-aware", "spherical") else name
+            config, like = (sample.SamplingConfig(method=method, scale=scale, steps=5)
+                            for method in (name, other))
+            assert sample.fill_in(config, clip(True)) == sample.fill_in(config)
+            assert sample.fill_in(config, clip(False)) == sample.fill_in(like)
 
 
 def test_classifier_free_needs_a_conditional_ddpm(here, capsys, all_new):

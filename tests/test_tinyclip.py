@@ -167,6 +167,14 @@ def test_the_first_n_tokens_are_the_same_alone(causal):
         assert torch.allclose(block(x, n), whole[:, :n], atol=1e-6)
 
 
+def test_a_block_is_pre_ln():
+    """x + attention(LN(x)), then x + MLP(LN(x))."""
+    torch.manual_seed(0)
+    block, x = tinyclip.TransformerBlock(24, 3, True), torch.randn(2, 5, 24)
+    h = x + block.attention(block.ln_1(x))
+    assert torch.allclose(block(x), h + block.mlp(block.ln_2(h)), atol=1e-6)
+
+
 def test_quick_gelu():
     """It is x sigmoid(1.702 x), within 0.021 of GELU."""
     x = torch.linspace(-6, 6, 101)
@@ -207,6 +215,47 @@ def test_no_t_is_t_0_and_t_matters(clip, text_features):
                               clip.logits(image_features, text_features, t), atol=1e-5)
         assert clip.logit_scale(t).shape == (2, 1)
         assert (clip.logit_scale(t) - clip.logit_scale(t + 500)).abs().min() > 1e-3
+
+
+def test_times_and_logits_are_in_full_precision(clip, text_features):
+    """Under autocast, too: bf16 would take neighbouring timesteps for equal."""
+    t, image_features = torch.arange(1001), torch.randn(3, 16)
+    quantities = lambda: (clip.time_embedding(t), clip.logit_scale(t), clip.logits(
+        image_features, text_features.float(), torch.tensor([0, 500, 1000])))
+    with torch.no_grad():
+        expected = quantities()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(map(torch.equal, quantities(), expected))
+    assert len(expected[0].unique(dim=0)) == 1001
+
+
+def test_image_encoder_by_hand(clip):
+    """The class token with the time, then patches, row by row; plus positions; LayerNorm, blocks,
+    LayerNorm of the class token, projection."""
+    encoder = clip.image_encoder
+    x, t = torch.randn(2, 3, 8, 32), torch.tensor([3, 700])
+    with torch.no_grad():
+        for norm in (encoder.ln_pre, encoder.ln_post):
+            torch.nn.init.normal_(norm.weight)
+        time = clip.time_embedding(t)
+        patches = encoder.stem(x, time)                                       # (2, 32, 2, 8)
+        tokens = [encoder.class_token + time] + [
+            patches[:, :, row, column] for row in range(2) for column in range(8)]
+        h = encoder.ln_pre(torch.stack(tokens, dim=1) + encoder.position_embedding)
+        expected = encoder.projection(encoder.ln_post(encoder.blocks(h)[:, 0]))
+        assert torch.allclose(clip.encode_image(x, t), expected, atol=1e-5)
+
+
+def test_conv_stem_by_hand(clip):
+    """Convolution, norm, scale and shift by the time embedding, SiLU; as often as there are
+    layers."""
+    stem, x, time = clip.image_encoder.stem, torch.randn(2, 3, 8, 32), torch.randn(2, 32)
+    with torch.no_grad():
+        h = x
+        for conv, norm, project in zip(stem.convs, stem.norms, stem.time_projs):
+            scale, shift = project(time).view(2, 2, -1, 1, 1).unbind(dim=1)
+            h = F.silu(norm(conv(h)) * (1 + scale) + shift)
+        assert len(stem.convs) == 5 and torch.allclose(stem(x, time), h, atol=1e-6)
 
 
 def test_images_of_a_batch_do_not_interact(clip):
@@ -399,6 +448,7 @@ def test_loss_at_start_is_about_chance(stem, tokenizer):
         logits = clip.logits(image_features, clip.encode_captions(cars.CAPTIONS), t)
     loss = F.cross_entropy(logits, torch.randint(294, (16,)))
     assert loss.item() == pytest.approx(math.log(294), abs=1.5)
+    assert clip.logit_scale(t).flatten().tolist() == pytest.approx([1 / 0.07] * 16)   # for every t
 
 
 @pytest.mark.parametrize("loss_of", [

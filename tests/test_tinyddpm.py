@@ -122,6 +122,33 @@ def test_unet_at_start_predicts_zero_and_takes_any_shape_that_halves():
     assert out.shape == (2, 3, 16, 24) and (out == 0).all()
 
 
+def test_blocks_at_start_are_their_skip_connections():
+    """Their last layers start at zero: what goes in comes out, if need be in other channels."""
+    x, block = torch.randn(2, 32, 4, 6), tinyddpm.ResBlock(32, 64, 8, 0.)
+    assert torch.equal(block(x, torch.randn(2, 8)), block.skip(x))
+    assert torch.equal(tinyddpm.SelfAttention(32)(x), x)
+
+
+def test_levels_with_attention_are_those_of_the_config():
+    """And the middle of the U-Net always has it."""
+    for attention in ((), (0,), (1, 2)):
+        unet = UNet(UNetConfig(channels=32, attention=attention))
+        count = lambda part: sum(isinstance(m, tinyddpm.SelfAttention) for m in part.modules())
+        assert (count(unet.down), count(unet.mid)) == (len(attention), 1)
+        assert count(unet.up) == 2 * len(attention)   # one block more than down
+
+
+def test_dropout_is_of_training_only():
+    """A U-Net with dropout gives different outputs in training mode, and the same in eval mode."""
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(channels=16, multipliers=(2,), attention=(), dropout=0.5))
+    for p in unet.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x, t = torch.randn(1, 3, 4, 6), torch.tensor([5])
+    assert not torch.equal(unet(x, t), unet(x, t))
+    assert torch.equal(unet.eval()(x, t), unet(x, t))
+
+
 def test_unet_depends_on_t_and_images_do_not_interact(unet):
     """An image's v_hat is the same alone and in a batch, and another at another timestep."""
     x, t = torch.randn(3, 3, 8, 12), torch.tensor([5, 500, 995])
@@ -133,7 +160,8 @@ def test_unet_depends_on_t_and_images_do_not_interact(unet):
 
 @pytest.mark.parametrize("blocks, multipliers", [(1, (1,)), (2, (1, 2)), (1, (1, 2, 2))])
 def test_every_skip_connection_is_used(blocks, multipliers):
-    """Whatever the depth, each parameter of a random U-Net has a gradient."""
+    """Whatever the depth, each parameter of a random U-Net has a gradient, also where a skip
+    connection enters a block."""
     torch.manual_seed(0)
     unet = UNet(UNetConfig(channels=16, multipliers=(*multipliers, 2), blocks=blocks,
                            attention=(len(multipliers),), cond_dim=5))
@@ -142,6 +170,8 @@ def test_every_skip_connection_is_used(blocks, multipliers):
     out = unet(torch.randn(2, 3, 8, 16), torch.tensor([5, 500]), torch.randn(2, 5))
     out.square().mean().backward()
     assert torch.isfinite(out).all() and all(p.grad.any() for p in unet.parameters())
+    blocks_up = [layer[0] for layer in unet.up if isinstance(layer, torch.nn.ModuleList)]
+    assert blocks_up and all(block.norm1.weight.grad.all() for block in blocks_up)
 
 
 def test_no_condition_is_condition_zero_and_each_condition_has_its_own_output(unet):
@@ -241,6 +271,7 @@ def test_stratified_timesteps_cover_1_to_T_evenly():
                      for i in range(500)])
     assert t.min() >= 1 and t.max() <= 1000 and t.float().mean() == pytest.approx(500.5, abs=5)
     assert torch.equal((t - 1) // 125, torch.arange(8).expand(500, 8))
+    assert ((t - 1) % 125).unique().tolist() == list(range(125))   # anywhere in its part
 
 
 def test_ema_of_a_constant_is_the_constant_and_the_first_update_copies():
@@ -443,11 +474,11 @@ def test_gaussian_data_are_sampled_exactly(alpha_bar, eta):
 def test_clamp_keeps_x_0_hat_in_the_range_of_images(alpha_bar):
     """x_0_hat is clamped to [-1, 1] before it is used and before the callback gets it."""
     estimates = []
-    for clamp in (True, False):
+    for options, largest in (({}, 1.), ({"clamp": False}, 2.)):
         out = sample(lambda x_t, t: 2 * torch.ones_like(x_t), torch.randn(1, 3, 4, 6),
-                     generators(1), alpha_bar, 5, clamp=clamp,
+                     generators(1), alpha_bar, 5, **options,
                      callback=lambda t, x_t, x_0_hat: estimates.append(x_0_hat))
-        assert torch.allclose(out, torch.full_like(out, 1. if clamp else 2.), atol=1e-6)
+        assert torch.allclose(out, torch.full_like(out, largest), atol=1e-6)
     assert [estimate.max().item() for estimate in estimates] == [1.] * 5 + [2.] * 5
 
 

@@ -61,7 +61,10 @@ def here(folder, monkeypatch):
 
 class RecordingCLIP:
     """Stands in for a CLIP; keeps what it is given, and returns random features."""
-    logits = staticmethod(lambda image_features, text_features, t: image_features @ text_features.T)
+
+    def logits(self, image_features, text_features, t):
+        self.t_of_logits = t
+        return image_features @ text_features.T
 
     def encode_image(self, x_t, t):
         self.x_t, self.t, self.image_features = x_t, t, torch.randn(len(t), 4)
@@ -82,7 +85,7 @@ def test_clip_objective_has_clean_and_noised_images(alpha_bar, fraction, clean):
     """As many images as asked for are clean; all others are noised up to a timestep in 1..T. Each
     is matched with its caption, and by itself, with less weight, with its partial captions."""
     x_0, caption_ids = torch.randn(32, 3, 4, 6), torch.arange(32) % 5
-    clip, which = RecordingCLIP(), []
+    clip, which, noised = RecordingCLIP(), [], []
     is_true = torch.cat([torch.eye(5).bool(), PARTIAL_TRUE_OF.T], dim=1)[caption_ids]
     for seed in range(80):
         torch.manual_seed(seed)
@@ -90,6 +93,7 @@ def test_clip_objective_has_clean_and_noised_images(alpha_bar, fraction, clean):
                                     data.generator("training", seed), fraction)
         is_clean = clip.t == 0
         assert is_clean.sum() == clean and clip.t.min() >= 0 and clip.t.max() <= tinyddpm.T
+        assert torch.equal(clip.t_of_logits, clip.t)
         assert torch.equal(clip.x_t[is_clean], x_0[is_clean])
         noise = clip.x_t - alpha_bar[clip.t].sqrt().view(-1, 1, 1, 1) * x_0
         sigma = noise.square().mean(dim=(1, 2, 3)).sqrt()
@@ -103,13 +107,16 @@ def test_clip_objective_has_clean_and_noised_images(alpha_bar, fraction, clean):
             for part in (slice(0, 5), slice(5, 8)))
         assert torch.allclose(loss, of_captions + train.PARTIAL_WEIGHT * of_partial)
         which.append(is_clean)
+        noised += clip.t[~is_clean].tolist()
+    if noised:   # evenly from 1..T
+        assert np.allclose(np.histogram(noised, 10, (1, 1001))[0] / len(noised), 0.1, atol=0.02)
     if 0 < clean < 32:   # any image may be a clean one, not only the first ones
         assert torch.stack(which).any(dim=0).all() and not torch.stack(which).all(dim=0).any()
 
 
 def test_clip_objective_draws_a_template_for_each_text(alpha_bar, monkeypatch):
-    """All captions of a small closed set, and so many of the partial captions, each in one of
-    its templates; all texts in all templates in turn."""
+    """All captions of a small closed set, and so many of the partial captions, each in a template
+    of its own; all texts in all templates in turn."""
     monkeypatch.setattr(train, "PARTIAL_PER_STEP", 2)
     clip, drawn = RecordingCLIP(), []
     for seed in range(40):
@@ -120,6 +127,8 @@ def test_clip_objective_draws_a_template_for_each_text(alpha_bar, monkeypatch):
         assert sorted(rows.sum(dim=0)[5:].tolist()) == [0, 1, 1] and len(clip.tokens) == 7
         drawn.append(rows.bool())
     assert torch.stack(drawn).any(dim=0).all()
+    first = torch.stack(drawn)[:, 0, :5]   # which captions are in the first template
+    assert 0.4 < first.float().mean() < 0.6 and len(first.unique(dim=0)) > 15
 
 
 def test_clip_objective_is_the_papers_loss_if_captions_are_many(alpha_bar):
@@ -137,6 +146,77 @@ def test_clip_objective_is_the_papers_loss_if_captions_are_many(alpha_bar):
     train.clip_objective(clip, torch.randn(4, 3, 2, 2), caption_ids % 1000, tokens[:, 1:],
                          partial_true_of[:, 1:], alpha_bar, data.generator("training", 0))
     assert len(clip.tokens) == train.CLOSED_SET + 1
+
+
+def test_what_clip_is_trained_on():
+    """The task's objective: each image with its own caption, an eighth of the images clean, all
+    texts in all templates; partial captions have a quarter of the weight, not none."""
+    dataset, read = toys.squares(64, seed=0), set()
+    dataset = dataset._replace(templates=[
+        [f"{prefix} {text}" for text in dataset.templates[1]] for prefix in ("one", "this", "my")])
+    task = train.clip_task(CONFIGS["clip"], train.TrainConfig(batch=32), dataset, dataset, CPU)
+    clip, x_0, caption_ids = RecordingCLIP(), torch.randn(32, 3, 8, 8), torch.arange(32) % 6
+    for seed in range(20):
+        loss = task.objective(clip, x_0, caption_ids, data.generator("training", seed))
+        assert (clip.t == 0).sum() == 4 and torch.equal(clip.x_t[clip.t == 0], x_0[clip.t == 0])
+        texts = [task.model.tokenizer.decode(ids[1:].tolist()).rstrip("! ") for ids in clip.tokens]
+        logits = clip.image_features @ clip.text_features.T
+        is_true = torch.tensor([[text.split(" ", 1)[1] in dataset.captions[k] for text in texts]
+                                for k in caption_ids])   # "red square" of "a red square on the ..."
+        of_captions, of_partial = (
+            tinyclip.closed_set_loss(logits[:, part], is_true[:, part], clip.t == 0)
+            for part in (slice(0, 6), slice(6, 9)))
+        assert loss.item() == pytest.approx((of_captions + 0.25 * of_partial).item(), rel=1e-5)
+        read |= set(texts)
+    assert read == set(sum(dataset.templates, []))
+
+
+class TableCLIP(torch.nn.Module):
+    """Knows an image by its sign and a text by its first token: a table of logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.zeros(2, 6))
+
+    def encode_image(self, x_t, t):
+        return F.one_hot((x_t.mean(dim=(1, 2, 3)) > 0).long(), 2).float()
+
+    def encode_text(self, tokens):
+        return self.table.T[tokens[:, 0]]
+
+    def logits(self, image_features, text_features, t):
+        return image_features @ text_features.T
+
+
+@pytest.mark.parametrize("shift, least", [(0, math.log(2)), (1, math.log(4) + 0.25 * math.log(2))])
+def test_clip_learns_as_much_as_there_is_to_know(shift, least):
+    """Two kinds of images, each with two captions at random, and a partial caption: the loss falls
+    to ln 2. With the captions of other images it stays at that of uniform softmaxes."""
+    clip, rng = TableCLIP(), torch.Generator().manual_seed(0)
+    optimizer, losses = torch.optim.Adam(clip.parameters(), 0.1), []
+    partial_true_of = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]).bool()
+    for step in range(150):
+        caption_ids = torch.randint(4, (64,), generator=rng)
+        x_0 = (caption_ids // 2 * 2. - 1).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        loss = train.clip_objective(
+            clip, x_0, caption_ids.roll(shift), torch.arange(6).view(1, 6, 1), partial_true_of,
+            torch.ones(tinyddpm.T + 1), data.generator("training", step), clean_fraction=0.)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-50:]) == pytest.approx(least, abs=0.05)
+
+
+def test_chance_of_a_clip_is_the_loss_of_equal_logits(alpha_bar):
+    """Whose softmax is uniform: among captions, clean images and partial captions."""
+    dataset, clip = toys.squares(64, seed=0), RecordingCLIP()
+    task = train.clip_task(CONFIGS["clip"], train.TrainConfig(batch=32), dataset, dataset, CPU)
+    clip.logits = lambda image_features, text_features, t: torch.zeros(32, 9)
+    loss = task.objective(clip, torch.zeros(32, 3, 8, 8), torch.arange(32) % 6,
+                          data.generator("training", 0))
+    of_clean_among_partial = 0.25 * 0.1 * math.log(4)   # too little to be counted
+    assert task.chance == pytest.approx(loss.item() - of_clean_among_partial, abs=1e-4)
 
 
 def test_captions_that_are_alike_are_counted(capsys):
@@ -238,6 +318,7 @@ def test_weights_of_a_clip_hold_the_texts_of_its_training():
     assert content["templates"][0] == [
         text.removeprefix("a ") for text in dataset.templates[0]]
     assert (content["partial_true_of"].numpy() == dataset.partial_true_of).all()
+    assert content["partial"] == ["a red square", "a green square", "a blue square"]
     assert content["words"] == sorted(
         "red green blue square on the left right late".split() + list("012345678"))
 
@@ -301,15 +382,73 @@ def test_the_judge_learns(tmp_path):
     assert (accuracy > 0.95).all()
 
 
-def test_weights_are_the_moving_average(tmp_path):
-    """weights.pt holds the averaged model in fp16, checkpoint.pt that and the last one."""
+def test_weights_are_the_moving_average(tmp_path, monkeypatch):
+    """weights.pt holds the averaged model in fp16, checkpoint.pt that and the last one; the
+    averaged model makes the previews."""
+    shown, make_task = [], train.judge_task
+    monkeypatch.setitem(train.TASKS, "judge", (lambda *args: make_task(*args)._replace(
+        preview=lambda model, folder: shown.append(model.state_dict())),))
     learn("judge", tmp_path, steps=20, batch=8)
     content = torch.load(tmp_path / "weights.pt", weights_only=True)
     ema, model = (load(tmp_path / "checkpoint.pt", part) for part in ("ema", "model"))
+    assert len(shown) == 1 and equal(shown[0], ema)
     assert equal(content["weights"], {name: p.half() for name, p in ema.items()})
     assert not equal(ema, model) and ema.keys() == model.keys()
     assert content["kind"] == "judge" and content["data"] == "squares" and content["steps"] == 20
     assert content["config"] == dataclasses.asdict(CONFIGS["judge"])
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_previews_are_of_held_out_images(tmp_path, monkeypatch, alpha_bar, kind):
+    """Loss and accuracy that a preview prints are those of the validation split."""
+    dataset, held_out, seen = toys.squares(40, seed=1), toys.squares(50, seed=2), []
+    task = train.TASKS[kind][0](CONFIGS[kind], train.TrainConfig(), dataset, held_out, CPU)
+    batch = data.batch
+    monkeypatch.setattr(data, "batch", lambda source, *args: (
+        seen.append(source) or batch(source, *args)))
+    monkeypatch.setattr(judge, "predict", lambda model, x: (
+        seen.append(held_out) or torch.from_numpy(held_out.labels)))   # all correct
+    probs, caption_probs = [], tinyclip.CLIP.caption_probs
+    monkeypatch.setattr(tinyclip.CLIP, "caption_probs", lambda clip, x, texts, t: (
+        probs.append((x, t)) or caption_probs(clip, x, texts, t)))
+    line = task.preview(task.model.eval(), tmp_path)
+    assert len(seen) == 1 and seen[0] is held_out
+    for x, t in probs:   # noised up to the timesteps that it names
+        noise = x - alpha_bar[t[0]].sqrt() * probs[0][0]
+        assert noise.var().item() == pytest.approx(1 - alpha_bar[t[0]].item(), rel=0.02)
+    assert [int(t[0]) for _, t in probs] == ([0, 300, 500, 700] if kind == "clip" else [])
+    if kind == "judge":
+        assert line == "on 50 held-out images: all 100.00%, colour 100.00%, side 100.00%"
+
+
+class Stop(Exception):
+    """Ends a command where the test has seen enough."""
+
+
+@pytest.mark.parametrize("kind, splits", [
+    ("clip", ["train", "validation"]), ("ddpm", ["train", "validation"]),
+    ("judge", ["judge", "judge-test"])])
+def test_models_are_trained_on_their_splits(tmp_path, monkeypatch, kind, splits):
+    """The judge on other images than CLIP and the diffusion model; each is tested on a split that
+    none is trained on. The initial weights follow the seed."""
+    monkeypatch.chdir(tmp_path)
+    given, loaded = [], {split: toys.squares(20, seed=i) for i, split in enumerate(splits)}
+
+    def stop(task, options, dataset, folder, seed, *rest):
+        given.append((dataset, task.model.state_dict(), seed))
+        raise Stop
+
+    make_task, *configs = train.TASKS[kind]
+    monkeypatch.setattr(data, "load", lambda name, size, count, split: loaded[split])
+    monkeypatch.setattr(train, "train", stop)
+    monkeypatch.setitem(train.TASKS, kind, (lambda *args: (
+        given.append(args[2:4]) or make_task(*args)), *configs))
+    for seed in (0, 1):
+        with pytest.raises(Stop):
+            train.main(command(kind, f"--seed {seed}"))
+    (train_split, held_out), (dataset, weights, seed), _, (_, others, other_seed) = given
+    assert train_split is dataset is loaded[splits[0]] and held_out is loaded[splits[1]]
+    assert not equal(weights, others) and (seed, other_seed) == (0, 1)
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -375,15 +514,47 @@ def gradient(monkeypatch, run, steps=1):
     return torch.stack(grads).mean(dim=0), torch.stack(losses).mean()
 
 
-def test_a_step_follows_the_gradient_of_its_batch(monkeypatch):
-    """The gradient and loss of a step are those of its batch, which (seed, step) determines."""
+@pytest.mark.parametrize("steps", [1, 3])
+def test_steps_follow_the_gradients_of_their_batches(monkeypatch, steps):
+    """The gradient and loss of a step are those of its batch, which (seed, step) determines; it
+    keeps nothing of the steps before."""
     run = start("judge", batch=8)
-    grad, loss = gradient(monkeypatch, run)
-    x_0, indices = data.batch(run.dataset, 0, 1, 8)
-    expected = judge.judge_loss(run.model, x_0, torch.from_numpy(run.dataset.labels[indices]))
+    grad, loss = gradient(monkeypatch, run, steps)
+    batches = [data.batch(run.dataset, 0, step, 8) for step in range(1, steps + 1)]
+    expected = sum(judge.judge_loss(run.model, x_0, torch.from_numpy(run.dataset.labels[indices]))
+                   for x_0, indices in batches) / steps
     grads = torch.autograd.grad(expected, list(run.model.parameters()))
     assert torch.allclose(grad, torch.cat([g.flatten() for g in grads]), atol=1e-6)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and grad.any()
+
+
+def test_each_step_has_the_learning_rate_of_the_schedule():
+    """Both optimizers, in every step."""
+    run = start("judge", batch=4, steps=10, warmup=0.3)
+    for step in (1, 3, 7):
+        train.train_step(run, step)
+        assert all(group["lr"] == train.learning_rate(step, run.options)
+                   for optimizer in run.optimizers for group in optimizer.param_groups)
+
+
+def test_weight_decay_is_of_muons_matrices():
+    """Without a gradient they shrink by lr times the flag, and AdamW's parameters stay."""
+    run = start("judge", batch=4, steps=1, lr=0.1, warmup=1., weight_decay=0.5)
+    run.task = run.task._replace(objective=lambda model, x_0, caption_ids, generator: (
+        0. * sum(logits.sum() for logits in model(x_0).values())))
+    before = {p: p.detach().clone() for p in run.model.parameters()}
+    train.train_step(run, 1)
+    matrices, others = muon.split(run.model)
+    assert matrices and all(torch.allclose(p, 0.95 * before[p], atol=1e-7) for p in matrices)
+    assert all(torch.equal(p, before[p]) for p in others)
+
+
+def test_the_history_has_the_mean_loss_since_its_last_entry():
+    """With the step at which it was made."""
+    run = start("judge", batch=4)
+    run.step = 7
+    train.record(run, [torch.tensor([loss, 1.]) for loss in (1., 2., 6.)])
+    assert run.history == [(7, 3.)]
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
@@ -442,14 +613,15 @@ def test_a_run_leaves_its_files(here, capsys, recwarn):
 @pytest.mark.parametrize("kind, more", [
     ("clip", ""), ("ddpm", "--dropout 0.2"), ("judge", "--dropout 0.5")])
 def test_a_resumed_run_has_the_same_bits(here, capsys, kind, more):
-    """Stopped by --minutes after its first step and started again, a run ends where one that ran
-    through ends: model, average, optimizers; with dropout too."""
+    """Stopped by --minutes after its first and its second step and started again, a run ends where
+    one that ran through ends: model, average, optimizers; with dropout too."""
     arguments = command(kind, f"--steps 4 {more} --out")
     train.main([*arguments, f"{kind}/whole"])
     train.main([*arguments, f"{kind}/parts", "--minutes", "0.00001"])
     assert "stopped at step 1 of 4; the same command resumes" in capsys.readouterr().out
-    train.main([*arguments, f"{kind}/parts"])
+    train.main([*arguments, f"{kind}/parts", "--minutes", "0.00001"])
     assert f"resuming {kind}/parts at step 2 of 4" in capsys.readouterr().out
+    train.main([*arguments, f"{kind}/parts"])
     whole, parts = (torch.load(f"{kind}/{out}/checkpoint.pt", weights_only=True)
                     for out in ("whole", "parts"))
     assert whole["step"] == parts["step"] == 4
@@ -521,8 +693,12 @@ def test_other_captions_are_another_run(tmp_path, monkeypatch):
     Path("moved/59.txt").write_text("what is this?")
     with pytest.raises(cli.UserError, match="another captions' checksum"):
         train.main(command("clip", "--data moved --steps 2"))
-    Path("moved/59.txt").write_text("a thing of number 59")
+    for i in range(60):   # the same captions, of other images
+        Path(f"moved/{i:02d}.txt").write_text(f"a thing of number {59 - i}")
+    with pytest.raises(cli.UserError, match="another captions' checksum"):
+        train.main(command("clip", "--data moved --steps 2"))
     for i in range(60):   # any of them may be in the split
+        Path(f"moved/{i:02d}.txt").write_text(f"a thing of number {i}")
         Image.new("RGB", (16, 16), "red").save(f"moved/{i:02d}.png")
     with pytest.raises(cli.UserError, match="another images' checksum"):
         train.main(command("clip", "--data moved --steps 2"))
