@@ -166,7 +166,8 @@ def keywords(kind, rng):
 def fill(phrase, noun, main, second, rng):
     """Fill in a phrase: "{painted}, {roof}", "bus", "red", "blue" -> "bus in red, a blue roof"
 
-    second: main itself, and main: None, if they are not named; rng: random.Random, for the choices
+    main, second: None where the phrase does not name it, equal if both are one colour; rng:
+    random.Random, for the choices
     """
     plural = re.sub(r"(s|ch)$", r"\1e", re.sub(r"y$", "ie", noun)) + "s"
     part = re.compile(r"\{(" + "|".join(PARTS) + r")\}")
@@ -229,8 +230,8 @@ def partial_caption(body, main, second):
 
 
 def descriptions(count, seed=0):
-    """Write `count` lists of texts: the 294 captions, then the 154 partial ones. One list in four
-    is plain, the first has the captions themselves; the others are random."""
+    """Write `count` lists of texts: the 294 captions, then the 154 partial ones. One list in four,
+    the first too, has the captions as they are; the others are random."""
     rng, full = random.Random(seed), caption_labels(np.arange(len(CAPTIONS))).tolist()
     plain = [*CAPTIONS, *(partial_caption(*labels) for labels in PARTIAL)]
     return [plain if i % 4 == 0 else [describe(*labels, rng) for labels in [*full, *PARTIAL]]

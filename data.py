@@ -44,9 +44,9 @@ PURPOSES = "sampling", "captions", "training", "dropout", "evaluation"
 
 
 def random_seed(purpose, *entropy):
-    """Hash a purpose and integers -> int: "sampling", seed, index of the image
+    """Hash a purpose, one of PURPOSES, and integers -> int: "sampling", seed, index of the image
 
-    purpose: one of PURPOSES. All others, and all other integers, give unrelated streams, which
+    With any other purpose or integers the random numbers are unrelated, which
     `manual_seed(seed + index)` does not promise: image 1 of seed 0 would be image 0 of seed 1.
     """
     key = PURPOSES.index(purpose)
@@ -64,8 +64,9 @@ def generator(purpose, *entropy, device="cpu"):
 class Dataset(NamedTuple):
     """N images with K different captions, each with A attributes, such as its colours.
 
-    templates are S lists of finished texts, ways to write the K captions and, behind them, P
-    partial captions, which are true of several captions. Of the cars two of 192 such lists are
+    A caption names all attributes; a partial caption leaves some open and is true of several
+    captions. Each of S lists in templates has one way to write all K captions and, behind them, P
+    partial captions; training draws one for each text and step. Of the cars two of 192 lists are
         "a red car", "a red and green car", ..., "a car with a red body", ..., "something"
         "an auto in red", "a red sedan, its roof is green", ..., "a crimson-bodied car", ..., "any"
     and of a folder of classes "a photo of a cat", ...; "cat", ...; "a picture of a cat", ...
@@ -113,7 +114,7 @@ def _load_cars(size, count, split):
     indices = range(SPLITS[split], SPLITS[split] + count)
     images, caption_ids = cache.load_packed(indices, _render_cars, size, path)
     K = len(cars.CAPTIONS)
-    # 192: of phrasings that it never met, CLIP reads more than with 64 (experiments/LOG.md).
+    # 192: with 64, CLIP reads fewer of the phrasings that it never met (experiments/LOG.md).
     return Dataset(
         "cars", images, caption_ids, cars.CAPTIONS, cars.descriptions(192), cars.PARTIAL_TRUE_OF,
         cars.caption_labels(np.arange(K)), cars.ATTRIBUTES,

@@ -96,13 +96,14 @@ def noise_aware(clip, text_features, targets, labels, temperature=TEMPERATURE):
     similar captions. With more, every attribute that is still wrong has a gradient of its own. (As
     if attributes were independent given x_t. Liu et al. 2022, arXiv 2206.01714, add scores so.)
 
-    p = softmax(logits / temperature), and log_p is multiplied by temperature. At temperature 1 and
-    A = 1 this is log p(text | x_t), and scale 1 is Bayes' rule. But CLIP is confident before the
-    image is good, and the gradient vanishes with 1 - p. A softer softmax keeps pulling.
-    (GLIDE takes the target's logit alone, without a softmax: nearly as good with lookahead.)
+    p = softmax(logits / temperature). At temperature 1 and A = 1 this is log p(text | x_t), and
+    scale 1 is Bayes' rule. But CLIP is confident before the image is good, and the gradient
+    vanishes with 1 - p. With a softened p it does not; log_p is multiplied by temperature, because
+    the logits in it were divided by it, which would shrink the gradient. (GLIDE takes the target's
+    logit alone, without a softmax: nearly as good with lookahead.)
     """
     values = labels[targets][:, None]                                         # (B, 1, A)
-    # Where the target names nothing, no caption differs: the sum of all p is 1, its log 0.
+    # Where the target names nothing (-1), no caption differs: the sum of all p is 1, its log 0.
     differs = (labels != values) & (values >= 0)                              # (B, K, A)
 
     def log_p(x_t, t, x_0_hat):
@@ -144,9 +145,10 @@ def x0(clip, text_features, targets, labels):
 
     Universal guidance (Bansal et al. 2023 eq. 6). The gradient then has the factor
     d x_0_hat / d x_t, the U-Net's Jacobian. What that is: p(x_0 | x_t) is proportional to
-    p(x_0) exp(-|x_t - sqrt(alpha_bar) x_0|^2 / (2 (1 - alpha_bar))), so to h(x_0) exp(x_0 . y) with
-    y = x_t sqrt(alpha_bar) / (1 - alpha_bar); h does not depend on x_t. The mean of this is
-    x_0_hat = sum x_0 h exp(x_0 . y) / sum h exp(x_0 . y). By the quotient rule d x_0_hat / d y =
+    p(x_0) exp(-|x_t - sqrt(alpha_bar) x_0|^2 / (2 (1 - alpha_bar))). Expand the square, collect in
+    h(x_0) what depends on x_0 alone, and it is proportional to h(x_0) exp(x_0 . y) with
+    y = x_t sqrt(alpha_bar) / (1 - alpha_bar). The mean of this is x_0_hat, the integral of
+    x_0 h exp(x_0 . y) over that of h exp(x_0 . y). By the quotient rule d x_0_hat / d y =
     E[x_0 x_0^T] - E[x_0] E[x_0]^T, the covariance Cov(x_0 | x_t). The factor d y / d x_t cancels
     that in `guided`, and x_0_hat changes by scale Cov(x_0 | x_t) d log_p / d x_0_hat: it moves in
     the directions in which images vary.
@@ -155,7 +157,7 @@ def x0(clip, text_features, targets, labels):
     return lambda x_t, t, x_0_hat: log_p(x_0_hat, torch.zeros_like(t), x_0_hat)
 
 
-PIXEL_STD = 0.5
+PIXEL_STD = 0.5   # s below
 
 
 def lookahead_log_p(log_p, alpha_bar, t_fraction):
@@ -168,10 +170,10 @@ def lookahead_log_p(log_p, alpha_bar, t_fraction):
 
     The gradient does not go through the U-Net: Cov(x_0 | x_t) in x0 is replaced by a scalar,
         r_t^2 = s^2 (1 - alpha_bar) / (1 - alpha_bar + s^2 alpha_bar),
-    its value if pixels were independent and normal with standard deviation s: then
-    1 / r_t^2 = 1 / s^2 + alpha_bar / (1 - alpha_bar), prior and likelihood. (They are not, and the
-    default scale makes up for it: see METHODS. Song et al. 2023 choose r_t so, with s = 1; here it
-    is .5: pixels of the cars deviate by .61 from the mean of all, by .34 from the mean image.) Then
+    its value if pixels were independent and normal with standard deviation s: then 1 / r_t^2 = 1 /
+    s^2 + alpha_bar / (1 - alpha_bar), prior and likelihood. (They are not, and the default scale
+    makes up for it: see METHODS. Song et al. 2023 choose r_t so, with s = 1. Pixels of the cars
+    have a standard deviation of .61 about their mean, .34 about the mean image: about .5.) Then
     x_0_hat changes by scale r_t^2 times the gradient of log_p with respect to x_0_hat, eps_hat held
     constant. r_t^2 never exceeds s^2, whereas the factor in `guided` explodes, so guidance can
     start at t = T.

@@ -41,7 +41,7 @@ PUBLISHED_TEMPLATES = ("a photo of a {}.", "a rendering of a {}.", "a toy {}.") 
 
 class Models(NamedTuple):
     """A matching CLIP and diffusion model, and what CLIP was trained on."""
-    clip: tinyclip.CLIP              # None, as all that is of texts, from load_unguided
+    clip: tinyclip.CLIP              # None after load_unguided, like all fields about texts
     unet: tinyddpm.UNet
     alpha_bar: torch.Tensor          # (T + 1,)
     captions: list                   # K, and behind them those that a new prompt adds
@@ -229,7 +229,7 @@ def resolve_prompt(prompt, models):
     text = normalize_prompt(prompt)
     if not text:
         raise cli.UserError("the prompt is empty; leave it out to sample without guidance")
-    names = [normalize_prompt(caption) for caption in models.captions]   # to a published CLIP
+    names = [normalize_prompt(caption) for caption in models.captions]
     index_of = {known: i for texts in [*models.templates, names] for i, known in enumerate(texts)}
     parts = [text] if text in index_of else map(normalize_prompt, text.split(" or "))
     if models.clip.config.noise_aware:
@@ -315,9 +315,9 @@ def generate(models, prompt=None, callback=None, **options):
 def draw_captions(allowed, config):
     """Draw a caption for each image from those that allowed, (K,) bool, marks -> (n,) int64
 
-    As p(x | text) is the sum over captions of p(caption | text) p(x | caption). (Guidance by
-    the summed probability of all allowed captions works too, but ends at the easiest one: of "a car
-    with a yellow roof" at yellow cars.)
+    As p(x | text) is the sum over captions of p(caption | text) p(x | caption). (Guidance by the
+    summed probability of all allowed captions works too, but ends at the easiest one: "a car with a
+    yellow roof" gives yellow cars.)
     """
     indices = allowed.nonzero()[:, 0]
     generators = [data.generator("captions", config.seed, i) for i in range(config.n)]

@@ -46,7 +46,7 @@ def clean_text(text):
 
 
 def normalize_prompt(prompt):
-    """Map equivalent prompts to one text: 'A White/red  "car"!' -> "white red car"; & and + are and
+    """Map equivalent prompts to one text: 'A White/red  "car"!' -> "white red car". "&", "+": "and"
     """
     text = regex.sub(r"[&+]", " and ", clean_text(prompt))
     words = regex.sub(r"[^\w\s]|_", " ", text).split()
@@ -62,7 +62,7 @@ WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+
 
 @functools.cache
 def bytes_to_unicode():
-    """Map each byte to a printable character: itself where it is one, else the next from 256 on."""
+    """Map each byte to a printable character: itself, or else the next unused one from 256 on."""
     visible = [*range(ord("!"), ord("~") + 1),
                *range(ord("¡"), ord("¬") + 1),
                *range(ord("®"), ord("ÿ") + 1)]
@@ -449,7 +449,7 @@ class CLIP(nn.Module):
             t = torch.zeros(1, dtype=torch.long, device=self.log_scale.device)
         if not self.config.noise_aware:
             return torch.zeros(len(t), self.config.width, device=t.device)
-        with full_precision(t):   # bf16 would tell 507 of the 1,001 timesteps apart
+        with full_precision(t):   # in bf16 only 507 of the 1,001 timesteps would differ
             return self.time_mlp(t[:, None].float() * (4 / T))   # inputs of order 1
 
     def encode_image(self, x, t=None):
@@ -472,7 +472,7 @@ class CLIP(nn.Module):
     def encode_ensemble(self, templates):
         """Encode S lists of N texts, ways to write the same -> (N, E), the mean of their features
 
-        Normalised before the mean, as in sec. 3.1.4 of the paper.
+        Each is normalised before the mean (sec. 3.1.4 of the paper), which is not.
         """
         return sum(F.normalize(self.encode_captions(texts).float(), dim=-1)
                    for texts in templates) / len(templates)
@@ -492,7 +492,7 @@ class CLIP(nn.Module):
         """Compute logit_scale(t) times the cosine of each image with each caption.
 
         image_features: (B, E), text_features: (K, E), t as in encode_image -> (B, K)
-        Both are normalised here, in each call, so nobody who calls it has to.
+        Both are normalised here, in each call: a caller need not, but may.
         """
         images = F.normalize(image_features.float(), dim=-1)
         captions = F.normalize(text_features.float(), dim=-1)
@@ -621,8 +621,8 @@ def contrastive_loss(logits, caption_ids):
 
     differs from the paper only where n images of a batch share a caption: then all n are right,
     with a target of 1/n each. With B different captions the targets are arange(B), as printed.
-    (With noised images loss_t partly compares noise levels; closed_set_loss avoids that. With too
-    many captions for that one, this is what train.py takes all the same.)
+    (With noised images loss_t partly compares noise levels. closed_set_loss avoids that, but needs
+    all captions in each step; where there are too many, train.py uses this one.)
     """
     same = (caption_ids[:, None] == caption_ids).float()                      # (B, B)
     targets = same / same.sum(dim=1, keepdim=True)

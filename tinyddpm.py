@@ -41,9 +41,10 @@ def cosine_alpha_bar(T=T):
     -> alpha_bar: (T + 1,) float32, falling from alpha_bar[0] = 1 to almost 0
 
     alpha_bar_t = f(t) / f(0), f(t) = cos((t/T + s) / (1 + s) * pi/2)^2; s = 0.008 keeps beta_t from
-    being tiny near t = 0. beta_t = 1 - alpha_bar_t / alpha_bar_{t-1} is clipped at 0.999, so that
-    alpha_bar_T is 2e-9, not 0. To try another schedule, change this function and retrain both
-    models (--fresh): all else takes alpha_bar from here.
+    being tiny near t = 0, where eps is hard to predict. beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}
+    is clipped at 0.999, so that alpha_bar_T is 2e-9, not 0. To try another schedule, change the
+    body of this function and retrain both models (--fresh): all else calls it, and weights do not
+    record the schedule.
     """
     s = 0.008
     t = torch.arange(T + 1, dtype=torch.float64)
@@ -181,9 +182,9 @@ class SelfAttention(nn.Module):
 class UNet(nn.Module):
     """U-Net (Ronneberger et al. 2015; Ho et al. 2020, app. B): predicts v from x_t and t.
 
-    Down through levels of falling resolution and back up: with the default config (B, 32, 32, 32),
-    (B, 64, 16, 16), (B, 128, 8, 8) and back. Skip connections: each layer's output on the way down
-    is concatenated to the input of its counterpart on the way up.
+    Down through levels of falling resolution and back up: with the default config 32 channels of 32
+    x 32, 64 of 16 x 16, 128 of 8 x 8 and back. Skip connections: each layer's output on the way
+    down is concatenated to the input of its counterpart on the way up.
     """
 
     def __init__(self, config):
@@ -297,10 +298,11 @@ def ddpm_loss(unet, x_0, t, eps, alpha_bar, cond=None):
     x_0_hat = E[x_0 | x_t], an average, hence blurred where t is large.
 
     differs from the paper: the network predicts v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
-    (Salimans & Ho 2022, sec. 4). With the angle whose cosine is sqrt(alpha_bar), x_t = cos x_0 +
-    sin eps and v = cos eps - sin x_0: (x_0, eps) rotated. The inverse rotation gives x_0 = cos x_t
-    - sin v. From eps it would be x_0 = (x_t - sin eps) / cos, and 1 / cos = 2e4 at T multiplies
-    every error. Predicting x_0 itself has the weight 1, where the bound asks for most at small t.
+    (Salimans & Ho 2022, sec. 4). Write c = sqrt(alpha_bar), s = sqrt(1 - alpha_bar): x_t = c x_0 +
+    s eps and v = c eps - s x_0 are (x_0, eps) rotated, as c^2 + s^2 = 1. Rotated back, x_0 = c x_t
+    - s v. From eps it would be x_0 = (x_t - s eps) / c, and 1 / c = 2e4 at T multiplies every
+    error. A network that predicts x_0 has the weight 1 at all t; the bound's w is largest at small
+    t.
     """
     a = extract(alpha_bar, t)
     v = a.sqrt() * eps - (1 - a).sqrt() * x_0
@@ -346,18 +348,19 @@ def ddim_step(x_t, x_0_hat, t, t_next, alpha_bar, eta, z):
     """Step from t to t_next < t (DDIM, Song et al. 2021 eq. 12) -> x at t_next.
 
     x_t, x_0_hat, z: (B, C, H, W), z standard normal (0. will do for eta = 0); t, t_next: int
-    eta in [0, 1] scales sigma (eq. 16): 0 is deterministic; 1 between neighbours is the DDPM.
+    eta in [0, 1] scales sigma (eq. 16): 0 is deterministic; 1 is the DDPM if t_next = t - 1.
 
-    x at t_next must be sqrt(a_next) x_0 plus noise of variance 1 - a_next. Take part of it, sigma
-    z, fresh, and the rest from the noise in x_t: for every sigma the variance is right. The
-    DDPM takes the posterior q(x_{t-1} | x_t, x_0), the normalised product of the two Gaussians
-    q(x_t | x_{t-1}) and q(x_{t-1} | x_0) (Ho et al. 2020 eq. 7): with alpha = 1 - beta = a / a_next
+    x at t_next must be sqrt(a_next) x_0 plus noise of variance 1 - a_next. That noise is the sum of
+    two: fresh noise sigma z, and eps_hat, scaled to the remaining variance 1 - a_next - sigma^2.
+    The sum has the right variance for every sigma. The DDPM takes the posterior q(x_{t-1} | x_t,
+    x_0), the normalised product of the two Gaussians q(x_t | x_{t-1}) and q(x_{t-1} | x_0) (Ho et
+    al. 2020 eq. 7): with alpha = 1 - beta = a / a_next
         mean      (sqrt(a_next) beta x_0 + sqrt(alpha) (1 - a_next) x_t) / (1 - a)
         variance  beta (1 - a_next) / (1 - a),
-    which is this step with eta = 1: sigma^2 is that variance; and if eps_hat is written as
-    (x_t - sqrt(a) x_0) / sqrt(1 - a), the other two terms add up to that mean.
-    In the last step a_next = 1, so sigma = 0, and x_0_hat is returned. With alpha_bar[0] < 1 the
-    sampler would end at an image with noise left in it.
+    which is this step with eta = 1: sigma^2 is that variance, and 1 - a_next - sigma^2 = alpha (1 -
+    a_next)^2 / (1 - a). Insert eps_hat = (x_t - sqrt(a) x_0) / sqrt(1 - a), and the other two terms
+    add up to that mean. In the last step a_next = 1, so sigma = 0, and x_0_hat is returned. With
+    alpha_bar[0] < 1 the sampler would end at an image with noise left in it.
     """
     a, a_next = alpha_bar[t], alpha_bar[t_next]
     eps_hat = predict_eps(x_t, x_0_hat, a)
@@ -371,17 +374,19 @@ def multistep_x_0(x_0_hat, x_0_prev, t_prev, t, t_next, alpha_bar):
 
     x_0_hat: at t, x_0_prev: at t_prev, (B, C, H, W); t_prev > t > t_next > 0: int
     -> x_0_hat + 1/2 (h / h_prev) (x_0_hat - x_0_prev), h = lambda_{t_next} - lambda_t, h_prev
-    likewise, lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), half the log-SNR.
+    likewise, lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), half the log-SNR, which is
+    half of logit(alpha_bar_t).
 
     "2M": of second order, multistep: it reuses the step before, and costs no further evaluation.
     Why lambda is the clock: e^lambda = sqrt(a) / sqrt(1 - a). Write eps_hat in ddim_step (eta = 0)
     as (x_t - sqrt(a) x_0_hat) / sqrt(1 - a), divide by sqrt(1 - a_next), and it reads
         x_next / sqrt(1 - a_next) = x_t / sqrt(1 - a) + x_0_hat (e^lambda_next - e^lambda_t).
     The last term is the integral of e^lambda x_0_hat from lambda_t to lambda_next if x_0_hat is
-    constant (first order). If it is linear in lambda, the constant that gives the same integral
-    is its value half a step ahead, up to a third-order error: hence h / 2 times its slope.
-    With eta = 1, multiply by e^lambda_next too, and the same holds with e^(2 lambda) in place of
-    e^lambda, plus noise (SDE-DPM-Solver++). For eta in between it is a heuristic.
+    constant (first order). If it is linear in lambda, the constant that gives the same integral is
+    its value half a step ahead, up to a third-order error: hence h / 2 times its slope. For eta =
+    1, the default, multiply both sides by e^lambda_next as well: the last term becomes the integral
+    of 2 e^(2 lambda) x_0_hat, beside fresh noise, and half a step ahead is right again
+    (SDE-DPM-Solver++). For eta in between it is a heuristic.
     """
     lambda_prev, lambda_t, lambda_next = alpha_bar[[t_prev, t, t_next]].logit() / 2
     half_ratio = 0.5 * (lambda_next - lambda_t) / (lambda_t - lambda_prev)
@@ -431,12 +436,13 @@ def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, r
     gradient saturates pixels and does not diverge. recurrence: how often each step but the last is
     taken (Bansal et al. 2023 eq. 10). callback(t, x_t, x_0_hat): called in every step.
 
-    differs from the papers: each step but the first, the last and repeats aims at multistep_x_0,
-    not at x_0_hat. So eta = 0 is DPM-Solver++(2M) in place of DDIM, eta = 1 its SDE form in place
-    of DDPM: 50 steps are as good as 100 plain ones (experiments/LOG.md).
-    eta = 1 is the default because fresh noise in every step overwrites earlier errors, those of
-    guidance above all; so does recurrence. Deterministic sampling (eta = 0) carries them along.
-    Gradients are not switched off here: use torch.no_grad() unless you want them.
+    differs from the papers: a step uses multistep_x_0 in place of x_0_hat, unless it is the first,
+    the last or a repeated one. So eta = 0 is DPM-Solver++(2M) in place of DDIM, eta = 1 its SDE
+    form in place of DDPM: 50 steps are as good as 100 plain ones (experiments/LOG.md). With
+    recurrence it acts only on passes that are re-noised. eta = 1 is the default
+    because fresh noise in every step overwrites earlier errors, those of guidance above all; so
+    does recurrence. Deterministic sampling (eta = 0) carries them along. Gradients are not switched
+    off here: use torch.no_grad() unless you want them.
     """
     x_t, t_prev, x_0_prev = x_T, None, None
     for t, t_next in itertools.pairwise(ddim_timesteps(len(alpha_bar) - 1, steps)):
@@ -496,7 +502,7 @@ def swiss_roll(n, generator):
 
 
 class PointMLP(nn.Module):
-    """An MLP in the U-Net's place: x_t (B, 2, 1, 1), t (B,) int -> v_hat (B, 2, 1, 1)"""
+    """An MLP of Fourier features in the U-Net's place: x_t (B, 2, 1, 1), t (B,) int -> v_hat"""
 
     def __init__(self):
         super().__init__()

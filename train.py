@@ -10,8 +10,9 @@
 A run's folder (runs/clip, ...) gets checkpoint.pt, to resume from; weights.pt, what sample.py uses;
 loss.png and previews. Step n draws its images, timesteps and noise from (seed, n, rank), so the
 weights after it are a function of those before it. A run that was interrupted, or killed, ends
-with the same weights, bit for bit, as one that ran through (on one machine, with as many threads,
-ranks and micro-batches: each of the latter draws timesteps for its own part of the batch).
+with the same weights, bit for bit, as one that ran through, on the same machine and with the same
+number of threads, ranks and micro-batches: each rank and micro-batch draws timesteps, clean images
+and texts for its own part of the batch, and compares images with texts within it.
 """
 import argparse
 import contextlib
@@ -53,7 +54,7 @@ class TrainConfig:
 CLOSED_SET = 1024        # captions, all encoded in each step; more would take longer than images
 CLEAN_FRACTION = 0.125   # of the images of a batch, shown to CLIP without noise
 PARTIAL_PER_STEP = 32    # partial captions ("a bus"), drawn at random for each step
-PARTIAL_WEIGHT = 0.25    # of the loss among these, beside 1 of that among the captions
+PARTIAL_WEIGHT = 0.25    # of the loss among these; that among the captions has the weight 1
 ENSEMBLE = 8             # templates that weights.pt holds, to average text features
 
 
@@ -68,7 +69,7 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     """
     (B, *_), S, (P, K) = x_0.shape, len(tokens), partial_true_of.shape
     t = tinyddpm.stratified_timesteps(B, generator)
-    shuffled = torch.randperm(B, generator=generator, device=x_0.device)   # as t ascends
+    shuffled = torch.randperm(B, generator=generator, device=x_0.device)   # t is sorted
     clean = shuffled[:math.ceil(clean_fraction * B)]
     t[clean] = 0
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
@@ -264,7 +265,7 @@ class Run:
         self.step, self.history = 0, []   # history: (step, mean loss since the entry before)
 
     def save(self):
-        """Write all files, weights.pt first: beside a finished checkpoint.pt it is never older."""
+        """Write all files, checkpoint.pt after weights.pt: killed in between, a run resumes."""
         checkpoint.save(self.folder / "weights.pt", {
             "kind": self.task.kind, "config": dataclasses.asdict(self.model.config),
             "data": self.dataset.name, "steps": self.step,
