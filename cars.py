@@ -10,12 +10,11 @@ upper hemisphere.
 World coordinates in metres: x forward, y to the left, z up, the ground at z = 0.
 Shapes: N images, F faces and V vertices of a solid. Images are RGB, uint8 (N, size, size, 3).
 
-The other chapters need only captions and descriptions below and render() at the end.
+The other chapters need only captions and descriptions below, and render(): seeds in, images out.
 This file imports only numpy: copy it and it works. `python cars.py` prints a car.
 Left out: shadows, reflections, curved surfaces, backgrounds.
 """
 import itertools
-import math
 import random
 import re
 from typing import NamedTuple
@@ -36,9 +35,10 @@ JUDGE_2_TRAIN = 40_000_000   # for an independent second judge
 def caption(body, main, second):
     """Write a caption: "a white and red car", or "a red car" if both colours are red.
 
-    body: int, index into BODIES, main, second: int, indices into COLOURS -> str
-    The order matters: main is the body shell, second the roof with its pillars, the stripe and the
-    lower band (on buses, jeeps and vans a panel on a roof of the main colour).
+    body: int, index into BODIES, main, second: int, indices into COLOURS -> str The order matters:
+    main is the body shell, second the roof with its pillars, the stripe and the lower band. Buses,
+    jeeps and vans have a panel in second on a roof in main, vans pillars in main, and trucks a box
+    in main with a band and a panel in second.
     """
     return f"a {colour_words(main, second)} {BODIES[body]}"
 
@@ -80,8 +80,8 @@ APART = [{"crimson", "lorry"}, {"navy", "coach"}, {"silver", "minivan"}, {"emera
 # {a}: "a", "the", "this" or nothing. {painted}, {body}, ... are replaced by one of their PARTS:
 #     "{painted} {with} {roof}"                 of PHRASES["two colours"]
 #     "{a} {n} in {m} {with} {roof}"            one of the PARTS "painted"
-#     "{a} {n} in {m} that has {a} {s} roof"    of "with" and "roof"
-#     "the coach in red that has a navy roof"   of NOUNS and SHADES
+#     "{a} {n} in {m} that has {a} {s} roof"    two more of "with" and "roof"
+#     "the coach in red that has an azure roof"
 # What stands twice is drawn twice as often. CLIP reads an order of words that it never met with the
 # colours swapped, so what names body and roof stands here in both orders.
 split = lambda text: re.split(r" \| |\n +", text.strip())
@@ -146,7 +146,7 @@ PREFIXES = ["", "", "", "", "photo of ", "a picture of ", "an image of ", "a ren
 
 
 def keywords(kind, rng):
-    """Write a phrase of keywords in any order: "roof in {s}, this {n}, {m} has body"
+    """Write a phrase of keywords in any order: "roof in {s} this {n} with {m} body"
 
     A colour stays beside its noun. From these, CLIP learns that this is what counts, not which
     words stand between. kind: "two colours", "one colour", "main" or "second"
@@ -179,7 +179,7 @@ def fill(phrase, noun, main, second, rng):
 
 
 def describe(body, main, second, rng):
-    """Write a random description -> str, such as "the coach is crimson and its roof is navy"
+    """Write a random description -> str, such as "the coach is crimson and its roof is azure"
 
     body, main, second: indices as in caption(), None for what is not named; rng: random.Random
     """
@@ -520,11 +520,6 @@ def draw_camera(solids, rng):
     return eye, -back, tangent * right, tangent * up
 
 
-def draw_labels(rng):
-    """Draw uniform labels -> (body, main, second) int, as in caption()."""
-    return tuple(int(rng.integers(len(values))) for values in ATTRIBUTES.values())
-
-
 def build_scene(body, main, second, rng):
     """Draw all that the labels leave open: proportions, exact paints, camera.
 
@@ -537,14 +532,9 @@ def build_scene(body, main, second, rng):
 
 def scene(seed, index):
     """Build the scene of one image -> Scene, (body, main, second)."""
-    rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
-    labels = draw_labels(rng)
+    rng = np.random.default_rng([seed, index])
+    labels = tuple(int(rng.integers(len(values))) for values in ATTRIBUTES.values())
     return build_scene(*labels, rng), labels
-
-
-def camera_height(scene):
-    """Compute the camera's elevation above the horizon, in degrees."""
-    return math.degrees(math.asin(-scene.forward[2]))
 
 
 # ---- the ray cast (skip at first) ----------------------------------------------------------------

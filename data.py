@@ -68,7 +68,7 @@ class Dataset(NamedTuple):
     captions. Each of S lists in templates has one way to write all K captions and, behind them, P
     partial captions; training draws one for each text and step. Of the cars two of 192 lists are
         "a red car", "a red and green car", ..., "a car with a red body", ..., "something"
-        "an auto in red", "a red sedan, its roof is green", ..., "a crimson-bodied car", ..., "any"
+        "an auto in red", "a red sedan, its roof is green", ..., "a red-bodied car", ..., "anything"
     and of a folder of classes "a photo of a cat", ...; "cat", ...; "a picture of a cat", ...
     """
     name: str                     # "cars", or "./" and the folder's name
@@ -88,8 +88,7 @@ class Dataset(NamedTuple):
         return self.caption_labels[self.caption_ids]
 
 
-# Index ranges of the built-in cars: disjoint, so no model is tested on what it was trained on. Of a
-# folder, a hash of the file's name gives each image to one split (image_folders.SPLITS).
+# Index ranges of the built-in cars. Of a folder, a hash of what an image is called picks its split.
 SPLITS = {"train": cars.TRAIN, "validation": cars.VALIDATION, "judge": cars.JUDGE_TRAIN,
           "judge-2": cars.JUDGE_2_TRAIN, "judge-test": cars.JUDGE_TEST}
 
@@ -131,7 +130,7 @@ def _load_folder(name, size, split):
     try:
         scan = image_folders.scan_folder(folder)
         indices = image_folders.split_indices(scan, split)
-    except cli.DatasetError as error:
+    except cli.UserError as error:
         raise cli.UserError(f"--data {name}: {error}") from None
     files = [scan.files[i] for i in indices]
     path = CACHE / f"images-{image_folders.fingerprint(files):08x}-{split}-{size}px.raw"
@@ -186,10 +185,10 @@ def save_grid(path, images, columns=8, zoom=1, **metadata):
         image_grid(images, columns, zoom=zoom).save(file, "PNG", pnginfo=info)
 
 
-def save_gif(path, frames, columns=4, zoom=2, milliseconds=80):
+def save_gif(path, frames, columns=4, zoom=2):
     """Write a list of (N, H, W, 3) uint8 as an endless GIF of grids, two seconds on the last."""
     images = [image_grid(frame, columns, zoom=zoom) for frame in frames]
-    durations = [milliseconds] * (len(images) - 1) + [2000]
+    durations = [80] * (len(images) - 1) + [2000]   # milliseconds
     with checkpoint.write_atomic(path) as file:
         images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=durations,
                        loop=0)

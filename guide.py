@@ -41,6 +41,7 @@ t (B,) int in 1..T, the same for the whole batch; text_features (K, E) of all ca
 int in 0..K-1, the caption that each image should have; labels (K, A) int, the attributes that each
 caption names, such as body and colours, -1 for none (A = 1, its own number, if none are known).
 """
+import functools
 import math
 from typing import Callable, NamedTuple
 
@@ -195,16 +196,10 @@ def lookahead_log_p(log_p, alpha_bar, t_fraction):
 T_FRACTION = 0.75   # found by a sweep: experiments/LOG.md
 
 
-def lookahead(clip, text_features, targets, labels, t_fraction=T_FRACTION):
+def lookahead(clip, text_features, targets, labels, t_fraction=T_FRACTION, temperature=TEMPERATURE):
     """Make log_p from noise-aware CLIP, applied at three quarters of the timestep. The default."""
-    log_p = noise_aware(clip, text_features, targets, labels)
+    log_p = noise_aware(clip, text_features, targets, labels, temperature)
     return lookahead_log_p(log_p, cosine_alpha_bar().to(text_features.device), t_fraction)
-
-
-def x0_fast(clip, text_features, targets, labels):
-    """Make log_p from CLIP applied to x_0_hat, with r_t^2 in place of the derivative of the U-Net.
-    """
-    return lookahead(clip, text_features, targets, labels, t_fraction=0.)
 
 
 # ---- guidance without a CLIP ---------------------------------------------------------------------
@@ -258,7 +253,8 @@ METHODS = {
     "noise-unaware": Method(noise_unaware, 16., (1, 950)),
     "spherical": Method(spherical, 8., (1, 950)),
     "x0": Method(x0, 32., (1, 950), through_unet=True),
-    "x0-fast": Method(x0_fast, 128., (1, 1000)),
+    # CLIP applied to x_0_hat, as in x0, with r_t^2 in place of the U-Net's Jacobian
+    "x0-fast": Method(functools.partial(lookahead, t_fraction=0.), 128., (1, 1000)),
     "classifier-free": Method(None, 2., (1, 1000)),
     "none": Method(None, 0., (1, 1000)),
 }

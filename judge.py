@@ -2,8 +2,8 @@
 
 Whoever guided an image must not also grade it. Gradient ascent on a network's output finds images
 that satisfy that network alone (adversarial examples), and they look like success. So the judge is
-a different kind of network from the CLIP that guides, a plain convolutional classifier without text
-and without t, trained on images that neither CLIP nor the diffusion model was trained on. An image
+a different kind of network from the CLIP that guides, a convolutional classifier without text and
+without t, trained on images that neither CLIP nor the diffusion model was trained on. An image
 is right when all attributes of its caption are: body, main and second colour for the built-in
 cars, the class for class folders. The fraction of images that are right is the prompt accuracy.
 
@@ -81,7 +81,7 @@ class Judge(nn.Module):
         """Rebuild a trained judge from the dictionary in weights.pt, in eval mode."""
         attributes = {name: len(values) for name, values in checkpoint["attributes"].items()}
         judge = cls(JudgeConfig(**checkpoint["config"]), attributes)
-        judge.load_state_dict({name: w.float() for name, w in checkpoint["weights"].items()})
+        judge.load_state_dict(checkpoint["weights"])   # fp16, copied into float32
         return judge.eval().requires_grad_(False)
 
     def resize(self, x):

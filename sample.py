@@ -7,7 +7,7 @@
     python sample.py -n 64                        no prompt: unguided
 
 Uses runs/clip and runs/ddpm if both were trained (without a prompt runs/ddpm is enough), else the
-models in weights/. Writes one PNG with prompt, seed and settings in its metadata, and prints how
+models in weights/. Writes a PNG for each prompt, with seed and settings in its metadata, prints how
 CLIP reads the prompt, CLIP's probability of it and the judge's prompt accuracy. With another -n or
 --batch an image may differ a little on a CPU that computes in bf16, as its products are rounded in
 another order. From Python: load_models, then generate (see README.md).
@@ -40,79 +40,64 @@ PUBLISHED_TEMPLATES = ("a photo of a {}.", "a rendering of a {}.", "a toy {}.") 
 # ---- models --------------------------------------------------------------------------------------
 
 class Models(NamedTuple):
-    """A matching CLIP and diffusion model, and what CLIP was trained on."""
-    clip: tinyclip.CLIP              # None after load_unguided, like all fields about texts
+    """A diffusion model and, unless it is to be unguided, a CLIP for its images."""
     unet: tinyddpm.UNet
-    alpha_bar: torch.Tensor          # (T + 1,)
-    captions: list                   # K, and behind them those that a new prompt adds
-    caption_labels: torch.Tensor     # (K, A) int, the attributes that each caption names, or -1
-    templates: list                  # S lists of K + P texts, ways to write each: see data.Dataset
-    partial: list                    # P partial captions, such as "a bus"
-    partial_true_of: torch.Tensor    # (P, K) bool, the captions that they are true of
-    words: list                      # all words of the training
-    text_features: torch.Tensor      # (K, E), of the captions, and of those that are added
-    partial_features: torch.Tensor   # (P, E)
-    data: str                        # the name of the data set
-    description: str                 # files and device
-
-
-def find_weights(clip=None, ddpm=None):
-    """Pick the two models' paths: as given, else both of runs/, else both of weights/."""
-    default = Path("runs/clip/weights.pt"), Path("runs/ddpm/weights.pt")
-    if not all(path.exists() for path in default):
-        default = SHIPPED / "clip.pt", SHIPPED / "ddpm.pt"
-    return Path(clip or default[0]), Path(ddpm or default[1])
+    alpha_bar: torch.Tensor                 # (T + 1,)
+    data: str                               # the name of the data set
+    captions: list                          # K, and behind them those that a new prompt adds
+    description: str                        # files and device
+    clip: tinyclip.CLIP = None
+    caption_labels: torch.Tensor = None     # (K, A) int, the attributes that each names, or -1
+    templates: list = None                  # S lists of K + P texts: see data.Dataset
+    partial: list = None                    # P partial captions, such as "a bus"
+    partial_true_of: torch.Tensor = None    # (P, K) bool, the captions that they are true of
+    words: list = None                      # all words of the training
+    text_features: torch.Tensor = None      # (K, E), of the captions, and of those that are added
+    partial_features: torch.Tensor = None   # (P, E)
 
 
 @torch.no_grad()
-def load_models(clip=None, ddpm=None, device="cpu"):
-    """Load the two models that find_weights picks -> Models
+def load_models(clip=None, ddpm=None, device="cpu", guided=True):
+    """Load CLIP and DDPM: as given, else both of runs/, else both of weights/ -> Models
 
-    clip may be a file of published weights. UserError if CLIP was trained on other images.
+    clip may be a file of published weights. guided=False: the DDPM alone. UserError if CLIP was
+    trained on images of another size or other captions.
     """
-    device, (clip_path, ddpm_path) = torch.device(device), find_weights(clip, ddpm)
+    device = torch.device(device)
+    paths = [Path("runs/clip/weights.pt"), Path("runs/ddpm/weights.pt")]
+    if not all(path.exists() for path in (paths if guided else paths[1:])):
+        paths = [SHIPPED / "clip.pt", SHIPPED / "ddpm.pt"]
+    clip_path, ddpm_path = Path(clip or paths[0]), Path(ddpm or paths[1])
     unet, ddpm_content = checkpoint.load_model(ddpm_path, "ddpm", tinyddpm.UNet)
+    models = Models(
+        unet=unet.to(device, memory_format=torch.channels_last),
+        alpha_bar=tinyddpm.cosine_alpha_bar().to(device), data=ddpm_content["data"],
+        captions=ddpm_content["captions"],
+        description=f"DDPM from {ddpm_path} ({ddpm_content['steps']:,} steps), on {device}")
+    if not guided:
+        return models
     if published.is_published(clip_path):
         clip, content = load_published(clip_path, ddpm_content)
     else:
         clip, content = checkpoint.load_model(clip_path, "clip", tinyclip.CLIP)
         sizes = [model.config.image_size for model in (clip, unet)]
-        if sizes[0] != sizes[1] or content["captions"] != ddpm_content["captions"]:
+        if sizes[0] != sizes[1] or content["captions"] != models.captions:
             raise cli.UserError(
                 f"these models do not fit together: CLIP is for {content['data']} at {sizes[0]} "
-                f"pixels, {len(content['captions']):,} captions, the DDPM for "
-                f"{ddpm_content['data']} at {sizes[1]}, {len(ddpm_content['captions']):,}; train "
-                "both alike")
+                f"pixels, {len(content['captions']):,} captions, the DDPM for {models.data} at "
+                f"{sizes[1]}, {len(models.captions):,}; train both alike")
     if "clip" in ddpm_content and ddpm_content["clip"] != checkpoint.weights_checksum(clip):
         raise cli.UserError(f"{ddpm_path} is conditional on the text features of another CLIP; "
                             "give that one with --clip")
-    clip, unet = (m.to(device, memory_format=torch.channels_last) for m in (clip, unet))
+    clip = clip.to(device, memory_format=torch.channels_last)
     with cli.autocast(device):
-        text_features = clip.encode_ensemble(content["templates"])            # (K + P, E)
-    K = len(content["captions"])
-    return Models(
-        clip=clip, unet=unet, alpha_bar=tinyddpm.cosine_alpha_bar().to(device),
-        captions=content["captions"],
-        caption_labels=torch.tensor(content["caption_labels"], device=device),
-        templates=content["templates"], partial=content["partial"],
-        partial_true_of=content["partial_true_of"], words=content["words"],
-        text_features=text_features[:K], partial_features=text_features[K:], data=content["data"],
-        description=f"CLIP from {clip_path} ({content['steps']:,} steps), DDPM from {ddpm_path} "
-                    f"({ddpm_content['steps']:,} steps), on {device}")
-
-
-def load_unguided(ddpm=None, device="cpu"):
-    """Load a DDPM alone, the given one, else that of runs/, else that of weights/ -> Models"""
-    path = Path(ddpm or "runs/ddpm/weights.pt")
-    path = path if ddpm or path.exists() else SHIPPED / "ddpm.pt"
-    unet, content = checkpoint.load_model(path, "ddpm", tinyddpm.UNet)
-    return Models(
-        clip=None, unet=unet.to(device, memory_format=torch.channels_last),
-        alpha_bar=tinyddpm.cosine_alpha_bar().to(device), captions=content["captions"],
-        caption_labels=None, templates=[], partial=[],
-        partial_true_of=torch.zeros(0, len(content["captions"]), dtype=torch.bool), words=[],
-        text_features=None, partial_features=None, data=content["data"],
-        description=f"DDPM from {path} ({content['steps']:,} steps), on {device}")
+        features = clip.encode_ensemble(content["templates"])                 # (K + P, E)
+    K = len(models.captions)
+    return models._replace(
+        clip=clip, caption_labels=torch.tensor(content["caption_labels"], device=device),
+        **{key: content[key] for key in ("templates", "partial", "partial_true_of", "words")},
+        text_features=features[:K], partial_features=features[K:],
+        description=f"CLIP from {clip_path} ({content['steps']:,} steps), {models.description}")
 
 
 def load_published(path, ddpm_content):
@@ -132,8 +117,8 @@ def load_published(path, ddpm_content):
         raise cli.UserError(f"{path} does not fit the published layout: {reason}") from None
     names = [re.sub("^photo of an? ", "", normalize_prompt(text)) for text in captions]
     return tinyclip.from_pixels(clip), {
-        "captions": captions, "caption_labels": [[i] for i in range(len(captions))],
-        "partial": [], "words": [], "steps": 0, "data": ddpm_content["data"],
+        "caption_labels": [[i] for i in range(len(captions))], "partial": [], "words": [],
+        "steps": 0,
         "templates": [[template.format(name) for name in names]
                       for template in PUBLISHED_TEMPLATES],
         "partial_true_of": torch.zeros(0, len(captions), dtype=torch.bool)}
@@ -193,8 +178,8 @@ def known_words(text, words):
 def read_text(text, index_of, models):
     """Find the text of the training that means the same to CLIP as a normalised one
 
-    -> index: a caption's, K + that of a partial caption, or None if no text means the same, as with
-    a published CLIP; feature: (1, E) of a text that is not in index_of, else None
+    -> index: a caption's, or K + that of a partial caption, and None; or None if no text means the
+    same, as with a published CLIP, and the feature of this one: (1, E)
     """
     longest = models.clip.config.context_length - 2   # start and end
     if len(models.clip.tokenizer.encode(text)) > longest:
@@ -212,7 +197,7 @@ def read_text(text, index_of, models):
     if cosine < SURE:
         print(f"not sure of {shorten(text, 80)!r}: a cosine of {cosine:.2f} with what it is "
               "read as")
-    return int(index), feature
+    return int(index), None
 
 
 def resolve_prompt(prompt, models):
@@ -225,7 +210,7 @@ def resolve_prompt(prompt, models):
     """
     K = len(models.captions)
     if prompt is None:
-        return models, models.partial_true_of.new_ones(K)
+        return models, torch.ones(K, dtype=torch.bool)
     text = normalize_prompt(prompt)
     if not text:
         raise cli.UserError("the prompt is empty; leave it out to sample without guidance")
@@ -276,10 +261,8 @@ class SamplingConfig:
         if self.method not in guide.METHODS:
             raise cli.UserError(f"method must be one of {', '.join(guide.METHODS)}, not "
                                 f"{self.method!r}")
-        for flag, low, high in (("-n", 1, 10_000), ("--steps", 1, tinyddpm.T), ("--eta", 0, 1),
-                                ("--recurrence", 1, 100), ("--batch", 1, 10_000),
-                                ("--seed", 0, 2 ** 63 - 1)):
-            cli.check_range(flag, getattr(self, flag.lstrip("-")), low, high)
+        cli.check_ranges(self, n=(1, 10_000), steps=(1, tinyddpm.T), eta=(0, 1),
+                         recurrence=(1, 100), batch=(1, 10_000), seed=(0, 2 ** 63 - 1))
         lo, hi = self.interval or (1, tinyddpm.T)
         if not 1 <= lo <= hi <= tinyddpm.T:
             raise cli.UserError(f"--interval must be LO <= HI in 1 to {tinyddpm.T}, not {lo} {hi}")
@@ -425,10 +408,7 @@ def report(models, allowed, x_0, judge_model, content):
 def main(arguments=None):
     args, config = parse(arguments)
     device, paths = cli.pick_device(args.device), output_paths(args)
-    if args.prompts == [None] and not args.clip:
-        models = load_unguided(args.ddpm, device)
-    else:
-        models = load_models(args.clip, args.ddpm, device)
+    models = load_models(args.clip, args.ddpm, device, args.prompts != [None] or args.clip)
     config = fill_in(config, models.clip)   # for the metadata and the report
     judge_model, content = load_judge(models.captions, args.judge, device)
     print(models.description)
@@ -438,20 +418,20 @@ def main(arguments=None):
         resolved = [resolve_prompt(prompt, models) for prompt in args.prompts]
         for prompt, (extended, allowed), path in zip(args.prompts, resolved, paths):
             frames, start = [], time.perf_counter()
-            shown = min(8, config.n, config.batch)   # in the GIF
             keep_frame = lambda t, x_t, x_0_hat: frames.append(
-                data.to_uint8(torch.cat([x_t[:shown], x_0_hat[:shown]])))
+                data.to_uint8(torch.cat([x_t[:8], x_0_hat[:8]])))   # one row of each
             x_0 = sample_images(extended, draw_captions(allowed, config), config,
                                 keep_frame if args.gif else None)
             images = data.to_uint8(x_0)   # waits for the device, so the time is right
             seconds = time.perf_counter() - start
             zoom = max(1, 96 // images.shape[1])   # small images get up to 96 pixels on the screen
-            metadata = {"prompt": prompt, **checksums, "torch": torch.__version__,
-                        "bf16": cli.bf16_is_fast(device), **vars(config)}
-            data.save_grid(path, images, min(8, round(config.n ** 0.5)), zoom,
-                           **{key: value for key, value in metadata.items() if value is not None})
-            if frames:   # one row of x_t, one of x_0_hat
-                data.save_gif(path.with_suffix(".gif"), frames, columns=shown, zoom=zoom)
+            metadata = {**checksums, **vars(config), "torch": torch.__version__,
+                        "bf16": cli.bf16_is_fast(device)}
+            if prompt is not None:
+                metadata["prompt"] = prompt
+            data.save_grid(path, images, min(8, round(config.n ** 0.5)), zoom, **metadata)
+            if frames:
+                data.save_gif(path.with_suffix(".gif"), frames, len(frames[0]) // 2, zoom)
             if prompt is not None:
                 report(extended, allowed, x_0, judge_model, content)
             print(f"{config.n} images in {seconds:.1f} s ({config.steps} x {config.recurrence} "

@@ -345,7 +345,8 @@ class ConvStem(nn.Module):
 class ImageEncoder(nn.Module):
     """Vision Transformer: stem, class token, position embedding, blocks, LayerNorm, projection.
 
-    The class token carries the time embedding. (GLIDE's released code has one token for each t.)
+    The time embedding is added to the class token and scales the conv stem's layers. (GLIDE's
+    released code has one token for each t.)
     """
 
     def __init__(self, config):
@@ -440,7 +441,7 @@ class CLIP(nn.Module):
     def from_checkpoint(cls, checkpoint):
         """Rebuild a trained CLIP from the dictionary in weights.pt, in eval mode."""
         clip = cls(CLIPConfig(**checkpoint["config"]), Tokenizer(checkpoint["merges"]))
-        clip.load_state_dict({name: w.float() for name, w in checkpoint["weights"].items()})
+        clip.load_state_dict(checkpoint["weights"])   # fp16, copied into float32
         return clip.eval().requires_grad_(False)
 
     def time_embedding(self, t):
@@ -515,13 +516,10 @@ class CLIP(nn.Module):
         """Build one of OpenAI's CLIPs with a Vision Transformer: ViT-B/32, B/16, L/14, L/14@336.
         (QuickGELU, 64 channels a head: other projects' weights in this layout may differ in that.)
 
-        weights: name -> tensor in the published layout, or the path of such a dictionary that
-        torch.save wrote; tokenizer: Tokenizer.from_openai. Sizes come from the shapes; every tensor
-        is used. ValueError if the weights are of another kind. encode_image then takes images from
-        `preprocess`; see from_pixels for guidance.
+        weights: name -> tensor in the published layout; tokenizer: Tokenizer.from_openai. Sizes
+        come from the shapes; every tensor is used. ValueError if the weights are of another kind.
+        encode_image then takes images from `preprocess`; see from_pixels for guidance.
         """
-        if not isinstance(weights, dict):
-            weights = torch.load(weights, map_location="cpu", weights_only=True)
         weights = {name: w.float() for name, w in weights.items()   # stored as fp16
                    if name not in ("input_resolution", "context_length", "vocab_size")}
         if "visual.layer1.0.conv1.weight" in weights:

@@ -91,15 +91,15 @@ class UNetConfig:
 
     def __post_init__(self):
         widths = [self.channels * m for m in self.multipliers]
-        attends = [widths[level] for level in self.attention if level < len(widths)] + widths[-1:]
+        if not set(self.attention) <= set(range(len(widths))):
+            raise ValueError(f"attention {self.attention}: there are levels 0 to {len(widths) - 1}")
+        attends = [widths[level] for level in (*self.attention, -1)]
         if any(width % 16 or width < 1 for width in widths) or any(width % 32 for width in attends):
             raise ValueError(f"channels x multipliers are {widths}; each must be a multiple of 16, "
                              "and of 32 where there is attention, as always at the last level")
         if self.image_size < 1 or self.image_size % 2 ** (len(widths) - 1):
             raise ValueError(f"image_size {self.image_size} cannot be halved {len(widths) - 1} "
                              "times; use fewer multipliers")
-        if not set(self.attention) <= set(range(len(widths))):
-            raise ValueError(f"attention {self.attention}: there are levels 0 to {len(widths) - 1}")
         if self.blocks < 1 or not 0 <= self.dropout < 1:
             raise ValueError("blocks must be at least 1, dropout from 0 to less than 1")
 
@@ -122,9 +122,8 @@ def group_norm(channels):
 
 def zero_init(layer):
     """Set a layer to zero, so that at first a block is its skip connection, and v_hat is 0."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer
 
 
@@ -194,10 +193,9 @@ class UNet(nn.Module):
         D = 4 * config.channels
 
         def block_and_attention(c_in, level):
-            attends = level in config.attention
             return nn.ModuleList([
                 ResBlock(c_in, widths[level], D, config.dropout),
-                SelfAttention(widths[level]) if attends else nn.Identity()])
+                SelfAttention(widths[level]) if level in config.attention else nn.Identity()])
 
         self.time_mlp = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU())
         if config.cond_dim:   # without a bias: cond = 0 is the same as no condition
@@ -235,7 +233,7 @@ class UNet(nn.Module):
     def from_checkpoint(cls, checkpoint):
         """Rebuild a trained U-Net from the dictionary in weights.pt, in eval mode."""
         unet = cls(UNetConfig(**checkpoint["config"]))
-        unet.load_state_dict({name: w.float() for name, w in checkpoint["weights"].items()})
+        unet.load_state_dict(checkpoint["weights"])   # fp16, copied into float32
         return unet.eval().requires_grad_(False)
 
     def forward(self, x_t, t, cond=None):

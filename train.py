@@ -5,17 +5,17 @@
     python train.py ddpm                    the same run again: it resumes where it stopped
     python train.py ddpm --clip FILE        conditional, for classifier-free guidance
     torchrun --nproc_per_node 2 train.py ddpm       data-parallel, on two GPUs
-    python train.py ddpm -h                 every field of a config is a flag, such as --channels 48
+    python train.py ddpm -h                 fields of the config are flags, such as --channels 48
 
 A run's folder (runs/clip, ...) gets checkpoint.pt, to resume from; weights.pt, what sample.py uses;
-loss.png and previews. Step n draws its images, timesteps and noise from (seed, n, rank), so the
-weights after it are a function of those before it. A run that was interrupted, or killed, ends
-with the same weights, bit for bit, as one that ran through, on the same machine and with the same
-number of threads, ranks and micro-batches: each rank and micro-batch draws timesteps, clean images
-and texts for its own part of the batch, and compares images with texts within it.
+loss.png; a DDPM's also samples.png. Step n draws its images, timesteps and noise from (seed, n,
+rank), so it depends on nothing else but the state of the training before it. A run that was
+interrupted, or killed, ends with the same weights, bit for bit, as one that ran through, on the
+same machine and with the same number of threads, ranks and micro-batches: each rank and micro-batch
+draws timesteps, clean images and texts for its own part of the batch, and compares images with
+texts within it.
 """
 import argparse
-import contextlib
 import copy
 import dataclasses
 import math
@@ -25,7 +25,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -87,8 +86,6 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     # Partial captions, several of which are true together, are not their rivals.
     is_true = F.one_hot(caption_ids, K).bool()                                # (B, K)
     loss = tinyclip.closed_set_loss(logits[:, :K], is_true, clean)
-    if P == 0:
-        return loss
     partial_is_true = partial_true_of[partial][:, caption_ids].T              # (B, N - K)
     return loss + PARTIAL_WEIGHT * tinyclip.closed_set_loss(logits[:, K:], partial_is_true, clean)
 
@@ -172,8 +169,7 @@ def clip_task(config, options, dataset, validation, device):
     if compared < 2:
         raise cli.UserError(f"an image is compared with {compared} caption; CLIP learns from "
                             "differences: use more captions or a larger --batch")
-    content = {"captions": dataset.captions, "caption_labels": dataset.caption_labels.tolist(),
-               "templates": templates[:ENSEMBLE],
+    content = {"caption_labels": dataset.caption_labels.tolist(), "templates": templates[:ENSEMBLE],
                "partial": dataset.templates[0][K:], "partial_true_of": partial_true_of.cpu(),
                "merges": tokenizer.merges, "words": sorted(set(" ".join(all_texts).split()))}
     return Task("clip", tinyclip.CLIP(config, tokenizer), objective, preview, content, chance)
@@ -181,8 +177,7 @@ def clip_task(config, options, dataset, validation, device):
 
 def ddpm_task(config, options, dataset, validation, device, clip=None):
     """clip: a trained CLIP, whose text features become the condition; None: unconditional"""
-    alpha_bar, cond = tinyddpm.cosine_alpha_bar().to(device), None
-    content = {"captions": dataset.captions}   # for guidance by a published CLIP
+    alpha_bar, cond, content = tinyddpm.cosine_alpha_bar().to(device), None, {}
     if clip is not None:
         content["clip"] = checkpoint.weights_checksum(clip)   # sample.py needs the same one
         config = dataclasses.replace(config, cond_dim=clip.config.embed_dim)
@@ -225,8 +220,7 @@ def judge_task(config, options, dataset, validation, device):
         each = ", ".join(f"{name} {p:.2%}" for name, p in zip(sizes, correct.float().mean(dim=0)))
         return f"on {len(x)} held-out images: all {correct.all(1).float().mean():.2%}, {each}"
 
-    content = {"attributes": dataset.attributes, "captions": dataset.captions,
-               "caption_labels": dataset.caption_labels.tolist()}
+    content = {"attributes": dataset.attributes, "caption_labels": dataset.caption_labels.tolist()}
     return Task("judge", judge.Judge(config, sizes), objective, preview, content,
                 sum(math.log(n) for n in sizes.values()))
 
@@ -249,7 +243,7 @@ class Run:
         checksum = zlib.crc32(repr(dataset.templates).encode() + dataset.caption_ids.tobytes())
         self.settings = {   # all that must be the same when the run is resumed
             "number of images": len(dataset.images),
-            "images' checksum": zlib.crc32(np.ascontiguousarray(dataset.images)),
+            "images' checksum": zlib.crc32(dataset.images),
             "captions' checksum": checksum,
             "CLIP": task.content.get("clip"), "seed": seed,
             **dataclasses.asdict(task.model.config), **dataclasses.asdict(options)}
@@ -268,7 +262,7 @@ class Run:
         """Write all files, checkpoint.pt after weights.pt: killed in between, a run resumes."""
         checkpoint.save(self.folder / "weights.pt", {
             "kind": self.task.kind, "config": dataclasses.asdict(self.model.config),
-            "data": self.dataset.name, "steps": self.step,
+            "data": self.dataset.name, "captions": self.dataset.captions, "steps": self.step,
             "weights": checkpoint.fp16_weights(self.ema), **self.task.content})
         checkpoint.save(self.folder / "checkpoint.pt", {
             "kind": f"{self.task.kind} run", "settings": self.settings, "step": self.step,
@@ -328,7 +322,7 @@ def train_step(run, step):
         total += loss.detach()
 
     distributed.average_gradients(run.model)
-    # For AdamW; Muon's step does not depend on the size of the gradient.
+    # For AdamW; Muon's step depends on the gradients' directions and relative sizes alone.
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -422,19 +416,17 @@ def parse(arguments):
                 add("--" + name.replace("_", "-"), default=value, nargs="+" if several else None,
                     type=type(value[0] if several else value), help=f"default: {value}")
     args = parser.parse_args(arguments)
+    changed = lambda default: dataclasses.replace(default, **{
+        name: type(value)(getattr(args, name))   # argparse makes lists of tuples
+        for name, value in vars(default).items() if name in args})
     try:
-        config, options = (
-            dataclasses.replace(default, **{
-                name: type(value)(getattr(args, name))   # argparse makes lists of tuples
-                for name, value in vars(default).items() if name in args})
-            for default in TASKS[args.kind][1:])
+        config, options = map(changed, TASKS[args.kind][1:])
     except ValueError as error:   # a config refuses what cannot be built
         raise cli.UserError(str(error)) from None
-    for name, low, high in (
-            ("steps", 1, math.inf), ("batch", 1, math.inf), ("accumulate", 1, math.inf),
-            ("images", 1, 10_000_000), ("warmup", 0, 1), ("seed", 0, 2 ** 63 - 1),
-            ("lr", 0, 1), ("minutes", 0, math.inf), ("save_every", 0, math.inf)):
-        cli.check_range(f"--{name.replace('_', '-')}", getattr(args, name), low, high)
+    cli.check_ranges(
+        args, steps=(1, math.inf), batch=(1, math.inf), accumulate=(1, math.inf), warmup=(0, 1),
+        images=(1, 10_000_000), seed=(0, 2 ** 63 - 1), lr=(0, 1), minutes=(0, math.inf),
+        save_every=(0, math.inf))
     ranks = distributed.world_size()
     if options.batch % (ranks * options.accumulate):
         raise cli.UserError(f"--batch {options.batch} is not a multiple of {ranks} ranks x "
@@ -462,7 +454,7 @@ def main(arguments=None):
                             f"{content['config']['image_size']} pixels; train both alike")
     torch.manual_seed(args.seed)   # for the initial weights
     task = TASKS[args.kind][0](config, options, dataset, validation, device, **condition)
-    with checkpoint.lock(folder) if distributed.rank() == 0 else contextlib.nullcontext():
+    with checkpoint.lock(folder):
         train(task, options, dataset, folder, args.seed, device, args.minutes, args.save_every,
               args.fresh)
 

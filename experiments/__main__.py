@@ -48,7 +48,7 @@ def parse_args(arguments):
     add("--out", type=Path, default="out", help="folder for tables and images")
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
     args = parser.parse_args(arguments)
-    cli.check_range("--each", args.each, 1, 1000)
+    cli.check_ranges(args, each=(1, 1000))
     evaluator.sampling_config(args)   # checks them
     return args
 

@@ -2,6 +2,7 @@
 
 If guidance produced adversarial examples of the first judge, the second would disagree with it.
 """
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def judges(models, args):
     labels, groups = torch.from_numpy(dataset.labels), {"all": torch.ones(len(x), dtype=bool)}
     if models.data == "cars":
         scenes = (cars.scene(0, data.SPLITS["judge-test"] + i)[0] for i in range(len(x)))
-        degrees = torch.tensor([float(cars.camera_height(scene)) for scene in scenes])
+        degrees = torch.tensor([math.degrees(math.asin(-scene.forward[2])) for scene in scenes])
         groups |= {f"camera at {low} to {high} degrees": (degrees >= low) & (degrees < high)
                    for low, high in pairwise((0, 15, 30, 45, 60, 90))}
     for name, group in groups.items():

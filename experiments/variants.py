@@ -7,15 +7,6 @@ import functools
 import torch
 
 import guide
-from guide import TEMPERATURE, T_FRACTION
-from tinyddpm import cosine_alpha_bar
-
-
-def lookahead_with(clip, text_features, targets, labels, temperature=TEMPERATURE,
-                   t_fraction=T_FRACTION):
-    """guide.lookahead with another temperature or t_fraction."""
-    log_p = guide.noise_aware(clip, text_features, targets, labels, temperature)
-    return guide.lookahead_log_p(log_p, cosine_alpha_bar().to(targets.device), t_fraction)
 
 
 def joint(clip, text_features, targets, labels):
@@ -38,5 +29,5 @@ VARIANTS = {   # name -> guide.Method
     "joint": LIKE_DEFAULT._replace(make_log_p=joint),
     "dot product, scale 0.1": guide.Method(dot_product, 0.1, (1, 950)),
     **{f"{part} {value}": LIKE_DEFAULT._replace(
-        make_log_p=functools.partial(lookahead_with, **{part: value}))
+        make_log_p=functools.partial(guide.lookahead, **{part: value}))
        for part, values in PARTS.items() for value in values}}

@@ -71,7 +71,7 @@ def predict_folder(clip, folder, size):
     """
     try:
         scan = image_folders.scan_folder(folder)
-    except cli.DatasetError as error:
+    except cli.UserError as error:
         raise cli.UserError(f"{folder}: {error}") from None
     if not scan.classes:
         raise cli.UserError(f"{folder} holds {scan.layout}; put each class in a folder of its own")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from infra import distributed
 from infra.cli import UserError
 
 
@@ -34,7 +35,7 @@ def write_atomic(path):
 @contextlib.contextmanager
 def lock(folder):
     """Context in which no other command trains in a folder; UserError if one does already."""
-    if os.name != "posix":   # Windows has no flock
+    if os.name != "posix" or distributed.rank():   # Windows has no flock; rank 0 locks for all
         yield
         return
     import fcntl

@@ -18,10 +18,6 @@ class UserError(Exception):
     """An error that the user can fix: commands print it in one line and exit with code 2."""
 
 
-class DatasetError(UserError):
-    """A data set that cannot be used."""
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, whose errors are UserErrors."""
 
@@ -29,10 +25,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; -h explains")
 
 
-def check_range(name, value, low, high):
-    """Raise UserError unless low <= value <= high; NaN is refused too."""
-    if not low <= value <= high:
-        raise UserError(f"{name} must be from {low} to {high}, not {value}")
+def check_ranges(options, **ranges):
+    """Raise UserError unless each attribute is in its range (low, high); NaN is refused too."""
+    for name, (low, high) in ranges.items():
+        if not low <= (value := getattr(options, name)) <= high:
+            flag = ("-" if len(name) == 1 else "--") + name.replace("_", "-")
+            raise UserError(f"{flag} must be from {low} to {high}, not {value}")
 
 
 def run_command(main):

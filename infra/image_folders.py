@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-from infra.cli import DatasetError
+from infra.cli import UserError
 
 NO_IMAGES = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}   # which Pillow alone cannot read
 FORMATS = sorted({*Image.registered_extensions().values()} & {*Image.OPEN} - NO_IMAGES)
@@ -52,9 +52,9 @@ class ImageFolder(NamedTuple):
 
 
 def scan_folder(folder):
-    """Find the images and captions in a folder -> ImageFolder; DatasetError if there are none."""
+    """Find the images and captions in a folder -> ImageFolder; UserError if there are none."""
     if not folder.is_dir():
-        raise DatasetError("there is no such folder")
+        raise UserError("there is no such folder")
     inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
     if len(inside) == 1 and inside[0].is_dir() and any(   # not a single class
             path.is_dir() or path.name in ("captions.csv", "cars.txt")
@@ -71,7 +71,7 @@ def scan_folder(folder):
         layout = "images without captions"   # a DDPM needs none
         captioned = [(file, "", name) for file, name in images]
     if not captioned:
-        raise DatasetError("there are no images in it")
+        raise UserError("there are no images in it")
     texts, object_of = {}, {}
     for file, text, object_of[file] in captioned:
         texts.setdefault(file, []).append(text)
@@ -93,9 +93,9 @@ def _srn_cars(folder, images):
         return []
     lines = (_text_of(folder / "cars.txt") or _text_of(root / "cars.txt")).splitlines()
     if not lines:
-        raise DatasetError("there are objects as in SRN cars, but no cars.txt with their captions")
+        raise UserError("there are objects as in SRN cars, but no cars.txt with their captions")
     if len(lines) != len(objects):
-        raise DatasetError(f"cars.txt has {len(lines):,} lines for {len(objects):,} objects")
+        raise UserError(f"cars.txt has {len(lines):,} lines for {len(objects):,} objects")
     text_of = {root / name / "rgb": (line.strip(), name) for name, line in zip(objects, lines)}
     return [(file, *text_of[file.parent]) for file, _ in images if file.parent in text_of]
 
@@ -110,22 +110,22 @@ def _captions_csv(folder, images):
         columns = reader.fieldnames or ()
         for column in ("image", "caption"):
             if column not in columns:
-                raise DatasetError(f"captions.csv has no column {column!r}; its first line has "
+                raise UserError(f"captions.csv has no column {column!r}; its first line has "
                                    f"{', '.join(columns) or 'nothing'}")
         rows = []
         for row in reader:
             if any(row.get(None, ())):
-                raise DatasetError(f"captions.csv, line {reader.line_num}, has more than "
+                raise UserError(f"captions.csv, line {reader.line_num}, has more than "
                                    f"{len(columns)} fields; put captions with commas in quotes")
             if row["image"]:
                 rows.append((row["image"], (row["caption"] or "").strip()))
     except csv.Error as error:
-        raise DatasetError(f"captions.csv, near line {reader.line_num}: {error}") from None
+        raise UserError(f"captions.csv, near line {reader.line_num}: {error}") from None
     for name, _ in rows:
         if "\0" in name or os.path.normpath(name).split(os.sep)[0] in ("..", ""):
-            raise DatasetError(f"captions.csv names {name!r}, which is outside of the folder")
+            raise UserError(f"captions.csv names {name!r}, which is outside of the folder")
     if not any(text for _, text in rows):
-        raise DatasetError("captions.csv has no captions")
+        raise UserError("captions.csv has no captions")
     return [(folder / name, text, name) for name, text in rows]
 
 
@@ -154,7 +154,7 @@ def _files_in(folder):
     Links are followed, but into each directory once: they may form a circle.
     """
     def fail(error):
-        raise DatasetError(f"{error.filename} cannot be read: {error.strerror}")
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}")
 
     files, entered = [], set()
     for root, directories, names in os.walk(folder, onerror=fail, followlinks=True):
@@ -171,7 +171,7 @@ def _text_of(path):   # "" if there is no such file
     try:
         return path.read_text("utf-8-sig") if path.is_file() else ""   # sig: editors may write it
     except UnicodeDecodeError:
-        raise DatasetError(f"{path} is not UTF-8; save it as UTF-8") from None
+        raise UserError(f"{path} is not UTF-8; save it as UTF-8") from None
 
 
 def _fill(template, name):   # "a photo of {}", "airplane" -> "a photo of an airplane"
@@ -195,7 +195,7 @@ def captions_and_templates(image_folder):
 
 
 def split_indices(image_folder, split):
-    """The indices of a split's files; DatasetError if there are none. A hash of the object's name
+    """The indices of a split's files; UserError if there are none. A hash of the object's name
     picks one of 20 parts: all its images go into one split, also when others join. Of fewer than
     100 objects some part could be empty: the hash's rank picks it, and changes when others join."""
     hash_of = {name: zlib.crc32(os.fsencode(name)) for name in image_folder.objects}
@@ -205,7 +205,7 @@ def split_indices(image_folder, split):
         part = {name: rank * 20 // len(ranked) for rank, name in enumerate(ranked)}
     indices = [i for i, name in enumerate(image_folder.objects) if part[name] in SPLITS[split]]
     if not indices:
-        raise DatasetError(f"{len(part):,} objects are too few: none of them belongs to the "
+        raise UserError(f"{len(part):,} objects are too few: none of them belongs to the "
                            f"{split} split; at least 20 are needed")
     return indices
 

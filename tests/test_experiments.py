@@ -68,7 +68,8 @@ def write_models(folder, dataset):
                 torch.nn.init.normal_(p, std=0.05)
         checkpoint.save(folder / f"runs/{kind}/weights.pt", {
             "kind": task.kind, "config": dataclasses.asdict(config), "data": dataset.name,
-            "steps": 1, "weights": checkpoint.fp16_weights(model), **task.content})
+            "captions": dataset.captions, "steps": 1, "weights": checkpoint.fp16_weights(model),
+            **task.content})
 
 
 @pytest.fixture(scope="module")
@@ -229,8 +230,8 @@ def test_lookahead_with_other_parts(models):
     torch.manual_seed(0)
     x, t, targets = torch.randn(2, 3, 16, 16), torch.tensor([300, 700]), torch.tensor([5, 77])
     with torch.no_grad():
-        value = variants.lookahead_with(models.clip, models.text_features, targets,
-                                        torch.arange(294)[:, None], 2., 1.)(x, t, x)
+        value = guide.lookahead(models.clip, models.text_features, targets,
+                                torch.arange(294)[:, None], t_fraction=1., temperature=2.)(x, t, x)
         logits = models.clip.logits(models.clip.encode_image(x, t), models.text_features, t)
     expected = 2 * (logits / 2).log_softmax(1)[[0, 1], [5, 77]]
     assert torch.allclose(value, expected, atol=1e-4)
@@ -270,7 +271,7 @@ def test_each_variant_has_its_own_part(models):
     for part, values in variants.PARTS.items():
         for number in values:
             variant = variants.VARIANTS[f"{part} {number}"]
-            other = functools.partial(variants.lookahead_with, **{part: number})
+            other = functools.partial(guide.lookahead, **{part: number})
             assert variant.scale == guide.METHODS["lookahead"].scale
             assert value(variant.make_log_p) == value(other) != value(guide.lookahead)
 

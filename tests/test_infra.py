@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,7 +45,6 @@ def fail_with(error):
 
 @pytest.mark.parametrize("error, code, message", [
     (cli.UserError("no such thing"), 2, "no such thing"),
-    (cli.DatasetError("no captions"), 2, "no captions"),
     (OSError(28, "No space left on device"), 2, "No space left"),
     (MemoryError(), 2, "smaller --batch, or, in training, --accumulate 2"),
     (torch.OutOfMemoryError("CUDA out of memory.\nTried to"), 2, "--accumulate 2"),
@@ -73,10 +73,14 @@ def test_other_errors_keep_their_traceback():
 
 
 def test_numbers_and_flags_are_checked():
-    cli.check_range("--eta", 1, 0, 1)
+    options = lambda n, eta: SimpleNamespace(n=n, eta=eta, save_every=1)
+    check = lambda options: cli.check_ranges(options, n=(1, 9), eta=(0, 1), save_every=(0, 1))
+    check(options(1, 1))
     for value in (-0.1, 1.1, float("nan")):
-        with pytest.raises(cli.UserError, match="--eta must be from 0 to 1"):
-            cli.check_range("--eta", value, 0, 1)
+        with pytest.raises(cli.UserError, match="^--eta must be from 0 to 1"):
+            check(options(9, value))
+    with pytest.raises(cli.UserError, match="^-n must be from 1 to 9, not 10"):
+        check(options(10, 1))
     with pytest.raises(cli.UserError, match="unrecognized arguments: --colour; -h explains"):
         cli.Parser().parse_args(["--colour"])
 

@@ -1,4 +1,5 @@
 """Prompts, sampling, files and reports; from class folders to an image; the shipped models."""
+import re
 import shutil
 import sys
 import zlib
@@ -75,13 +76,15 @@ def encoded(monkeypatch):
 
 def test_the_weights_of_runs_come_before_those_that_ship(here, tmp_path, monkeypatch):
     """But only if both models were trained; what is given comes first."""
-    runs = Path("runs/clip/weights.pt"), Path("runs/ddpm/weights.pt")
-    assert sample.find_weights() == runs
-    assert sample.find_weights("a.pt") == (Path("a.pt"), runs[1])
+    files = lambda **given: re.findall(r"from (\S+)", sample.load_models(**given).description)
+    trained = ["runs/clip/weights.pt", "runs/ddpm/weights.pt"]
+    assert files() == trained
+    shutil.copy(trained[0], "a.pt")
+    assert files(clip="a.pt") == ["a.pt", trained[1]]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/clip").mkdir(parents=True)
     (tmp_path / "runs/clip/weights.pt").write_text("one alone")
-    assert sample.find_weights() == (ROOT / "weights/clip.pt", ROOT / "weights/ddpm.pt")
+    assert files() == [str(ROOT / "weights/clip.pt"), str(ROOT / "weights/ddpm.pt")]
 
 
 def test_models_that_do_not_fit_are_refused(here, capsys):
@@ -252,7 +255,8 @@ def test_a_text_must_be_near_to_one_that_clip_knows(models, monkeypatch, capsys,
     monkeypatch.setattr(models.clip, "encode_ensemble", lambda templates: feature)
     like = models._replace(text_features=torch.eye(16)[:8], partial_features=torch.eye(16)[8:12])
     found, new = sample.read_text("red of red", {}, like)
-    assert found == index and (new is feature) and capsys.readouterr().out.startswith(printed)
+    assert found == index and (new is feature) == (index is None)
+    assert capsys.readouterr().out.startswith(printed)
 
 
 def test_features_of_captions_and_partial_captions_are_those_of_their_texts(models):
@@ -344,8 +348,8 @@ def test_an_image_from_a_prompt(here, monkeypatch, capsys):
     """The PNG has prompt, seed and settings in its metadata; the GIF has x_t above, x_0_hat below;
     the report says how the prompt is read, the judge's accuracy and CLIP's probability."""
     frames, save_gif = [], data.save_gif
-    monkeypatch.setattr(data, "save_gif", lambda path, shown, **options: (
-        frames.extend(shown) or save_gif(path, shown, **options)))
+    monkeypatch.setattr(data, "save_gif", lambda path, shown, *options: (
+        frames.extend(shown) or save_gif(path, shown, *options)))
     sample.main("white and RED car|-n|3|--steps|3|--gif|--device|cpu|--batch|2".split("|"))
     out = capsys.readouterr().out
     assert "CLIP from runs/clip/weights.pt" in out.replace("\\", "/")
