@@ -10,7 +10,8 @@ upper hemisphere.
 World coordinates in metres: x forward, y to the left, z up, the ground at z = 0.
 Shapes: N images, F faces and V vertices of a solid. Images are RGB, uint8 (N, size, size, 3).
 
-The other chapters need only captions and descriptions below, and render(): seeds in, images out.
+The other chapters need the captions, what descriptions() returns, shown in data.Dataset, and
+render(): indices in, images and labels out.
 This file imports only numpy: copy it and it works. `python cars.py` prints a car.
 Left out: shadows, reflections, curved surfaces, backgrounds.
 """
@@ -63,7 +64,7 @@ def caption_labels(index):
 CAPTIONS = [caption(*caption_labels(np.array(i))) for i in range(len(BODIES) * len(COLOURS) ** 2)]
 
 
-# ---- English -------------------------------------------------------------------------------------
+# ---- English (skip at first) ---------------------------------------------------------------------
 
 # Other names of the bodies and colours. Without a body it is a vehicle.
 NOUNS = {"car": "auto, automobile, sedan, motorcar", "sports car": "coupe, racing car",

@@ -95,7 +95,7 @@ def noise_aware(clip, text_features, targets, labels, temperature=TEMPERATURE):
     With A = 1 this is log p(caption | x_t), whose gradient is that of the target's logit minus the
     mean of all logits' gradients, weighted by p: what counts is what distinguishes the target from
     similar captions. With more, every attribute that is still wrong has a gradient of its own. (As
-    if attributes were independent given x_t. Liu et al. 2022, arXiv 2206.01714, add scores so.)
+    if attributes were independent given x_t: so Liu et al. 2022, arXiv 2206.01714, add concepts.)
 
     p = softmax(logits / temperature). At temperature 1 and A = 1 this is log p(text | x_t), and
     scale 1 is Bayes' rule. But CLIP is confident before the image is good, and the gradient

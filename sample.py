@@ -158,7 +158,7 @@ def known_words(text, words):
     """Reduce a normalised text to words that CLIP was trained on, and print what it does not know
 
     A word of four letters or more that is one letter away from a known one is read as that, the
-    longest of several: "withe" is "white", not "with".
+    longest of several, or one of the same letters: "withe" is "white", not "with".
     """
     read = {}
     for word in dict.fromkeys(text.split()):   # each once

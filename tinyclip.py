@@ -135,9 +135,9 @@ class Tokenizer:
             best = max(pair for pair, count in pairs.items() if count == most)
             merges.append(best)
             for i in words_with.pop(best):   # all other words keep their counts
-                count_pairs(i, -frequency[i])
+                count_pairs(i, -frequency[i])   # subtract those of the word as it was
                 words[i] = merge(words[i], best)
-                count_pairs(i, frequency[i])
+                count_pairs(i, frequency[i])   # add those of the merged one
         return cls(merges)
 
     @classmethod
@@ -511,6 +511,8 @@ class CLIP(nn.Module):
                                     for images, ts in zip(x.split(250), t.split(250))])
         return self.logits(image_features, text_features, t).softmax(dim=1)
 
+    # Published weights (skip at first)
+
     @classmethod
     def from_openai(cls, weights, tokenizer):
         """Build one of OpenAI's CLIPs with a Vision Transformer: ViT-B/32, B/16, L/14, L/14@336.
@@ -603,8 +605,8 @@ def preprocess_pixels(x, size):
 
 
 def from_pixels(clip):
-    """Let encode_image of a published CLIP take what ours takes: (B, 3, H, W) in [-1, 1], of any
-    size, and a t, which it ignores -> clip"""
+    """Change encode_image of a published CLIP to take what ours takes: (B, 3, H, W) in [-1, 1], of
+    any size, and a t, which it ignores -> clip, the same object"""
     encode_image, size = clip.encode_image, clip.config.image_size
     clip.encode_image = lambda x, t=None: encode_image(preprocess_pixels(x, size))
     return clip

@@ -116,7 +116,7 @@ def timestep_embedding(t, dim):
 
 
 def group_norm(channels):
-    """Normalise groups of 16 channels; with fewer channels per group, bf16 is slow on a CPU."""
+    """Normalise groups of 16 channels (Wu & He 2018); smaller groups are slow in bf16 on a CPU."""
     return nn.GroupNorm(channels // 16, channels)
 
 
@@ -315,8 +315,8 @@ def ema_update(ema, model, step):
 
     Power-function EMA (Karras et al. 2024, arXiv 2312.02696, eq. 2): decay =
     (1 - 1/step)^(gamma + 1), so step s has a weight proportional to s^gamma. Those weights spread
-    over a fixed fraction of the training so far: with gamma = 6.94 their standard deviation,
-    sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2), is 10 % of it. The beginning is forgotten.
+    over a fixed fraction of the training so far, and the beginning is forgotten. Their standard
+    deviation is sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2) of it; gamma = 6.94 makes this 10 %.
     """
     decay = (1 - 1 / step) ** (6.94 + 1)
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)

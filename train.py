@@ -128,6 +128,7 @@ def report_long_texts(texts, tokenizer, context_length):
 
 
 def clip_task(config, options, dataset, validation, device):
+    """Train a tokenizer on the texts and set up CLIP's training; warn of texts that get lost."""
     if dataset.captions == [""]:
         raise cli.UserError(f"--data {dataset.name}: there are images but no captions; put each "
                             "class in a folder of its own, write NAME.txt beside NAME.png, or "
