@@ -36,10 +36,11 @@ JUDGE_2_TRAIN = 40_000_000   # for an independent second judge
 def caption(body, main, second):
     """Write a caption: "a white and red car", or "a red car" if both colours are red.
 
-    body: int, index into BODIES, main, second: int, indices into COLOURS -> str The order matters:
-    main is the body shell, second the roof with its pillars, the stripe and the lower band. Buses,
-    jeeps and vans have a panel in second on a roof in main, vans pillars in main, and trucks a box
-    in main with a band and a panel in second.
+    body: int, index into BODIES, main, second: int, indices into COLOURS -> str
+
+    The order matters: main is the body shell, second the roof with its pillars, the stripe and the
+    lower band. Buses, jeeps and vans have a panel in second on a roof in main; the pillars of a van
+    are in main, too; trucks have a box in main, with a band and a panel in second.
     """
     return f"a {colour_words(main, second)} {BODIES[body]}"
 

@@ -66,10 +66,10 @@ class Dataset(NamedTuple):
 
     A caption names all attributes; a partial caption leaves some open and is true of several
     captions. Each of S lists in templates has one way to write all K captions and, behind them, P
-    partial captions; training draws one for each text and step. Of the cars two of 192 lists are
+    partial captions; in each step training draws one of the S ways for each. Two of the cars' 192:
         "a red car", "a red and green car", ..., "a car with a red body", ..., "something"
         "an auto in red", "a red sedan, its roof is green", ..., "a red-bodied car", ..., "anything"
-    and of a folder of classes "a photo of a cat", ...; "cat", ...; "a picture of a cat", ...
+    and for a folder of classes "a photo of a cat", ...; "cat", ...; "a picture of a cat", ...
     """
     name: str                     # "cars", or "./" and the folder's name
     images: np.ndarray            # (N, H, W, 3) uint8, perhaps memory-mapped
@@ -88,7 +88,7 @@ class Dataset(NamedTuple):
         return self.caption_labels[self.caption_ids]
 
 
-# Index ranges of the built-in cars. Of a folder, a hash of what an image is called picks its split.
+# Index ranges of the built-in cars. In a folder, a hash of an image's file name picks its split.
 SPLITS = {"train": cars.TRAIN, "validation": cars.VALIDATION, "judge": cars.JUDGE_TRAIN,
           "judge-2": cars.JUDGE_2_TRAIN, "judge-test": cars.JUDGE_TEST}
 

@@ -23,8 +23,9 @@ Tweedie's formula turns a score into a denoised image and back:
 
 (Why: for one x_0, log p(x_t | x_0) = -|x_t - sqrt(alpha_bar) x_0|^2 / (2 (1 - alpha_bar)) + const
 has the gradient (sqrt(alpha_bar) x_0 - x_t) / (1 - alpha_bar). p(x_t) is the mean of such densities
-over x_0, so the gradient of log p(x_t) is the mean of these gradients over p(x_0 | x_t), and the
-mean of x_0 over p(x_0 | x_t) is what the network was trained to predict: x_0_hat.)
+over x_0: its gradient, divided by p(x_t), is the integral of p(x_0) p(x_t | x_0) / p(x_t) times
+these gradients, their mean over p(x_0 | x_t). And the mean of x_0 over p(x_0 | x_t) is what the
+network was trained to predict: x_0_hat.)
 (2) holds for p(x_t | text) too, with the mean of x_0 given x_t and the text. Insert both into (1):
 
     guided x_0_hat = x_0_hat + (1 - alpha_bar) / sqrt(alpha_bar) grad log p(text | x_t).         (3)
@@ -55,7 +56,8 @@ def guided(denoise, log_p, alpha_bar, scale, interval=(1, math.inf), through_une
     """Guide a denoiser by the gradient of log_p -> a denoiser
 
     x_0_hat + scale (1 - alpha_bar)/sqrt(alpha_bar) grad, grad = d sum(log_p) / d x_t: formula (3).
-    The same as eps_hat - scale sqrt(1 - alpha_bar) grad (Dhariwal & Nichol 2021, Alg. 2).
+    The same as eps_hat - scale sqrt(1 - alpha_bar) grad (Dhariwal & Nichol 2021, Alg. 2); minus,
+    because eps_hat is -sqrt(1 - alpha_bar) times the score.
 
     scale: 0 is unguided; 1 is Bayes' rule if log_p is log p(text | x_t), as in the demonstration at
     the end. More sharpens the distribution: roughly to p(x) p(text | x)^scale, in practice somewhat
@@ -82,8 +84,8 @@ def guided(denoise, log_p, alpha_bar, scale, interval=(1, math.inf), through_une
 
 # ---- log p(text | x_t), in six ways --------------------------------------------------------------
 
-# Tuned; from 5 to 20 it matters little: experiments/LOG.md. It softens what guidance follows, where
-# CLIPConfig.max_logit_scale limits how certain CLIP may become in training.
+# Tuned; from 5 to 20 it matters little: experiments/LOG.md. It softens what guidance follows; in
+# training CLIPConfig.max_logit_scale limits how certain CLIP may become in training.
 TEMPERATURE = 5.
 
 
@@ -99,9 +101,9 @@ def noise_aware(clip, text_features, targets, labels, temperature=TEMPERATURE):
 
     p = softmax(logits / temperature). At temperature 1 and A = 1 this is log p(text | x_t), and
     scale 1 is Bayes' rule. But CLIP is confident before the image is good, and the gradient
-    vanishes with 1 - p. With a softened p it does not; log_p is multiplied by temperature, because
-    the logits in it were divided by it, which would shrink the gradient. (GLIDE takes the target's
-    logit alone, without a softmax: nearly as good with lookahead.)
+    vanishes with 1 - p. With a softened p it does not; multiplying log_p by temperature makes up
+    for dividing the logits, which shrinks the gradient. (GLIDE takes the target's logit alone,
+    without a softmax: nearly as good with lookahead.)
     """
     values = labels[targets][:, None]                                         # (B, 1, A)
     # Where the target names nothing (-1), no caption differs: the sum of all p is 1, its log 0.

@@ -9,7 +9,7 @@
 Uses runs/clip and runs/ddpm if both were trained (without a prompt runs/ddpm is enough), else the
 models in weights/. Writes a PNG for each prompt, with seed and settings in its metadata, prints how
 CLIP reads the prompt, CLIP's probability of it and the judge's prompt accuracy. With another -n or
---batch an image may differ a little on a CPU that computes in bf16, as its products are rounded in
+--batch an image may differ a little on a CPU that computes in bf16, where sums are rounded in
 another order. From Python: load_models, then generate (see README.md).
 """
 import argparse
@@ -298,7 +298,7 @@ def generate(models, prompt=None, callback=None, **options):
 def draw_captions(allowed, config):
     """Draw a caption for each image from those that allowed, (K,) bool, marks -> (n,) int64
 
-    As p(x | text) is the sum over captions of p(caption | text) p(x | caption). (Guidance by the
+    For p(x | text) is the sum over captions of p(caption | text) p(x | caption). (Guidance by the
     summed probability of all allowed captions works too, but ends at the easiest one: "a car with a
     yellow roof" gives yellow cars.)
     """

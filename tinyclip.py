@@ -135,9 +135,9 @@ class Tokenizer:
             best = max(pair for pair, count in pairs.items() if count == most)
             merges.append(best)
             for i in words_with.pop(best):   # all other words keep their counts
-                count_pairs(i, -frequency[i])   # subtract those of the word as it was
+                count_pairs(i, -frequency[i])   # of the word as it was
                 words[i] = merge(words[i], best)
-                count_pairs(i, frequency[i])   # add those of the merged one
+                count_pairs(i, frequency[i])
         return cls(merges)
 
     @classmethod
@@ -473,7 +473,7 @@ class CLIP(nn.Module):
     def encode_ensemble(self, templates):
         """Encode S lists of N texts, ways to write the same -> (N, E), the mean of their features
 
-        Each is normalised before the mean (sec. 3.1.4 of the paper), which is not.
+        Each is normalised before the mean (sec. 3.1.4 of the paper); `logits` normalises the mean.
         """
         return sum(F.normalize(self.encode_captions(texts).float(), dim=-1)
                    for texts in templates) / len(templates)

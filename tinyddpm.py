@@ -288,19 +288,19 @@ def ddpm_loss(unet, x_0, t, eps, alpha_bar, cond=None):
     Where it comes from: the variational bound on -log p(x_0) is a sum over t of KL divergences
     (Ho et al. eq. 5) between two Gaussians of equal variance: the posterior q(x_{t-1} | x_t, x_0),
     and the model, which is the same with x_0_hat for x_0. Each KL is the squared distance between
-    their means over twice the variance (eq. 8). With both as ddim_step below gives them, that is
+    their means over twice the variance (eq. 8): with both as ddim_step below derives them,
         w |x_0 - x_0_hat|^2,   w = (SNR_{t-1} - SNR_t) / 2,   SNR = alpha_bar / (1 - alpha_bar).
-    Training takes another weight w: SNR if the loss is |eps - eps_hat|^2, because q_sample gives
-    eps - eps_hat = sqrt(SNR) (x_0_hat - x_0); likewise (SNR + 1) if it is |v - v_hat|^2. That is no
-    longer a bound, but for each t the minimum is the same: v_hat = E[v | x_t], so
-    x_0_hat = E[x_0 | x_t], an average, hence blurred where t is large.
+    Training replaces w: by SNR if the loss is |eps - eps_hat|^2, because q_sample gives
+    eps - eps_hat = sqrt(SNR) (x_0_hat - x_0); by SNR + 1 if it is |v - v_hat|^2, likewise; by 1 if
+    it is |x_0 - x_0_hat|^2. That is no longer a bound, but for each t the minimum is the same:
+    v_hat = E[v | x_t], so x_0_hat = E[x_0 | x_t], an average, hence blurred where t is large.
 
     differs from the paper: the network predicts v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
     (Salimans & Ho 2022, sec. 4). Write c = sqrt(alpha_bar), s = sqrt(1 - alpha_bar): x_t = c x_0 +
     s eps and v = c eps - s x_0 are (x_0, eps) rotated, as c^2 + s^2 = 1. Rotated back, x_0 = c x_t
     - s v. From eps it would be x_0 = (x_t - s eps) / c, and 1 / c = 2e4 at T multiplies every
-    error. A network that predicts x_0 has the weight 1 at all t; the bound's w is largest at small
-    t.
+    error. A loss on x_0 weighs all t alike, and so neglects small t, where w is largest and details
+    are made.
     """
     a = extract(alpha_bar, t)
     v = a.sqrt() * eps - (1 - a).sqrt() * x_0
@@ -316,7 +316,8 @@ def ema_update(ema, model, step):
     Power-function EMA (Karras et al. 2024, arXiv 2312.02696, eq. 2): decay =
     (1 - 1/step)^(gamma + 1), so step s has a weight proportional to s^gamma. Those weights spread
     over a fixed fraction of the training so far, and the beginning is forgotten. Their standard
-    deviation is sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2) of it; gamma = 6.94 makes this 10 %.
+    deviation is sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2) of the training so far: 10 % with
+    gamma = 6.94.
     """
     decay = (1 - 1 / step) ** (6.94 + 1)
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -363,7 +364,7 @@ def ddim_step(x_t, x_0_hat, t, t_next, alpha_bar, eta, z):
     a, a_next = alpha_bar[t], alpha_bar[t_next]
     eps_hat = predict_eps(x_t, x_0_hat, a)
     sigma = eta * ((1 - a_next) / (1 - a)).sqrt() * (1 - a / a_next).sqrt()
-    direction = (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps_hat   # "pointing to x_t"
+    direction = (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps_hat   # to x_t
     return a_next.sqrt() * x_0_hat + direction + sigma * z
 
 
@@ -372,8 +373,8 @@ def multistep_x_0(x_0_hat, x_0_prev, t_prev, t, t_next, alpha_bar):
 
     x_0_hat: at t, x_0_prev: at t_prev, (B, C, H, W); t_prev > t > t_next > 0: int
     -> x_0_hat + 1/2 (h / h_prev) (x_0_hat - x_0_prev), h = lambda_{t_next} - lambda_t, h_prev
-    likewise, lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), half the log-SNR, which is
-    half of logit(alpha_bar_t).
+    likewise, lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)) = logit(alpha_bar_t) / 2,
+    half the log-SNR.
 
     "2M": of second order, multistep: it reuses the step before, and costs no further evaluation.
     Why lambda is the clock: e^lambda = sqrt(a) / sqrt(1 - a). Write eps_hat in ddim_step (eta = 0)
@@ -382,9 +383,11 @@ def multistep_x_0(x_0_hat, x_0_prev, t_prev, t, t_next, alpha_bar):
     The last term is the integral of e^lambda x_0_hat from lambda_t to lambda_next if x_0_hat is
     constant (first order). If it is linear in lambda, the constant that gives the same integral is
     its value half a step ahead, up to a third-order error: hence h / 2 times its slope. For eta =
-    1, the default, multiply both sides by e^lambda_next as well: the last term becomes the integral
-    of 2 e^(2 lambda) x_0_hat, beside fresh noise, and half a step ahead is right again
-    (SDE-DPM-Solver++). For eta in between it is a heuristic.
+    1, the default, multiply both sides by e^lambda_next as well; ddim_step then reads
+        x_next e^lambda_next / sqrt(1 - a_next) = x_t e^lambda_t / sqrt(1 - a)
+            + x_0_hat (e^(2 lambda_next) - e^(2 lambda_t)) + noise,
+    an integral of 2 e^(2 lambda) x_0_hat, and half a step ahead is right again (SDE-DPM-Solver++).
+    For eta in between it is a heuristic.
     """
     lambda_prev, lambda_t, lambda_next = alpha_bar[[t_prev, t, t_next]].logit() / 2
     half_ratio = 0.5 * (lambda_next - lambda_t) / (lambda_t - lambda_prev)
@@ -435,12 +438,12 @@ def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, r
     taken (Bansal et al. 2023 eq. 10). callback(t, x_t, x_0_hat): called in every step.
 
     differs from the papers: a step uses multistep_x_0 in place of x_0_hat, unless it is the first,
-    the last or a repeated one. So eta = 0 is DPM-Solver++(2M) in place of DDIM, eta = 1 its SDE
-    form in place of DDPM: 50 steps are as good as 100 plain ones (experiments/LOG.md). With
-    recurrence it acts only on passes that are re-noised. eta = 1 is the default
-    because fresh noise in every step overwrites earlier errors, those of guidance above all; so
-    does recurrence. Deterministic sampling (eta = 0) carries them along. Gradients are not switched
-    off here: use torch.no_grad() unless you want them.
+    the last or a repeat. So eta = 0 is DPM-Solver++(2M) in place of DDIM, eta = 1 its SDE form in
+    place of DDPM: 50 steps are as good as 100 plain ones (experiments/LOG.md). (With recurrence 2
+    that leaves the first pass of each step, whose result is then noised again.)
+    eta = 1 is the default because fresh noise in every step overwrites earlier errors, those of
+    guidance above all; so does recurrence. Deterministic sampling (eta = 0) carries them along.
+    Gradients are not switched off here: use torch.no_grad() unless you want them.
     """
     x_t, t_prev, x_0_prev = x_T, None, None
     for t, t_next in itertools.pairwise(ddim_timesteps(len(alpha_bar) - 1, steps)):

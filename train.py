@@ -68,7 +68,7 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     """
     (B, *_), S, (P, K) = x_0.shape, len(tokens), partial_true_of.shape
     t = tinyddpm.stratified_timesteps(B, generator)
-    shuffled = torch.randperm(B, generator=generator, device=x_0.device)   # t is sorted
+    shuffled = torch.randperm(B, generator=generator, device=x_0.device)   # not t's order
     clean = shuffled[:math.ceil(clean_fraction * B)]
     t[clean] = 0
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)

@@ -212,7 +212,7 @@ def test_six_channels_in_three_out():
 
 
 @pytest.mark.parametrize("options", [
-    dict(channels=24), dict(channels=16, multipliers=(1,)), dict(channels=0),
+    dict(channels=24), dict(channels=16, multipliers=(1,), attention=(0,)), dict(channels=0),
     dict(image_size=30), dict(attention=(3,))])
 def test_sizes_that_do_not_fit_are_refused(options):
     """Channels that GroupNorm or attention cannot divide, sizes that cannot be halved."""
