@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 import cars
 from infra import cache, checkpoint, cli, image_folders
 
-CACHE = Path(os.environ.get("CLIP_DDPM_CACHE", "cache"))   # packed data sets
+CACHE = Path(os.environ.get("CLIP_DDPM_CACHE") or "cache").expanduser()   # packed data sets
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -43,20 +43,13 @@ def to_uint8(x):
 PURPOSES = "sampling", "captions", "training", "dropout", "evaluation"
 
 
-def random_seed(purpose, *entropy):
-    """Hash a purpose, one of PURPOSES, and integers -> int: "sampling", seed, index of the image
-
-    With any other purpose or integers the random numbers are unrelated, which
-    `manual_seed(seed + index)` does not promise: image 1 of seed 0 would be image 0 of seed 1.
-    """
+def generator(purpose, *entropy, device="cpu"):
+    """Make a torch.Generator from a purpose, one of PURPOSES, and integers, such as "sampling",
+    seed, index of the image. Any others give unrelated random numbers, which `manual_seed(seed +
+    index)` does not promise: image 1 of seed 0 would be image 0 of seed 1."""
     key = PURPOSES.index(purpose)
     sequence = np.random.SeedSequence(entropy, spawn_key=(key,) if key else ())
-    return int(sequence.generate_state(1, np.uint64)[0])
-
-
-def generator(purpose, *entropy, device="cpu"):
-    """Make a torch.Generator whose seed is random_seed's."""
-    return torch.Generator(device).manual_seed(random_seed(purpose, *entropy))
+    return torch.Generator(device).manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
 # ---- data sets -----------------------------------------------------------------------------------

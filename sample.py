@@ -15,6 +15,7 @@ another order. From Python: load_models, then generate (see README.md).
 import argparse
 import difflib
 import math
+import os
 import re
 import time
 from dataclasses import dataclass, replace
@@ -66,6 +67,9 @@ def load_models(clip=None, ddpm=None, device="cpu", guided=True):
     device = torch.device(device)
     paths = [Path("runs/clip/weights.pt"), Path("runs/ddpm/weights.pt")]
     if not all(path.exists() for path in (paths if guided else paths[1:])):
+        for path in paths if guided and not (clip and ddpm) else ():
+            if path.exists():
+                print(f"{path} is not used: a prompt needs runs/clip and runs/ddpm")
         paths = [SHIPPED / "clip.pt", SHIPPED / "ddpm.pt"]
     clip_path, ddpm_path = Path(clip or paths[0]), Path(ddpm or paths[1])
     unet, ddpm_content = checkpoint.load_model(ddpm_path, "ddpm", tinyddpm.UNet)
@@ -213,7 +217,8 @@ def resolve_prompt(prompt, models):
         return models, torch.ones(K, dtype=torch.bool)
     text = normalize_prompt(prompt)
     if not text:
-        raise cli.UserError("the prompt is empty; leave it out to sample without guidance")
+        raise cli.UserError(f"the prompt {prompt!r} has no letters or digits; leave it out to "
+                            "sample without guidance")
     names = [normalize_prompt(caption) for caption in models.captions]
     index_of = {known: i for texts in [*models.templates, names] for i, known in enumerate(texts)}
     parts = [text] if text in index_of else map(normalize_prompt, text.split(" or "))
@@ -377,6 +382,10 @@ def output_paths(args):
     if paths[0].suffix.lower() != ".png":
         raise cli.UserError(f"--out {args.out}: images are written as PNG; end it in .png")
     paths[0].parent.mkdir(parents=True, exist_ok=True)
+    if paths[0].is_dir() or not os.access(paths[0].parent, os.W_OK):
+        raise cli.UserError(f"cannot write {paths[0]}; choose another --out")
+    if paths[0].exists():   # only if --out names it
+        print(f"{paths[0]} will be replaced")
     return paths
 
 

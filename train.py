@@ -280,22 +280,22 @@ class Run:
             lambda: path.exists() and checkpoint.load(path, kind))
         if not saved:
             return
-        for key, now in self.settings.items():
-            if (before := saved["settings"].get(key)) != now:
-                raise cli.UserError(
-                    f"{self.folder} holds a run with another {key} ({before}, now {now}), and must "
-                    "end as if it had never stopped: choose another --out, or start over with "
-                    "--fresh")
         try:
+            for key, now in self.settings.items():
+                if (before := saved["settings"].get(key)) != now:
+                    raise cli.UserError(
+                        f"{self.folder} holds a run with another {key} ({before}, now {now}), and "
+                        "must end as if it had never stopped: choose another --out, or start over "
+                        "with --fresh")
             self.model.load_state_dict(saved["model"])
             self.ema.load_state_dict(saved["ema"])
-            for optimizer, state in zip(self.optimizers, saved["optimizers"]):
+            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-        except (KeyError, ValueError, RuntimeError):
+            self.step, self.history = saved["step"], saved["history"]
+            if saved["device"] == self.device.type:
+                self.bf16 = saved["bf16"]
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
             raise cli.UserError(f"{path} is of another version; start over with --fresh") from None
-        self.step, self.history = saved["step"], saved["history"]
-        if saved["device"] == self.device.type:
-            self.bf16 = saved["bf16"]
 
 
 def learning_rate(step, options):
@@ -314,7 +314,7 @@ def train_step(run, step):
     x_0, indices = data.batch(run.dataset, seed, step, size, device, rank)
     caption_ids = torch.from_numpy(run.dataset.caption_ids[indices]).to(device)
     generator = data.generator("training", seed, step, rank, device=device)
-    torch.manual_seed(data.random_seed("dropout", seed, step, rank))
+    torch.manual_seed(data.generator("dropout", seed, step, rank).initial_seed())
     total = 0.
     for x, ids in zip(x_0.chunk(options.accumulate), caption_ids.chunk(options.accumulate)):
         with cli.autocast(device, run.bf16):
@@ -426,8 +426,8 @@ def parse(arguments):
         raise cli.UserError(str(error)) from None
     cli.check_ranges(
         args, steps=(1, math.inf), batch=(1, math.inf), accumulate=(1, math.inf), warmup=(0, 1),
-        images=(1, 10_000_000), seed=(0, 2 ** 63 - 1), lr=(0, 1), minutes=(0, math.inf),
-        save_every=(0, math.inf))
+        images=(1, 10_000_000), seed=(0, 2 ** 63 - 1), lr=(0, 1), weight_decay=(0, 1),
+        minutes=(0, math.inf), save_every=(0, math.inf))
     ranks = distributed.world_size()
     if options.batch % (ranks * options.accumulate):
         raise cli.UserError(f"--batch {options.batch} is not a multiple of {ranks} ranks x "

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import threading
-import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from infra.checkpoint import write_atomic
+from infra.cli import UserError
 
 CHUNK = 200   # images that one process makes at a time
 
@@ -29,8 +29,9 @@ def load_packed(items, make, size, path):
         if len(numbers) == len(items) and zlib.crc32(images) == checksum:
             return images, numbers
         del images   # some systems cannot delete what is mapped
-    except (FileNotFoundError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        pass
+    except Exception as error:   # numpy raises a dozen types for damaged files
+        if isinstance(error, PermissionError):
+            raise
     if path.exists():
         print(f"{path} is not whole, and is made again")
         path.unlink(missing_ok=True)
@@ -53,7 +54,11 @@ def pack(items, make, size, path):
     make(some items, size), a function at the top level of a module, -> images: (n, size, size, 3)
     uint8; numbers: (n,) int, -1 for an item that cannot be read and is left out"""
     folder = path.with_suffix(".chunks")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path.parent} ({error.strerror}); set CLIP_DDPM_CACHE to "
+                        "another folder") from None
     tasks = [(make, items[start:start + CHUNK], size, folder / f"{start // CHUNK:05}.npz")
              for start in range(0, len(items), CHUNK)]
     files = [file for *_, file in tasks]
@@ -69,8 +74,11 @@ def pack(items, make, size, path):
                 checksum = zlib.crc32(images, checksum)
         with write_atomic(path.with_suffix(".npz")) as out:   # last: where it is, all is done
             np.savez(out, numbers=np.concatenate(numbers), checksum=checksum)
-    except OSError:   # another command has made the same file meanwhile and removed the chunks
-        if not path.with_suffix(".npz").exists():
+    except Exception as error:
+        if not isinstance(error, OSError):   # of numpy, for a damaged chunk
+            shutil.rmtree(folder)
+            raise UserError(f"{folder} was damaged and is removed; run this again") from None
+        if not path.with_suffix(".npz").exists():   # else another command was faster
             raise
     shutil.rmtree(folder, ignore_errors=True)
 

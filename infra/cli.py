@@ -33,16 +33,31 @@ def check_ranges(options, **ranges):
             raise UserError(f"{flag} must be from {low} to {high}, not {value}")
 
 
+class Output:
+    """Standard output that is dropped once its reader has gone, as in `| head -1`."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        stream.reconfigure(errors="backslashreplace")   # where a terminal cannot show a letter
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def flush(self):   # nothing is left to flush
+        pass
+
+
 def run_command(main):
     """Run main(), print errors that the user can fix in one line, and set the exit code."""
-    sys.stdout.reconfigure(errors="backslashreplace")   # where a terminal cannot show a letter
     try:
-        main()
-        sys.stdout.flush()
+        with contextlib.redirect_stdout(Output(sys.stdout or open(os.devnull, "w"))):
+            main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:   # `| head -1` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError, MemoryError, RuntimeError) as error:   # OSError: a full disk, ...
         text = str(error)
         if isinstance(error, MemoryError) or any(part in text for part in OUT_OF_MEMORY):

@@ -32,7 +32,8 @@ FORMATS = sorted({*Image.registered_extensions().values()} & {*Image.OPEN} - NO_
 EXTENSIONS = {extension for extension, kind in Image.registered_extensions().items()
               if kind in FORMATS}
 MAX_PIXELS = 90_000_000   # to hold in memory at a time; of a JPEG, after it is made smaller
-PARTS = {"train", "val", "valid", "validation", "test"}   # folders that are no classes
+PARTS = {   # folders that are no classes
+    "train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"}
 TEMPLATES = ("a photo of {}", "{}", "a picture of {}", "a blurry photo of {}",
              "a close-up photo of {}", "a small photo of {}")   # of class names
 SPLITS = {"train": range(5, 20), "validation": [0], "judge": range(2, 5), "judge-test": [1]}
@@ -55,23 +56,27 @@ def scan_folder(folder):
     """Find the images and captions in a folder -> ImageFolder; UserError if there are none."""
     if not folder.is_dir():
         raise UserError("there is no such folder")
-    inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    if len(inside) == 1 and inside[0].is_dir() and any(   # not a single class
-            path.is_dir() or path.name in ("captions.csv", "cars.txt")
-            for path in inside[0].iterdir()):
-        return scan_folder(inside[0])
+    inside = [path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX"))]
+    folders = [path for path in inside if path.is_dir()]
+    is_table = lambda path: path.name in ("captions.csv", "cars.txt")
+    own = any(path.suffix.lower() in EXTENSIONS or is_table(path) for path in inside)
+    if len(folders) == 1 and not own and any(   # a wrapper, not a single class
+            path.is_dir() or is_table(path) for path in folders[0].iterdir()):
+        return scan_folder(folders[0])
     files = _files_in(folder)
     images = [(file, name) for file, name in files if file.suffix.lower() in EXTENSIONS]
     for layout, scan in LAYOUTS.items():   # the last one takes any image
         captioned = [image for image in scan(folder, images) if image[1]]
         in_folders = sum("/" in name for _, name in images)   # class folders would caption these
-        if captioned and (layout != "text files" or len(captioned) >= in_folders / 2):
+        found = len({file for file, *_ in captioned})
+        if captioned and (layout != "text files" or found >= in_folders / 2):
             break
     else:
         layout = "images without captions"   # a DDPM needs none
         captioned = [(file, "", name) for file, name in images]
     if not captioned:
-        raise UserError("there are no images in it")
+        others = f"; other files: {len(files):,}, such as {files[0][1]}" if files else ""
+        raise UserError(f"there are no images in it{others}")
     texts, object_of = {}, {}
     for file, text, object_of[file] in captioned:
         texts.setdefault(file, []).append(text)
@@ -109,6 +114,8 @@ def _captions_csv(folder, images):
     try:
         columns = reader.fieldnames or ()
         for column in ("image", "caption"):
+            if columns.count(column) > 1:
+                raise UserError(f"captions.csv has two columns {column!r}")
             if column not in columns:
                 raise UserError(f"captions.csv has no column {column!r}; its first line has "
                                    f"{', '.join(columns) or 'nothing'}")
@@ -136,9 +143,11 @@ def _text_files(folder, images):
 
 def _class_folders(folder, images):
     found, paths = [], [name.split("/")[:-1] for _, name in images]
-    in_parts = all(path[0].lower() in PARTS for path in paths if path)   # train/cat/1.png is a cat
+    in_parts = all(path[0].lower() in PARTS for path in paths if path)
     for (file, name), path in zip(images, paths):
-        directory = next(iter(path[1:] if in_parts else path), "")
+        if path and path[0].lower() in PARTS and (in_parts or len(path) > 1):
+            path = path[1:]   # train/cat/1.png is a cat
+        directory = next(iter(path), "")
         words = " ".join(directory.replace("_", " ").lower().split())   # "Polar__bear"
         found.append((file, words or directory.strip(), name))
     return found
@@ -228,7 +237,7 @@ def report(image_folder, split, indices, readable, K):
     return line.encode("utf-8", "replace").decode("utf-8")   # file names can hold any bytes
 
 
-READER = 3   # counts the changes of read_image, after which images have to be packed again
+READER = 4   # counts the changes of read_image, after which images have to be packed again
 
 
 def fingerprint(files):
@@ -247,23 +256,23 @@ def read_image(path, size):
             raise ValueError("the image is too large")
         with contextlib.suppress(Exception):   # damaged metadata, whatever Pillow raises for it
             image = ImageOps.exif_transpose(image)
+        profile = image.info.get("icc_profile")
         if image.mode[0] in "IF":   # 16 bits, or 0 to 1; convert() would clip these, not scale them
             levels, top = np.asarray(image, np.float32), 1 if image.mode == "F" else 65535
             if not 0 <= levels.min() <= levels.max() <= top or (
                     image.mode == "I" and kind not in ("PNG", "PPM")):   # these state it
                 raise ValueError("nobody knows the range of its values")
             image = Image.fromarray((levels * (255 / top)).round().astype(np.uint8))
-        if profile := image.info.get("icc_profile"):
-            if image.mode == "P" or "transparency" in image.info:
-                image = image.convert("RGBA")
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        if profile:
+            mode = {"P": "RGB", "RGBA": "RGB", "LA": "L"}.get(image.mode, image.mode)
             with contextlib.suppress(Exception):   # a damaged profile, or of another mode
                 image = ImageCms.profileToProfile(
-                    image, io.BytesIO(profile), ImageCms.createProfile("sRGB"),
-                    outputMode="RGBA" if image.mode == "RGBA" else "RGB")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                    image.convert(mode), io.BytesIO(profile), ImageCms.createProfile("sRGB"),
+                    outputMode="RGB")
         image = image.convert("RGB")
+        if alpha:
+            image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
     method = Image.Resampling.BOX if min(image.size) >= size else Image.Resampling.BICUBIC
     return np.asarray(ImageOps.fit(image, (size, size), method))
 

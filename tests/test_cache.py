@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from infra import cache
+from infra.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,6 +104,23 @@ def test_part_of_a_chunk_is_not_used(tmp_path):
     (tmp_path / "a.chunks" / "00000.123.tmp").write_bytes(b"half")
     cache.pack(range(1130), paint, 3, path)
     check_packed(path, 1130, 3)
+
+
+def test_a_damaged_chunk_is_removed(tmp_path):
+    """The command says so in a line; the next one makes it again."""
+    path = tmp_path / "a.raw"
+    (tmp_path / "a.chunks").mkdir()
+    (tmp_path / "a.chunks" / "00000.npz").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="a.chunks was damaged and is removed; run this again"):
+        cache.pack(range(230), paint, 3, path)
+    cache.load_packed(range(230), paint, 3, path)
+    check_packed(path, 230, 3)
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="set CLIP_DDPM_CACHE to another folder"):
+        cache.pack(range(3), paint, 3, tmp_path / "file" / "a.raw")
 
 
 def test_interrupted_while_concatenating(tmp_path, monkeypatch):

@@ -79,6 +79,41 @@ def two_classes(folder, count=30):
             write(folder / name / f"{i}.png", color)
 
 
+@pytest.mark.parametrize("beside", ["__MACOSX/x/._a.png", "README.md", "LICENSE"])
+def test_a_wrapper_may_have_something_beside_it(tmp_path, beside):
+    """Folders of a zip program and texts are no reason to take the wrapper for a class."""
+    two_classes(tmp_path / "photos")
+    (tmp_path / beside).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / beside).write_bytes(b"a text")
+    assert image_folders.scan_folder(tmp_path).classes == ["cat", "dog"]
+
+
+def test_a_folder_beside_train_is_a_class_of_its_own(tmp_path):
+    """The classes below train/ stay classes."""
+    two_classes(tmp_path / "train")
+    write(tmp_path / "cover" / "a.png")
+    assert image_folders.scan_folder(tmp_path).classes == ["cat", "cover", "dog"]
+
+
+def test_one_text_of_many_lines_does_not_count_as_many(tmp_path):
+    """A licence beside an image of one class is one text."""
+    two_classes(tmp_path)
+    (tmp_path / "cat" / "0.txt").write_text("a line\n" * 70)
+    assert image_folders.scan_folder(tmp_path).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("mode, color", [("LA", (100, 255)), ("L", 100)])
+def test_gray_with_a_profile_is_gray(tmp_path, mode, color):
+    """Transparent or not; a profile of sRGB changes nothing."""
+    gray = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image = Image.new(mode, (8, 8), color)
+    image.paste((200, 0) if mode == "LA" else 100, (0, 0, 4, 8))
+    image.save(tmp_path / "a.png", icc_profile=gray)
+    pixels = image_folders.read_image(tmp_path / "a.png", 8)
+    assert abs(pixels[:, 4:].astype(int) - 100).max() <= 1
+    assert (pixels[:, :4] == (255 if mode == "LA" else 100)).all()
+
+
 @pytest.mark.parametrize("below", ["", "my photos", "my photos/train", "train"])
 def test_class_folders_may_be_in_a_wrapper_or_in_parts(tmp_path, below):
     """A folder around them is entered; train, val and test are no classes."""
@@ -419,6 +454,8 @@ def test_a_file_name_of_any_bytes_can_be_reported(tmp_path):
      "split; at least 20 are needed"),
     (lambda p: (p / "captions.csv").write_text("image,text\na.png,b"), "no column 'caption'"),
     (lambda p: (p / "captions.csv").write_text(""), "no column 'image'"),
+    (lambda p: (p / "captions.csv").write_text("image,caption,caption"), "two columns 'caption'"),
+    (lambda p: (p / "a.heic").write_bytes(b""), "no images in it; other files: 1, such as a.heic"),
     (lambda p: (p / "captions.csv").write_text("image,caption\n../../a.png,b"), "outside"),
     (lambda p: (p / "captions.csv").write_text("image,caption\n/etc/passwd,b"), "outside"),
     (lambda p: (p / "captions.csv").write_text("image,caption\na.png,"), "has no captions"),

@@ -1,4 +1,5 @@
 """Prompts, sampling, files and reports; from class folders to an image; the shipped models."""
+import os
 import re
 import shutil
 import sys
@@ -85,6 +86,30 @@ def test_the_weights_of_runs_come_before_those_that_ship(here, tmp_path, monkeyp
     (tmp_path / "runs/clip").mkdir(parents=True)
     (tmp_path / "runs/clip/weights.pt").write_text("one alone")
     assert files() == [str(ROOT / "weights/clip.pt"), str(ROOT / "weights/ddpm.pt")]
+
+
+def test_a_model_of_runs_that_is_not_used_is_named(here, tmp_path, monkeypatch, capsys):
+    """A prompt needs both; the shipped ones are used instead."""
+    shutil.copytree("runs/ddpm", tmp_path / "runs" / "ddpm")
+    monkeypatch.chdir(tmp_path)
+    assert "weights/clip.pt" in sample.load_models().description.replace("\\", "/")
+    assert "ddpm/weights.pt is not used: a prompt needs runs/clip" in (
+        capsys.readouterr().out.replace("\\", "/"))
+
+
+def test_what_cannot_be_written_is_refused_before_sampling(here, monkeypatch, capsys):
+    """A folder in the place of the image, a folder that is read-only; an image of that name that is
+    there is replaced only with a word."""
+    Path("d.png").mkdir()
+    with pytest.raises(cli.UserError, match="cannot write d.png; choose another --out"):
+        sample.main([*FAST, "--out", "d.png"])
+    sample.main([*FAST, "--out", "e.png"])
+    assert "replaced" not in capsys.readouterr().out
+    sample.main([*FAST, "--out", "e.png"])
+    assert "e.png will be replaced" in capsys.readouterr().out
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(cli.UserError, match="cannot write"):
+        sample.main(FAST)
 
 
 def test_models_that_do_not_fit_are_refused(here, capsys):
@@ -544,7 +569,7 @@ def test_the_condition_changes_the_image(here):
     ("--recurrence|0", "--recurrence must be"), ("--batch|0", "--batch must be"),
     ("--seed|-1", "--seed must be"), ("--interval|900|100", "--interval must be"),
     ("--interval|0|100", "--interval must be"), ("--scale|nan", "--scale must be"),
-    (" ", "prompt is empty"), ("\t&nbsp; ", "prompt is empty"), ("?!", "prompt is empty"),
+    (" ", "no letters or"), ("\t&nbsp; ", "no letters or"), ("?!", "no letters or digits"),
     ("a car|--out|a.jpg", "end it in .png"), ("a car|--method|magic", "invalid choice: 'magic'"),
     ("a car|--colour", "unrecognized"), ("a car|--scale", "expected one argument"),
     ("a car|--clip|none.pt", "no file none.pt"), ("a car|--judge|none.pt", "no file none.pt"),
