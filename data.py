@@ -57,9 +57,9 @@ def generator(purpose, *entropy, device="cpu"):
 class Dataset(NamedTuple):
     """N images with K different captions, each with A attributes, such as its colours.
 
-    A caption names all attributes; a partial caption leaves some open and is true of several
-    captions. Each of S lists in templates has one way to write all K captions and, behind them, P
-    partial captions; in each step training draws one of the S ways for each. Two of the cars' 192:
+    A caption names all attributes, a partial caption leaves some open. Each of S lists in templates
+    writes all K captions and, behind them, P partial captions in one way; in each step training
+    draws one of the S ways for each. Two of the cars' 192 lists:
         "a red car", "a red and green car", ..., "a car with a red body", ..., "something"
         "an auto in red", "a red sedan, its roof is green", ..., "a red-bodied car", ..., "anything"
     and for a folder of classes "a photo of a cat", ...; "cat", ...; "a picture of a cat", ...

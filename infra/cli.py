@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import functools
+import io
 import os
 import signal
 import sys
@@ -33,7 +34,7 @@ def check_ranges(options, **ranges):
             raise UserError(f"{flag} must be from {low} to {high}, not {value}")
 
 
-class Output:
+class Output(io.TextIOBase):   # whose flush does nothing
     """Standard output that is dropped once its reader has gone, as in `| head -1`."""
 
     def __init__(self, stream):
@@ -46,9 +47,6 @@ class Output:
             self.stream.flush()
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def flush(self):   # nothing is left to flush
-        pass
 
 
 def run_command(main):

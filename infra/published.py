@@ -2,6 +2,7 @@
 
 Plain state dicts of torch.save, safetensors, and TorchScript archives such as OpenAI's ViT-B-32.pt.
 """
+import contextlib
 import json
 import pickle
 import zipfile
@@ -21,15 +22,12 @@ STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32,
 
 def is_published(path):
     """Whether a file holds published weights and not one of our checkpoints."""
-    path = Path(path)
-    if path.suffix == ".safetensors" or _is_torchscript(path):
+    if Path(path).suffix == ".safetensors" or _is_torchscript(path):
         return True
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(b"visual.proj" in archive.read(name) for name in archive.namelist()
-                       if name.endswith("/data.pkl"))
-    except (OSError, zipfile.BadZipFile):   # checkpoint.load will say so
-        return False
+    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        return any(b"visual.proj" in archive.read(name) for name in archive.namelist()
+                   if name.endswith("/data.pkl"))
+    return False   # no such file, say: checkpoint.load will tell
 
 
 def load_tensors(path):
