@@ -85,7 +85,8 @@ def load_models(clip=None, ddpm=None, device="cpu", guided=True):
     else:
         clip, content = checkpoint.load_model(clip_path, "clip", tinyclip.CLIP)
         sizes = [model.config.image_size for model in (clip, unet)]
-        if sizes[0] != sizes[1] or content["captions"] != models.captions:
+        known, drawn = set(content["captions"]), set(models.captions)
+        if sizes[0] != sizes[1] or not (known <= drawn or drawn <= known):   # one may know fewer
             raise cli.UserError(
                 f"these models do not fit together: CLIP is for {content['data']} at {sizes[0]} "
                 f"pixels, {len(content['captions']):,} captions, the DDPM for {models.data} at "
@@ -96,10 +97,11 @@ def load_models(clip=None, ddpm=None, device="cpu", guided=True):
     clip = clip.to(device, memory_format=torch.channels_last)
     with cli.autocast(device):
         features = clip.encode_ensemble(content["templates"])                 # (K + P, E)
-    K = len(models.captions)
+    K = len(content["captions"])
     return models._replace(
         clip=clip, caption_labels=torch.tensor(content["caption_labels"], device=device),
-        **{key: content[key] for key in ("templates", "partial", "partial_true_of", "words")},
+        **{key: content[key] for key in (
+            "captions", "templates", "partial", "partial_true_of", "words")},
         text_features=features[:K], partial_features=features[K:],
         description=f"CLIP from {clip_path} ({content['steps']:,} steps), {models.description}")
 
@@ -121,7 +123,8 @@ def load_published(path, ddpm_content):
         raise cli.UserError(f"{path} does not fit the published layout: {reason}") from None
     names = [re.sub("^photo of an? ", "", normalize_prompt(text)) for text in captions]
     return tinyclip.from_pixels(clip), {
-        "caption_labels": [[i] for i in range(len(captions))], "partial": [], "words": [],
+        "captions": captions, "caption_labels": [[i] for i in range(len(captions))],
+        "partial": [], "words": [],
         "steps": 0,
         "templates": [[template.format(name) for name in names]
                       for template in PUBLISHED_TEMPLATES],
@@ -129,14 +132,14 @@ def load_published(path, ddpm_content):
 
 
 def load_judge(captions, path=None, device="cpu"):
-    """Load the judge of these captions: the given one, else that of runs/, else that of weights/.
+    """Load a judge that knows these captions: as given, else that of runs/, else of weights/.
 
     -> (judge, content), (None, None) if there is none
     """
     found = [p for p in (Path("runs/judge/weights.pt"), SHIPPED / "judge.pt") if p.exists()]
     for candidate in [path] if path else found:
         model, content = checkpoint.load_model(candidate, "judge", judge.Judge)
-        if content["captions"] == captions:
+        if set(captions) <= set(content["captions"]):
             return model.to(device), {**content, "path": str(candidate)}
     if path:
         raise cli.UserError(f"--judge {path} is for {content['data']}, whose captions are not "
@@ -400,7 +403,8 @@ def report(models, allowed, x_0, judge_model, content):
     if judge_model is None:
         print("not judged: there is no judge of these captions")
     else:
-        labels = torch.tensor(content["caption_labels"])[allowed]             # (n, A)
+        label_of = dict(zip(content["captions"], content["caption_labels"]))
+        labels = torch.tensor([label_of[text] for text in models.captions])[allowed]   # (n, A)
         predicted = judge.predict(judge_model, x_0).cpu()                     # (N, A)
         correct = (predicted[:, None] == labels).all(dim=2).any(dim=1)        # (N,)
         each = ", ".join(

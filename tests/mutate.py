@@ -235,8 +235,8 @@ MUTANTS = {"tinyddpm.py": [
 "sample.py": [
     ("SURE = 0.9, 0.97", "SURE = 0.1, 0.97", "must_be_near"),
     ("=features[K:]", "=features[:-K]", "those_of_their_texts"),
-    ('content["captions"] == captions', "True", "judge_is_that"),
-    ('content["captions"] != models.captions', "False", "do_not_fit"),
+    ('set(captions) <= set(content["captions"])', "True", "judge_is_that"),
+    ('not (known <= drawn or drawn <= known)', "False", "do_not_fit"),
     ("|= models.partial_true_of[index - K]", "|= models.partial_true_of[0]", "less"),
     ("labels[:, 0] = K +", "labels[:, 0] = 0 *", "new_prompt"),
     ('text.split(" or ")', "[text]", "or_allows"),

@@ -122,6 +122,9 @@ def test_models_that_do_not_fit_are_refused(here, capsys):
     torch.save({**content, "data": "./photos", "captions": ["a cat"]}, "photos.pt")
     with pytest.raises(cli.UserError, match="for ./photos at 16 pixels, 1 captions, the DDPM for"):
         sample.load_models(clip="photos.pt")
+    ddpm = torch.load("runs/ddpm/weights.pt", weights_only=True)
+    torch.save({**ddpm, "captions": ddpm["captions"][:200]}, "fewer.pt")
+    assert len(sample.load_models(ddpm="fewer.pt").captions) == 294   # one may know fewer
     torch.save({**content, "data": "./moved"}, "moved.pt")
     sample.load_models(clip="moved.pt")   # a data set is known by its captions, not by its path
     content["weights"]["log_scale"] += 1
