@@ -241,11 +241,11 @@ class Run:
     def __init__(self, task, options, dataset, folder, seed, device):
         self.task, self.options, self.dataset = task, options, dataset
         self.folder, self.seed, self.device = folder, seed, device
-        checksum = zlib.crc32(repr(dataset.templates).encode() + dataset.caption_ids.tobytes())
         self.settings = {   # all that must be the same when the run is resumed
             "number of images": len(dataset.images),
             "images' checksum": zlib.crc32(dataset.images),
-            "captions' checksum": checksum,
+            "captions' checksum": zlib.crc32(
+                repr(dataset.templates).encode() + dataset.caption_ids.tobytes()),
             "CLIP": task.content.get("clip"), "seed": seed,
             **dataclasses.asdict(task.model.config), **dataclasses.asdict(options)}
         del self.settings["accumulate"]   # a resumed run may use another one

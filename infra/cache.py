@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -67,18 +68,19 @@ def pack(items, make, size, path):
         numbers, checksum = [], 0
         with write_atomic(path) as out:
             for file in files:
-                with np.load(file) as chunk:
-                    images = chunk["images"]
-                    numbers.append(chunk["numbers"])
+                try:
+                    with np.load(file) as chunk:
+                        images, of_images = chunk["images"], chunk["numbers"]
+                except (ValueError, EOFError, KeyError, zipfile.BadZipFile):
+                    file.unlink()
+                    raise UserError(f"{file} was damaged and is removed; run this again") from None
+                numbers.append(of_images)
                 out.write(images.data)
                 checksum = zlib.crc32(images, checksum)
         with write_atomic(path.with_suffix(".npz")) as out:   # last: where it is, all is done
             np.savez(out, numbers=np.concatenate(numbers), checksum=checksum)
-    except Exception as error:
-        if not isinstance(error, OSError):   # of numpy, for a damaged chunk
-            shutil.rmtree(folder)
-            raise UserError(f"{folder} was damaged and is removed; run this again") from None
-        if not path.with_suffix(".npz").exists():   # else another command was faster
+    except OSError:   # another command has made the same file meanwhile and removed the chunks
+        if not path.with_suffix(".npz").exists():
             raise
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -118,12 +118,12 @@ def _captions_csv(folder, images):
                 raise UserError(f"captions.csv has two columns {column!r}")
             if column not in columns:
                 raise UserError(f"captions.csv has no column {column!r}; its first line has "
-                                   f"{', '.join(columns) or 'nothing'}")
+                                f"{', '.join(columns) or 'nothing'}")
         rows = []
         for row in reader:
             if any(row.get(None, ())):
                 raise UserError(f"captions.csv, line {reader.line_num}, has more than "
-                                   f"{len(columns)} fields; put captions with commas in quotes")
+                                f"{len(columns)} fields; put captions with commas in quotes")
             if row["image"]:
                 rows.append((row["image"], (row["caption"] or "").strip()))
     except csv.Error as error:
@@ -215,7 +215,7 @@ def split_indices(image_folder, split):
     indices = [i for i, name in enumerate(image_folder.objects) if part[name] in SPLITS[split]]
     if not indices:
         raise UserError(f"{len(part):,} objects are too few: none of them belongs to the "
-                           f"{split} split; at least 20 are needed")
+                        f"{split} split; at least 20 are needed")
     return indices
 
 

@@ -111,10 +111,25 @@ def test_a_damaged_chunk_is_removed(tmp_path):
     path = tmp_path / "a.raw"
     (tmp_path / "a.chunks").mkdir()
     (tmp_path / "a.chunks" / "00000.npz").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="a.chunks was damaged and is removed; run this again"):
+    with pytest.raises(UserError, match="00000.npz was damaged and is removed; run this again"):
         cache.pack(range(230), paint, 3, path)
     cache.load_packed(range(230), paint, 3, path)
     check_packed(path, 230, 3)
+
+
+def out_of_memory(items, size):
+    if items[0] >= 600:
+        raise MemoryError
+    return paint(items, size)
+
+
+def test_full_memory_loses_nothing(tmp_path):
+    """What a worker raises is no damaged chunk; those that are made stay."""
+    with pytest.raises(MemoryError):
+        cache.pack(range(1130), out_of_memory, 3, tmp_path / "a.raw")
+    assert len(list(tmp_path.glob("a.chunks/*"))) == 3
+    cache.pack(range(1130), paint_from_600, 3, tmp_path / "a.raw")
+    check_packed(tmp_path / "a.raw", 1130, 3)
 
 
 def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path):
