@@ -87,7 +87,6 @@ def sample_cached(method, indices, models, args, scale=None):
     path = cache_path(guidance, indices, models, args)
     if not path.exists():
         samples = generate(guidance, indices, models, args)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with checkpoint.write_atomic(path) as file:
             np.savez(file, **samples._asdict())
     content = np.load(path)

@@ -112,17 +112,3 @@ def _start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def read_rows(images, indices):
-    """images[indices], read from the file if there is one: the memory map would read neighbours
-    too, twenty times slower, and count as memory of this process."""
-    if not isinstance(images, np.memmap) or images.nbytes != os.path.getsize(images.filename):
-        return images[indices]   # in memory, or a part of a file
-    rows = np.empty((len(indices), *images.shape[1:]), np.uint8)
-    with open(images.filename, "rb", buffering=0) as file:
-        for row, index in zip(rows, indices):
-            file.seek(index * row.nbytes)
-            if file.readinto(row) < row.nbytes:
-                raise OSError(f"{images.filename} has become shorter")
-    return rows

@@ -22,6 +22,7 @@ def write_atomic(path):
     a process killed at any moment, or a power cut, leaves the old file or the new one, whole."""
     path = Path(path)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")   # no two commands share it
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open("wb") as file:
             yield file
@@ -54,7 +55,6 @@ def lock(folder):
 def save(path, content):
     """Save a dictionary of tensors and plain Python types; UserError if it cannot be written."""
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with write_atomic(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:   # torch reports a full disk as a RuntimeError

@@ -32,8 +32,7 @@ FORMATS = sorted({*Image.registered_extensions().values()} & {*Image.OPEN} - NO_
 EXTENSIONS = {extension for extension, kind in Image.registered_extensions().items()
               if kind in FORMATS}
 MAX_PIXELS = 90_000_000   # to hold in memory at a time; of a JPEG, after it is made smaller
-PARTS = {   # folders that are no classes
-    "train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"}
+PARTS = "train training val valid validation dev eval test testing".split()   # are no classes
 TEMPLATES = ("a photo of {}", "{}", "a picture of {}", "a blurry photo of {}",
              "a close-up photo of {}", "a small photo of {}")   # of class names
 SPLITS = {"train": range(5, 20), "validation": [0], "judge": range(2, 5), "judge-test": [1]}
@@ -114,11 +113,9 @@ def _captions_csv(folder, images):
     try:
         columns = reader.fieldnames or ()
         for column in ("image", "caption"):
-            if columns.count(column) > 1:
-                raise UserError(f"captions.csv has two columns {column!r}")
-            if column not in columns:
-                raise UserError(f"captions.csv has no column {column!r}; its first line has "
-                                f"{', '.join(columns) or 'nothing'}")
+            if columns.count(column) != 1:
+                raise UserError(f"captions.csv has {columns.count(column)} columns {column!r}; its "
+                                f"first line has {', '.join(columns) or 'nothing'}")
         rows = []
         for row in reader:
             if any(row.get(None, ())):

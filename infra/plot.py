@@ -1,6 +1,5 @@
 """Line plots as PNG, drawn with Pillow."""
 import math
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -46,6 +45,5 @@ def line_plot(path, curves, x_label, y_label, width=600, height=340):
         for x, y in points if len(points) <= 20 else ():   # mark the points if they are few
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
         draw.text((right + 10, top + 16 * i), name, colour, font)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with write_atomic(path) as file:
         image.save(file, "PNG")

@@ -14,10 +14,8 @@ from infra.cli import UserError
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32,
-            "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-            "LongStorage": torch.int64, "IntStorage": torch.int32, "ByteStorage": torch.uint8,
-            "BoolStorage": torch.bool}
+STORAGES = dict(zip(("DoubleStorage", "FloatStorage", "HalfStorage", "BFloat16Storage",
+                     "LongStorage", "IntStorage", "ByteStorage", "BoolStorage"), TYPES.values()))
 
 
 def is_published(path):

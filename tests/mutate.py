@@ -289,8 +289,7 @@ MUTANTS = {"tinyddpm.py": [
 "infra/cache.py": [
     ("zlib.crc32(images) == checksum", "True", "damaged"),
     ("images[np.asarray(numbers) >= 0]", "images", "in_order"),
-    ("if not task[-1].exists()]", "]", "full_disk"),
-    ("file.seek(index * row.nbytes)", "file.seek(0)", "rows")],
+    ("if not task[-1].exists()]", "]", "full_disk")],
 "experiments/metrics.py": [
     ("return excess.abs().sum().item() / len(probs)",
      "n = torch.bincount(bin_of); return (excess.abs() / n)[n > 0].mean().item()", "calibration"),

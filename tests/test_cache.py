@@ -178,13 +178,6 @@ def test_nothing_can_be_read(tmp_path):
     assert images.shape == (0, 2, 2, 3) and numbers.tolist() == [-1] * 3
 
 
-def test_rows_are_read_from_the_file(tmp_path):
-    images, _ = cache.load_packed(range(250), paint, 3, tmp_path / "a.raw")
-    indices = np.array([5, 0, 201, 5])
-    for source in (images, images[:205], np.asarray(images)):   # a file, a part of one, an array
-        assert (cache.read_rows(source, indices) == np.asarray(images)[indices]).all()
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_killed_and_two_at_a_time(tmp_path):
     """One is killed on the way; then two commands make the rest at the same time."""

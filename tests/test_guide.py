@@ -399,7 +399,7 @@ def test_a_trajectory_leaves_nothing_in_memory(models, monkeypatch):
         return encode(x, t)
     models.clip.encode_image = record
     guided = build("noise-aware", models, torch.tensor([5]), scale=1.)
-    monkeypatch.setattr(cli, "cpu_is_fast_in_bf16", lambda: True)
+    monkeypatch.setattr(cli, "bf16_is_fast", lambda device: True)
     with cli.autocast(torch.device("cpu")):
         for t in (900, 500, 100):
             assert torch.isfinite(guided(torch.randn(1, *SHAPE), torch.tensor([t]))).all()

@@ -452,9 +452,9 @@ def test_a_file_name_of_any_bytes_can_be_reported(tmp_path):
     (lambda p: None, "there are no images"),
     (lambda p: write(p / "a" / "a.png"), "1 objects are too few: none of them belongs to the judge "
      "split; at least 20 are needed"),
-    (lambda p: (p / "captions.csv").write_text("image,text\na.png,b"), "no column 'caption'"),
-    (lambda p: (p / "captions.csv").write_text(""), "no column 'image'"),
-    (lambda p: (p / "captions.csv").write_text("image,caption,caption"), "two columns 'caption'"),
+    (lambda p: (p / "captions.csv").write_text("image,text\na.png,b"), "0 columns 'caption'"),
+    (lambda p: (p / "captions.csv").write_text(""), "0 columns 'image'"),
+    (lambda p: (p / "captions.csv").write_text("image,caption,caption"), "2 columns 'caption'"),
     (lambda p: (p / "a.heic").write_bytes(b""), "no images in it; other files: 1, such as a.heic"),
     (lambda p: (p / "captions.csv").write_text("image,caption\n../../a.png,b"), "outside"),
     (lambda p: (p / "captions.csv").write_text("image,caption\n/etc/passwd,b"), "outside"),

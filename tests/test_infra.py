@@ -99,7 +99,7 @@ def test_devices_by_name():
 def test_autocast_is_bfloat16_or_nothing(monkeypatch):
     x, cpu = torch.ones(4, 4, requires_grad=True), torch.device("cpu")
     for measured in (True, False):
-        monkeypatch.setattr(cli, "cpu_is_fast_in_bf16", lambda: measured)
+        monkeypatch.setattr(cli, "bf16_is_fast", lambda device: measured)
         for bf16 in (None, True, False):
             with cli.autocast(cpu, bf16):
                 expected = torch.bfloat16 if (measured if bf16 is None else bf16) else torch.float32
@@ -122,7 +122,7 @@ def test_bfloat16_is_chosen_by_the_least_times_and_soon(monkeypatch, fp32, bf16,
 
     monkeypatch.setattr(cli.timeit, "timeit", timeit)
     monkeypatch.setattr(cli.time, "monotonic", lambda: clock[0])
-    assert cli.cpu_is_fast_in_bf16.__wrapped__() == fast
+    assert cli.bf16_is_fast.__wrapped__(torch.device("cpu")) == fast
     assert calls[0] <= 2 * most_rounds
 
 
