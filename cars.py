@@ -1,4 +1,4 @@
-"""Chapter 5: the built-in data set: images of cars, ray cast with numpy, with exact captions.
+"""Chapter 6: the built-in data set: images of cars, ray cast with numpy, with exact captions.
 
 Nothing has to be downloaded, and every caption is correct, so a classifier trained on these images
 can check whether a generated one shows what its prompt asks for. An image and its labels depend on

@@ -1,4 +1,4 @@
-"""Chapter 4: data sets, batches, and images on disk.
+"""Chapter 5: data sets, batches, and images on disk.
 
 Images are uint8 (N, H, W, 3) in storage and float (N, 3, H, W) in [-1, 1] everywhere else;
 `to_float` and `to_uint8` are the only way between the two. A data set is the built-in "cars"

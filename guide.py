@@ -49,7 +49,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from tinyddpm import cosine_alpha_bar, denoiser, extract, predict_eps, q_sample
+from tinyddpm import T, cosine_alpha_bar, denoiser, extract, predict_eps, q_sample
 
 
 def guided(denoise, log_p, alpha_bar, scale, interval=(1, math.inf), through_unet=False):
@@ -206,18 +206,18 @@ def lookahead(clip, text_features, targets, labels, t_fraction=T_FRACTION, tempe
 
 # ---- guidance without a CLIP ---------------------------------------------------------------------
 
-def text_condition(text_features):
-    """Scale text features to length sqrt(E), entries of unit size, as the U-Net's condition.
+def scale_features(features):
+    """Scale CLIP's features to length sqrt(E), entries of unit size, as networks need their inputs.
 
-    text_features: (K, E) -> cond: (K, E)
+    features: (K, E) of texts or images -> (K, E)
     """
-    return F.normalize(text_features.float(), dim=-1) * text_features.shape[-1] ** 0.5
+    return F.normalize(features.float(), dim=-1) * features.shape[-1] ** 0.5
 
 
 def classifier_free(unet, alpha_bar, cond, scale, interval=(1, math.inf)):
     """Guide by the difference of two estimates: x_0_hat + scale (x_0_hat_cond - x_0_hat)
 
-    cond: (B, cond_dim) -> a denoiser, which evaluates the U-Net twice a step
+    cond: (B, cond_dim) -> a denoiser, which evaluates the U-Net twice a step, at scale 1 once
 
     Ho & Salimans 2022 eq. 6 with scale = 1 + w: 0 is unconditional, 1 conditional. By (2) and (1)
     the difference is (1 - alpha_bar)/sqrt(alpha_bar) grad log p(cond | x_t): formula (3), with a
@@ -225,6 +225,8 @@ def classifier_free(unet, alpha_bar, cond, scale, interval=(1, math.inf)):
     """
     unconditional = denoiser(unet, alpha_bar)
     conditional = denoiser(unet, alpha_bar, cond)
+    if scale == 1 and interval[0] <= 1 and interval[1] >= T:
+        return conditional
 
     def denoise(x_t, t):
         x_0_hat = unconditional(x_t, t)
@@ -273,7 +275,7 @@ def build_denoiser(name, models, targets, scale, interval):
     if name == "none":
         return denoise
     if name == "classifier-free":
-        cond = text_condition(models.text_features)[targets]
+        cond = scale_features(models.text_features)[targets]
         return classifier_free(models.unet, models.alpha_bar, cond, scale, interval)
     log_p = method.make_log_p(models.clip, models.text_features, targets, models.caption_labels)
     return guided(denoise, log_p, models.alpha_bar, scale, interval, method.through_unet)

@@ -1,4 +1,4 @@
-"""Chapter 6: an independent classifier: does the image show what the caption says?
+"""Chapter 7: an independent classifier: does the image show what the caption says?
 
 Whoever guided an image must not also grade it. Gradient ascent on a network's output finds images
 that satisfy that network alone (adversarial examples), and they look like success. So the judge is

@@ -23,6 +23,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -31,10 +32,13 @@ import guide
 import judge
 import tinyclip
 import tinyddpm
-from infra import checkpoint, cli, published
+import unclip
+from infra import checkpoint, cli, image_folders, published
 from tinyclip import normalize_prompt
 
 SHIPPED = Path(__file__).resolve().parent / "weights"
+METHODS = {**guide.METHODS, "unclip": guide.Method(None, 1., (1, tinyddpm.T))}
+CONDITIONAL = "classifier-free", "unclip"   # whose DDPM fits one CLIP alone
 PUBLISHED_TEMPLATES = ("a photo of a {}.", "a rendering of a {}.", "a toy {}.")   # 3 of the 80
 
 
@@ -55,55 +59,93 @@ class Models(NamedTuple):
     words: list = None                      # all words of the training
     text_features: torch.Tensor = None      # (K, E), of the captions, and of those that are added
     partial_features: torch.Tensor = None   # (P, E)
+    decodes: bool = False                   # whether the U-Net takes image embeddings, for unCLIP
+    prior: unclip.Prior = None
+    upsampler: unclip.Upsampler = None
+
+
+def load_fitting(kind, model_class, fits, path=None, device="cpu"):
+    """Load a model that fits the others: as given, else that of runs/, else of weights/.
+
+    fits: content -> bool. -> (model, content), (None, None) if there is none; UserError if the one
+    that is given does not fit.
+    """
+    found = [p for p in (Path(f"runs/{kind}/weights.pt"), SHIPPED / f"{kind}.pt") if p.exists()]
+    for candidate in [path] if path else found:
+        model, content = checkpoint.load_model(candidate, model_class, kind)
+        if fits(content):
+            return model.to(device), {**content, "path": str(candidate)}
+    if path:
+        raise cli.UserError(f"--{kind} {path} is for {content['data']} and does not fit the other "
+                            "models; train all alike")
+    return None, None
 
 
 @torch.no_grad()
-def load_models(clip=None, ddpm=None, device="cpu", guided=True):
-    """Load CLIP and DDPM: as given, else both of runs/, else both of weights/ -> Models
+def load_models(clip=None, ddpm=None, prior=None, upsampler=None, device="cpu",
+                method=guide.DEFAULT):
+    """Load what a method needs: as given, else all of runs/, else all of weights/ -> Models
 
-    clip may be a file of published weights. guided=False: the DDPM alone. UserError if CLIP was
-    trained on images of another size or other captions.
+    clip may be a file of published weights. Method "none" needs a DDPM alone; "unclip" a decoder
+    and a prior, too. UserError if they do not fit together.
     """
-    device = torch.device(device)
-    paths = [Path("runs/clip/weights.pt"), Path("runs/ddpm/weights.pt")]
-    if not all(path.exists() for path in (paths if guided else paths[1:])):
-        for path in paths if guided and not (clip and ddpm) else ():
+    device, kind = torch.device(device), "decoder" if method == "unclip" else "ddpm"
+    paths = [Path("runs/clip/weights.pt"), Path(f"runs/{kind}/weights.pt")]
+    if not all(path.exists() for path in (paths[1:] if method == "none" else paths)):
+        for path in paths if method != "none" and not (clip and ddpm) else ():
             if path.exists():
-                print(f"{path} is not used: a prompt needs runs/clip and runs/ddpm")
+                print(f"{path} is not used: a prompt needs {paths[0].parent} and {paths[1].parent}")
         paths = [SHIPPED / "clip.pt", SHIPPED / "ddpm.pt"]
     clip_path, ddpm_path = Path(clip or paths[0]), Path(ddpm or paths[1])
-    unet, ddpm_content = checkpoint.load_model(ddpm_path, "ddpm", tinyddpm.UNet)
+    unet, ddpm_content = checkpoint.load_model(ddpm_path, tinyddpm.UNet, "ddpm", "decoder")
+    size, drawn = unet.config.image_size, set(ddpm_content["captions"])
+    upsampler, _ = load_fitting(
+        "upsampler", unclip.Upsampler, lambda content: drawn <= set(content["captions"])
+        and content["config"]["image_size"] == 4 * size, upsampler, device)
     models = Models(
-        unet=unet.to(device, memory_format=torch.channels_last),
+        unet=unet.to(device, memory_format=torch.channels_last), upsampler=upsampler,
         alpha_bar=tinyddpm.cosine_alpha_bar().to(device), data=ddpm_content["data"],
-        captions=ddpm_content["captions"],
+        captions=ddpm_content["captions"], decodes=ddpm_content["kind"] == "decoder",
         description=f"DDPM from {ddpm_path} ({ddpm_content['steps']:,} steps), on {device}")
-    if not guided:
+    if method == "none":
         return models
-    if published.is_published(clip_path):
-        clip, content = load_published(clip_path, ddpm_content)
-    else:
-        clip, content = checkpoint.load_model(clip_path, "clip", tinyclip.CLIP)
-        sizes = [model.config.image_size for model in (clip, unet)]
-        known, drawn = set(content["captions"]), set(models.captions)
-        if sizes[0] != sizes[1] or not (known <= drawn or drawn <= known):   # one may know fewer
-            raise cli.UserError(
-                f"these models do not fit together: CLIP is for {content['data']} at {sizes[0]} "
-                f"pixels, {len(content['captions']):,} captions, the DDPM for {models.data} at "
-                f"{sizes[1]}, {len(models.captions):,}; train both alike")
-    if "clip" in ddpm_content and ddpm_content["clip"] != checkpoint.weights_checksum(clip):
-        raise cli.UserError(f"{ddpm_path} is conditional on the text features of another CLIP; "
-                            "give that one with --clip")
+    clip, content = load_clip(clip_path, ddpm_content)
+    checksum = checkpoint.weights_checksum(clip)
+    if ddpm_content.get("clip", checksum) != checksum and (method in CONDITIONAL):
+        raise cli.UserError(f"{ddpm_path} is conditional on the features of another CLIP; give "
+                            "that one with --clip")
+    if method == "unclip":
+        if not models.decodes:
+            raise cli.UserError(f"{ddpm_path} is no decoder; train one with: python train.py "
+                                f"decoder --clip {clip_path}")
+        prior, _ = load_fitting("prior", unclip.Prior, lambda content: content["clip"] == checksum,
+                                prior, device)
     clip = clip.to(device, memory_format=torch.channels_last)
     with cli.autocast(device):
         features = clip.encode_ensemble(content["templates"])                 # (K + P, E)
     K = len(content["captions"])
     return models._replace(
-        clip=clip, caption_labels=torch.tensor(content["caption_labels"], device=device),
+        clip=clip, prior=prior if method == "unclip" else None,
+        caption_labels=torch.tensor(content["caption_labels"], device=device),
         **{key: content[key] for key in (
             "captions", "templates", "partial", "partial_true_of", "words")},
         text_features=features[:K], partial_features=features[K:],
         description=f"CLIP from {clip_path} ({content['steps']:,} steps), {models.description}")
+
+
+def load_clip(path, ddpm_content):
+    """Load our CLIP or a published one -> clip, content; UserError if it is for other images."""
+    if published.is_published(path):
+        return load_published(path, ddpm_content)
+    clip, content = checkpoint.load_model(path, tinyclip.CLIP, "clip")
+    sizes = [c["config"]["image_size"] for c in (content, ddpm_content)]
+    known, drawn = (set(c["captions"]) for c in (content, ddpm_content))
+    if sizes[0] != sizes[1] or not (known <= drawn or drawn <= known):   # one may know fewer
+        raise cli.UserError(
+            f"these models do not fit together: CLIP is for {content['data']} at {sizes[0]} "
+            f"pixels, {len(known):,} captions, the DDPM for {ddpm_content['data']} at {sizes[1]}, "
+            f"{len(drawn):,}; train both alike")
+    return clip, content
 
 
 def load_published(path, ddpm_content):
@@ -132,19 +174,9 @@ def load_published(path, ddpm_content):
 
 
 def load_judge(captions, path=None, device="cpu"):
-    """Load a judge that knows these captions: as given, else that of runs/, else of weights/.
-
-    -> (judge, content), (None, None) if there is none
-    """
-    found = [p for p in (Path("runs/judge/weights.pt"), SHIPPED / "judge.pt") if p.exists()]
-    for candidate in [path] if path else found:
-        model, content = checkpoint.load_model(candidate, "judge", judge.Judge)
-        if set(captions) <= set(content["captions"]):
-            return model.to(device), {**content, "path": str(candidate)}
-    if path:
-        raise cli.UserError(f"--judge {path} is for {content['data']}, whose captions are not "
-                            "those of the models")
-    return None, None
+    """Load a judge that knows these captions -> (judge, content), (None, None) if there is none"""
+    return load_fitting("judge", judge.Judge,
+                        lambda content: set(captions) <= set(content["captions"]), path, device)
 
 
 # ---- prompts -------------------------------------------------------------------------------------
@@ -256,7 +288,7 @@ def resolve_prompt(prompt, models):
 @dataclass
 class SamplingConfig:
     n: int = 16                   # images
-    method: str = guide.DEFAULT   # one of guide.METHODS
+    method: str = guide.DEFAULT   # one of METHODS
     scale: float = None           # guidance scale; None becomes the method's own
     interval: tuple = None        # timesteps (lo, hi) at which to guide; None: the method's own
     steps: int = 25
@@ -264,10 +296,11 @@ class SamplingConfig:
     recurrence: int = 2           # times that each step but the last is taken
     seed: int = 0
     batch: int = 64               # images at a time
+    size: int = None              # pixels, H and W; None: as large as there is an upsampler for
 
     def __post_init__(self):
-        if self.method not in guide.METHODS:
-            raise cli.UserError(f"method must be one of {', '.join(guide.METHODS)}, not "
+        if self.method not in METHODS:
+            raise cli.UserError(f"method must be one of {', '.join(METHODS)}, not "
                                 f"{self.method!r}")
         cli.check_ranges(self, n=(1, 10_000), steps=(1, tinyddpm.T), eta=(0, 1),
                          recurrence=(1, 100), batch=(1, 10_000), seed=(0, 2 ** 63 - 1))
@@ -278,15 +311,20 @@ class SamplingConfig:
             raise cli.UserError(f"--scale must be a finite number, not {self.scale}")
 
 
-def fill_in(config, clip=None):
-    """Fill in the scale and interval that are left open; replace a method that needs noise-aware
-    CLIP if this one, like the published ones, was trained on clean images only -> config"""
+def fill_in(config, models):
+    """Fill in the size, scale and interval that are left open; replace a method that needs
+    noise-aware CLIP if this one, like the published ones, was trained on clean images only"""
+    clip, native = models.clip, models.unet.config.image_size
+    sizes = [native] + [2 * native, 4 * native] * bool(models.upsampler)
+    if config.size not in (None, *sizes):
+        raise cli.UserError(f"--size must be one of {', '.join(map(str, sizes))} with these "
+                            f"models, not {config.size}")
     if clip and not clip.config.noise_aware and config.method in (
             "lookahead", "noise-aware", "spherical"):
         print(f"this CLIP was trained on clean images: method x0-fast instead of {config.method}")
         config = replace(config, method="x0-fast")
-    own = guide.METHODS[config.method]
-    return replace(config, interval=config.interval or own.interval,
+    own = METHODS[config.method]
+    return replace(config, interval=config.interval or own.interval, size=config.size or sizes[-1],
                    scale=own.scale if config.scale is None else config.scale)
 
 
@@ -317,26 +355,118 @@ def draw_captions(allowed, config):
 
 
 def sample_images(models, caption_ids, config, callback=None):
-    """Sample an image of each caption, (n,) int64 -> x_0: (n, 3, H, W) in [-1, 1]
+    """Sample an image of each caption, (n,) int64 -> (n, 3, size, size) in [-1, 1]
 
     method "none" ignores the captions. callback: see tinyddpm.sample
     """
-    if config.method == "classifier-free" and not models.unet.config.cond_dim:
-        raise cli.UserError("this DDPM is unconditional; train a conditional one with: python "
+    if config.method == "classifier-free" and (models.decodes or not models.unet.config.cond_dim):
+        raise cli.UserError("this DDPM knows no texts; train a conditional one with: python "
                             "train.py ddpm --clip FILE --out runs/conditional")
-    config, images = fill_in(config, models.clip), []
-    size, device = models.unet.config.image_size, models.alpha_bar.device
-    for start in range(0, len(caption_ids), config.batch):
-        targets = caption_ids[start:start + config.batch].to(device)          # (B,)
-        denoise = guide.build_denoiser(config.method, models, targets, config.scale,
-                                       config.interval)
-        generators = [data.generator("sampling", config.seed, start + i)
-                      for i in range(len(targets))]
-        x_T = tinyddpm.randn_per_image(generators, (3, size, size), device)
-        images.append(tinyddpm.sample(
-            denoise, x_T, generators, models.alpha_bar, config.steps, config.eta,
-            recurrence=config.recurrence, callback=callback if start == 0 else None))
+    if config.method == "unclip" and not models.prior:
+        raise cli.UserError("there is no prior for this CLIP; train one with: python train.py "
+                            "prior --clip FILE")
+    config = replace(fill_in(config, models), n=len(caption_ids))
+    caption_ids = caption_ids.to(models.alpha_bar.device)
+    make_denoise = lambda part, generators: build_denoiser(
+        config.method, models, caption_ids[part], config.scale, config.interval, generators)
+    return sample_batches(models, make_denoise, config, callback)
+
+
+def build_denoiser(method, models, targets, scale, interval, generators):
+    """guide.build_denoiser, and "unclip": decode what the prior draws for the captions.
+
+    targets: (B,) int64; B generators, for the prior's noise
+    """
+    if method != "unclip":
+        return guide.build_denoiser(method, models, targets, scale, interval)
+    text = guide.scale_features(models.text_features[targets])                # (B, E)
+    z = unclip.sample_prior(models.prior, text, generators, models.alpha_bar)
+    return decoder(models, z, scale)
+
+
+def sample_batches(models, make_denoise, config, callback=None, x_T=None):
+    """Sample n images, a batch at a time, and enlarge them -> (n, 3, size, size) in [-1, 1]
+
+    make_denoise: (slice of 0..n, their generators) -> denoise; x_T: (n, 3, H, W), None: random
+    """
+    images, native, device = [], models.unet.config.image_size, models.alpha_bar.device
+    for start in range(0, config.n, config.batch):
+        part = slice(start, min(start + config.batch, config.n))
+        generators = [data.generator("sampling", config.seed, i)
+                      for i in range(part.start, part.stop)]
+        noise = tinyddpm.randn_per_image(generators, (3, native, native), device)
+        x_0 = tinyddpm.sample(
+            make_denoise(part, generators), noise if x_T is None else x_T[part], generators,
+            models.alpha_bar, config.steps, config.eta, recurrence=config.recurrence,
+            callback=callback if start == 0 else None)
+        if config.size > native:
+            x_0 = unclip.upsample(models.upsampler, x_0, config.size)
+        images.append(x_0)
     return torch.cat(images)
+
+
+# ---- from images to images (unCLIP) --------------------------------------------------------------
+
+def decoder(models, z, scale, level=0., noise=0.):
+    """Build the decoder's denoiser for embeddings z, (B, E); level: see unclip.decoder_condition"""
+    cond = unclip.decoder_condition(z, z.new_full((len(z), 1), level), noise)
+    return guide.classifier_free(models.unet, models.alpha_bar, cond, scale)
+
+
+def embed(models, x_0):
+    """x_0: (B, 3, H, W) in [-1, 1] -> z: (B, E), scaled"""
+    return guide.scale_features(models.clip.encode_image(x_0))
+
+
+def invert(models, x_0, z):
+    """Find the noise from which the decoder draws these images, given their embeddings."""
+    return tinyddpm.invert(decoder(models, z, scale=1), x_0, models.alpha_bar)
+
+
+def decode(models, z, x_T, config):
+    """Decode n embeddings, each from its own noise -> (n, 3, size, size)"""
+    make_denoise = lambda part, generators: decoder(models, z[part], config.scale)
+    return sample_batches(models, make_denoise, config, x_T=x_T)
+
+
+def variations(models, x_0, config, vary=0.):
+    """Decode the embedding of an image again and again -> (n, 3, size, size)
+
+    x_0: (1, 3, H, W); vary: from 0 to 1, how much of the embedding noise hides
+    """
+    z = embed(models, x_0).expand(config.n, -1)
+
+    def make_denoise(part, generators):
+        noise = tinyddpm.randn_per_image(generators, z.shape[1:], z.device)
+        return decoder(models, z[part], config.scale, vary, noise)
+    return sample_batches(models, make_denoise, config)
+
+
+def interpolate(models, x_0, config):
+    """Decode embeddings on the way from one image to another -> (n, 3, size, size)
+
+    x_0: (2, 3, H, W). The noise is on the way between those from which they would be drawn.
+    """
+    z = embed(models, x_0)
+    x_T, fractions = invert(models, x_0, z), torch.linspace(0, 1, config.n).tolist()
+    between = lambda x: torch.cat([unclip.slerp(x[:1], x[1:], f) for f in fractions])
+    return decode(models, between(z), between(x_T), config)
+
+
+def diff(models, x_0, text_from, text_to, config):
+    """Change an image as one text differs from another -> (n, 3, size, size), little to much
+
+    x_0: (1, 3, H, W). Its noise stays the same, and with it what the texts do not speak of.
+    """
+    features = []
+    for text in (text_from, text_to):
+        extended, allowed = resolve_prompt(text, models)
+        features.append(extended.text_features[allowed].mean(dim=0, keepdim=True))
+    z = embed(models, x_0)
+    x_T = invert(models, x_0, z).expand(config.n, -1, -1, -1)
+    z = torch.cat([unclip.text_diff(z, *features, fraction)
+                   for fraction in torch.linspace(0, 0.5, config.n).tolist()])
+    return decode(models, z, x_T, config)
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -347,7 +477,7 @@ def parse(arguments):
     add, default = parser.add_argument, SamplingConfig()
     add("prompts", nargs="*", metavar="prompt", help="one file each; without a prompt: unguided")
     add("-n", type=int, default=default.n, help="how many images")
-    add("--method", default=default.method, choices=guide.METHODS)
+    add("--method", default=default.method, choices=METHODS)
     add("--scale", type=float, help="guidance scale; default: the method's own")
     add("--interval", type=int, nargs=2, metavar=("LO", "HI"),
         help="guide only at these timesteps, 1 to 1000; default: the method's own")
@@ -360,21 +490,35 @@ def parse(arguments):
     add("--batch", type=int, default=default.batch, help="images at a time")
     add("--out", help="the PNG to write, or the folder if there are several prompts; default out")
     add("--gif", action="store_true", help="also an animation: x_t above, x_0_hat below")
-    add("--clip", help="a CLIP's weights.pt, or OpenAI's weights beside their vocabulary")
-    add("--ddpm", help="a DDPM's weights.pt")
-    add("--judge", help="a judge's weights.pt")
+    add("--size", type=int, help="pixels, such as 32, 64 or 128; default: as large as possible")
+    add("--variations", nargs=1, metavar="IMAGE", help="other images of what this one shows")
+    add("--vary", type=float, default=0., help="hide so much of the image's embedding, 0 to 1")
+    add("--interpolate", nargs=2, metavar=("IMAGE1", "IMAGE2"), help="from one image to another")
+    add("--diff", nargs=3, metavar=("IMAGE", "TEXT1", "TEXT2"),
+        help="change an image as TEXT2 differs from TEXT1")
+    for name in ("clip", "ddpm", "prior", "upsampler", "judge"):
+        other = " (or OpenAI's weights beside their vocabulary)" if name == "clip" else ""
+        add(f"--{name}", help=f"weights.pt of train.py {name}{other}")
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
     args = parser.parse_intermixed_args(arguments)   # prompts and flags in any order
-    if not args.prompts:
+    cli.check_ranges(args, vary=(0, 1))
+    modes = [name for name in ("variations", "interpolate", "diff") if getattr(args, name)]
+    if len(modes) + bool(args.prompts) > 1:
+        raise cli.UserError("a prompt, --variations, --interpolate and --diff exclude each other")
+    args.mode = modes[0] if modes else None
+    if modes:
+        args.method, args.prompts = "unclip", [None]
+    elif not args.prompts:
         args.prompts, args.method = [None], "none"
-    return args, SamplingConfig(**{name: getattr(args, name) for name in vars(default)})
+    config = SamplingConfig(**{name: getattr(args, name) for name in vars(default)})
+    return args, replace(config, eta=0., recurrence=1, steps=50) if args.mode else config
 
 
 def output_paths(args):
     """Choose the PNG of each prompt, all different, and make their folders."""
     paths = []
     for prompt in args.prompts:
-        words = re.findall(r"\w+", prompt.lower()) if prompt else ["unguided"]
+        words = re.findall(r"\w+", prompt.lower()) if prompt else [args.mode or "unguided"]
         name = "-".join(words).encode()[:80].decode(errors="ignore") or "prompt"
         path, number = Path(args.out or "out") / f"{name}.png", 2
         while path in paths or path.exists():   # "red bus" and "Red bus!"; nothing is replaced
@@ -413,21 +557,60 @@ def report(models, allowed, x_0, judge_model, content):
             if len(labels[:, a].unique()) < len(values))
         print(f"prompt accuracy by the judge: {int(correct.sum())} of {len(x_0)} ({each}); "
               f"{content['path']}, {content['steps']:,} steps")
+    size = models.clip.config.image_size
+    x_0 = F.interpolate(x_0, (size, size), mode="area")
     p = models.clip.caption_probs(x_0, models.text_features)[:, allowed].sum(dim=1).mean()
     print(f"CLIP's mean probability of it: {p:.0%}, among {len(models.captions)} captions")
+
+
+def read_images(paths, size):
+    """Read image files of any size and mode, cropped and area-averaged -> (N, 3, size, size)"""
+    images = []
+    for path in paths:
+        try:
+            images.append(image_folders.read_image(Path(path), size))
+        except Exception as error:   # Pillow raises a dozen types
+            reason = "no such file" if isinstance(error, FileNotFoundError) else error
+            raise cli.UserError(f"{path} is no image that can be read: {reason}") from None
+    return data.to_float(np.stack(images))
+
+
+def draw_from_images(models, args, config):
+    """--variations, --interpolate or --diff -> (N, 3, size, size), the given images included"""
+    paths = getattr(args, args.mode)[:2 if args.mode == "interpolate" else 1]
+    x_0 = read_images(paths, models.unet.config.image_size).to(models.alpha_bar.device)
+    if args.mode == "variations":
+        drawn = variations(models, x_0, config, args.vary)
+    elif args.mode == "interpolate":
+        drawn = interpolate(models, x_0, config)
+    else:
+        drawn = diff(models, x_0, *args.diff[1:], config)
+    given = F.interpolate(x_0, drawn.shape[-2:])
+    return torch.cat([given[:1], drawn, given[1:]])
 
 
 @torch.no_grad()
 def main(arguments=None):
     args, config = parse(arguments)
     device, paths = cli.pick_device(args.device), output_paths(args)
-    models = load_models(args.clip, args.ddpm, device, args.prompts != [None] or args.clip)
-    config = fill_in(config, models.clip)   # for the metadata and the report
+    models = load_models(args.clip, args.ddpm, args.prior, args.upsampler, device, config.method)
+    config = fill_in(config, models)   # for the metadata and the report
     judge_model, content = load_judge(models.captions, args.judge, device)
     print(models.description)
-    checksums = {f"{name} checksum": checkpoint.weights_checksum(model)
-                 for name, model in (("CLIP", models.clip), ("DDPM", models.unet)) if model}
+    parts = {"CLIP": models.clip, "DDPM": models.unet, "prior": models.prior,
+             "upsampler": models.upsampler}
+    metadata = {**{f"{name} checksum": checkpoint.weights_checksum(model)
+                   for name, model in parts.items() if model}, **vars(config),
+                "torch": torch.__version__, "bf16": cli.bf16_is_fast(device)}
+    zoom = max(1, 96 // config.size)   # small images get up to 96 pixels on the screen
     with cli.autocast(device):
+        if args.mode:
+            images = data.to_uint8(draw_from_images(models, args, config))
+            given = ", ".join(Path(name).name for name in getattr(args, args.mode))
+            data.save_grid(paths[0], images, min(10, len(images)), zoom, **metadata,
+                           **{args.mode: given})
+            print(f"{len(images)} images -> {paths[0]}")
+            return
         resolved = [resolve_prompt(prompt, models) for prompt in args.prompts]
         for prompt, (extended, allowed), path in zip(args.prompts, resolved, paths):
             frames, start = [], time.perf_counter()
@@ -437,14 +620,10 @@ def main(arguments=None):
                                 keep_frame if args.gif else None)
             images = data.to_uint8(x_0)   # waits for the device, so the time is right
             seconds = time.perf_counter() - start
-            zoom = max(1, 96 // images.shape[1])   # small images get up to 96 pixels on the screen
-            metadata = {**checksums, **vars(config), "torch": torch.__version__,
-                        "bf16": cli.bf16_is_fast(device)}
-            if prompt is not None:
-                metadata["prompt"] = prompt
-            data.save_grid(path, images, min(8, round(config.n ** 0.5)), zoom, **metadata)
+            texts = {} if prompt is None else {"prompt": prompt}
+            data.save_grid(path, images, min(8, round(config.n ** 0.5)), zoom, **metadata, **texts)
             if frames:
-                data.save_gif(path.with_suffix(".gif"), frames, len(frames[0]) // 2, zoom)
+                data.save_gif(path.with_suffix(".gif"), frames, len(frames[0]) // 2, 3)
             if prompt is not None:
                 report(extended, allowed, x_0, judge_model, content)
             print(f"{config.n} images in {seconds:.1f} s ({config.steps} x {config.recurrence} "

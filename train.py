@@ -1,4 +1,4 @@
-"""python train.py clip | ddpm | judge: train one model.
+"""python train.py clip | ddpm | decoder | prior | upsampler | judge: train one model.
 
     python train.py clip                    a CLIP for 32 x 32 pixels, in minutes on two CPU cores
     python train.py ddpm --minutes 10       stop cleanly after ten minutes (so does Ctrl-C)
@@ -34,6 +34,7 @@ import guide
 import judge
 import tinyclip
 import tinyddpm
+import unclip
 from infra import checkpoint, cli, distributed, muon, plot
 
 
@@ -94,17 +95,62 @@ def ddpm_objective(unet, x_0, cond, alpha_bar, generator):
     """Compute the loss of denoising; x_0: (B, 3, H, W), cond: (B, cond_dim) or None -> scalar"""
     t = tinyddpm.stratified_timesteps(len(x_0), generator)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
-    if cond is not None:   # drop one in ten, to train unconditionally too (Ho & Salimans 2022)
-        drop = torch.rand(len(cond), 1, generator=generator, device=x_0.device) < 0.1
-        cond = cond.masked_fill(drop, 0.)
     return tinyddpm.ddpm_loss(unet, x_0, t, eps, alpha_bar, cond).mean()
+
+
+def drop_text(cond, generator):
+    """Drop one condition in ten, to train unconditionally too (Ho & Salimans 2022)."""
+    drop = torch.rand(len(cond), 1, generator=generator, device=cond.device) < 0.1
+    return cond.masked_fill(drop, 0.)
+
+
+def noise_embeddings(z, generator):
+    """Make the decoder's condition of image embeddings at a random noise level -> (B, E + 1)
+
+    Three in ten are clean and four have level 1, which is no condition: the decoder is trained as
+    an unconditional model, too.
+    """
+    draw = torch.rand(len(z), 1, generator=generator, device=z.device)
+    level = ((draw - 0.3) / 0.3).clamp(0, 1)
+    noise = torch.randn(z.shape, generator=generator, device=z.device)
+    return unclip.decoder_condition(z, level, noise)
+
+
+def prior_objective(prior, z, caption_ids, texts, alpha_bar, generator):
+    """Compute the loss of predicting image embeddings from texts -> scalar
+
+    z: (B, E), caption_ids: (B,); texts: (S, K, E), features of S ways to write K captions
+    """
+    (B, E), S = z.shape, len(texts)
+    t = tinyddpm.stratified_timesteps(B, generator)
+    eps = torch.randn(B, E, 1, 1, generator=generator, device=z.device)
+    template = torch.randint(S, (B,), generator=generator, device=z.device)
+    text = drop_text(texts[template, caption_ids], generator)                 # (B, E)
+    return tinyddpm.ddpm_loss(prior, z[:, :, None, None], t, eps, alpha_bar, text).mean()
+
+
+def upsampler_objective(upsampler, x_0, level, low, generator):
+    """Compute the mean absolute error of both doublings -> scalar
+
+    x_0: (B, 3, 4H, 4W), low: (B, 3, H, W), level: (B,), see unclip.upsample. The second doubling
+    gets what the first has made, of a random quarter of it, to save time. An absolute error, not a
+    squared one: its minimum is a median, which has sharp edges, and not a mean, which is blurred.
+    """
+    H, W = low.shape[-2:]
+    middle = upsampler(low, level, second=False)                              # (B, 3, 2H, 2W)
+    top, left = (torch.randint(size + 1, (), generator=generator, device=x_0.device).item()
+                 for size in (H, W))
+    crop = lambda x, k: x[:, :, k * top:k * (top + H), k * left:k * (left + W)]
+    high = upsampler(crop(middle, 1), level, second=True)                     # (B, 3, 2H, 2W)
+    return (F.l1_loss(middle, F.interpolate(x_0, middle.shape[-2:], mode="area"))
+            + F.l1_loss(high, crop(x_0, 2)))
 
 
 class Task(NamedTuple):
     """A model and how it is trained; kind is "clip", "ddpm" or "judge"."""
     kind: str
     model: torch.nn.Module
-    objective: Callable   # (model, x_0, caption_ids, generator) -> scalar loss
+    objective: Callable   # (model, x_0, indices of images, generator) -> scalar loss
     preview: Callable     # (averaged model, folder) -> a line to print; may draw into the folder
     content: dict         # what weights.pt holds of this kind, besides what it always holds
     chance: float         # the loss of a model that has learned nothing, about
@@ -127,6 +173,21 @@ def report_long_texts(texts, tokenizer, context_length):
               f"--context-length {longest} would do")
 
 
+@torch.no_grad()
+def embed_images(clip, dataset, device):
+    """Embed all images of a data set, or load what was embedded before -> (N, E), scaled"""
+    path = data.CACHE / (f"embeddings-{checkpoint.weights_checksum(clip):08x}-"
+                         f"{zlib.crc32(dataset.images):08x}.pt")
+    if not path.exists():
+        parts = range(0, len(dataset.images), 500)
+        with cli.autocast(device):
+            z = [guide.scale_features(clip.encode_image(
+                data.to_float(dataset.images[i:i + 500]).to(device)))
+                for i in tqdm(parts, "embedding images", unit="batch")]
+        checkpoint.save(path, {"kind": "embeddings", "z": torch.cat(z).half().cpu()})
+    return checkpoint.load(path, "embeddings")["z"].float().to(device)
+
+
 def clip_task(config, options, dataset, validation, device):
     """Train a tokenizer on the texts and set up CLIP's training; warn of texts that get lost."""
     if dataset.captions == [""]:
@@ -145,8 +206,9 @@ def clip_task(config, options, dataset, validation, device):
         print(f"{alike:,} of {K:,} captions are the same as another to CLIP, which ignores case, "
               "signs and a first article")
 
-    objective = lambda model, x_0, caption_ids, generator: clip_objective(
-        model, x_0, caption_ids, tokens, partial_true_of, alpha_bar, generator)
+    caption_ids = torch.from_numpy(dataset.caption_ids).to(device)            # (N,)
+    objective = lambda model, x_0, indices, generator: clip_objective(
+        model, x_0, caption_ids[indices], tokens, partial_true_of, alpha_bar, generator)
 
     @torch.no_grad()
     def preview(model, folder):   # the same images and noise in each call
@@ -176,17 +238,11 @@ def clip_task(config, options, dataset, validation, device):
     return Task("clip", tinyclip.CLIP(config, tokenizer), objective, preview, content, chance)
 
 
-def ddpm_task(config, options, dataset, validation, device, clip=None):
-    """clip: a trained CLIP, whose text features become the condition; None: unconditional"""
-    alpha_bar, cond, content = tinyddpm.cosine_alpha_bar().to(device), None, {}
-    if clip is not None:
-        content["clip"] = checkpoint.weights_checksum(clip)   # sample.py needs the same one
-        config = dataclasses.replace(config, cond_dim=clip.config.embed_dim)
-        templates = normalized_templates(dataset)[:ENSEMBLE]
-        text_features = clip.to(device).encode_ensemble(templates)            # (K + P, E)
-        cond = guide.text_condition(text_features[:len(dataset.captions)])    # (K, E)
-    objective = lambda model, x_0, caption_ids, generator: ddpm_objective(
-        model, x_0, None if cond is None else cond[caption_ids], alpha_bar, generator)
+def diffusion_task(kind, config, dataset, validation, device, condition, content):
+    """condition: (indices of images, generator) -> cond, which the U-Net is trained with"""
+    alpha_bar = tinyddpm.cosine_alpha_bar().to(device)
+    objective = lambda model, x_0, indices, generator: ddpm_objective(
+        model, x_0, condition(indices, generator), alpha_bar, generator)
 
     @torch.no_grad()
     def preview(model, folder):   # unconditional
@@ -203,17 +259,92 @@ def ddpm_task(config, options, dataset, validation, device, clip=None):
     x_0, _ = data.batch(dataset, 0, 0, 500)
     a = alpha_bar[1:].mean().item()
     v_squared = a + (1 - a) * x_0.square().mean().item()   # its mean: the loss of v_hat = 0
-    return Task("ddpm", tinyddpm.UNet(config), objective, preview, content, v_squared)
+    return Task(kind, tinyddpm.UNet(config), objective, preview, content, v_squared)
+
+
+def ddpm_task(config, options, dataset, validation, device, clip=None):
+    """clip: a trained CLIP, whose text features become the condition; None: unconditional"""
+    if clip is None:
+        no_condition = lambda indices, generator: None
+        return diffusion_task("ddpm", config, dataset, validation, device, no_condition, {})
+    config = dataclasses.replace(config, cond_dim=clip.config.embed_dim)
+    templates = normalized_templates(dataset)[:ENSEMBLE]
+    text_features = clip.to(device).encode_ensemble(templates)                # (K + P, E)
+    cond = guide.scale_features(text_features[:len(dataset.captions)])     # (K, E)
+    caption_ids = torch.from_numpy(dataset.caption_ids).to(device)            # (N,)
+    condition = lambda indices, generator: drop_text(cond[caption_ids[indices]], generator)
+    content = {"clip": checkpoint.weights_checksum(clip)}   # sample.py needs the same one
+    return diffusion_task("ddpm", config, dataset, validation, device, condition, content)
+
+
+def decoder_task(config, options, dataset, validation, device, clip):
+    """clip: a trained CLIP, whose image embeddings are the condition"""
+    config = dataclasses.replace(config, cond_dim=clip.config.embed_dim + 1)
+    z = embed_images(clip.to(device), dataset, device)                        # (N, E)
+    condition = lambda indices, generator: noise_embeddings(z[indices], generator)
+    content = {"clip": checkpoint.weights_checksum(clip)}
+    return diffusion_task("decoder", config, dataset, validation, device, condition, content)
+
+
+def prior_task(config, options, dataset, validation, device, clip):
+    """clip: a trained CLIP, of whose text features the prior makes image embeddings"""
+    config, clip = dataclasses.replace(config, clip_dim=clip.config.embed_dim), clip.to(device)
+    alpha_bar, K = tinyddpm.cosine_alpha_bar().to(device), len(dataset.captions)
+    z, held_out = embed_images(clip, dataset, device), embed_images(clip, validation, device)
+    with torch.no_grad(), cli.autocast(device):
+        texts = torch.stack([guide.scale_features(clip.encode_captions(texts[:K]))
+                             for texts in normalized_templates(dataset)])     # (S, K, E)
+    caption_ids, held_out_ids = (torch.from_numpy(d.caption_ids).to(device)
+                                 for d in (dataset, validation))
+
+    def objective(model, x_0, indices, generator):
+        return prior_objective(model, z[indices], caption_ids[indices], texts, alpha_bar, generator)
+
+    @torch.no_grad()
+    def preview(model, folder):
+        ids, generators = held_out_ids[:500], [data.generator("sampling", 0, i) for i in range(500)]
+        drawn = unclip.sample_prior(model, guide.scale_features(texts[:, ids].mean(dim=0)),
+                                    generators[:len(ids)], alpha_bar)
+        cosine = F.cosine_similarity(drawn, held_out[:500]).mean()
+        return f"cosine of drawn and true embeddings of held-out images: {cosine:.3f}"
+
+    content = {"clip": checkpoint.weights_checksum(clip)}
+    return Task("prior", unclip.Prior(config), objective, preview, content, 1.)
+
+
+def upsampler_task(config, options, dataset, validation, device):
+    def objective(model, x_0, indices, generator):
+        low = F.avg_pool2d(x_0, 4)
+        return upsampler_objective(model, x_0, low.new_zeros(len(low)), low, generator)
+
+    @torch.no_grad()
+    def preview(model, folder):
+        x_0, _ = data.batch(validation, 0, 0, 100, device)
+        low = F.avg_pool2d(x_0, 4)
+        bicubic = F.interpolate(low, scale_factor=4, mode="bicubic").clamp(-1, 1)
+        high = torch.cat([unclip.upsample(model, x, config.image_size) for x in low.split(20)])
+        psnr = [10 * torch.log10(4 / (x - x_0).square().mean(dim=(1, 2, 3))).mean()
+                for x in (high, bicubic)]   # 4 is the square of the range of pixels
+        rows = data.to_uint8(torch.cat([bicubic[:8], high[:8], x_0[:8]]))
+        data.save_grid(folder / "samples.png", rows)
+        return (f"PSNR on held-out images {psnr[0]:.2f} dB, bicubic {psnr[1]:.2f}; samples.png: "
+                "bicubic, upsampled, true")
+
+    x_0, _ = data.batch(validation, 0, 0, 100)
+    middle, low = F.avg_pool2d(x_0, 2), F.avg_pool2d(x_0, 4)
+    enlarge = lambda x: F.interpolate(x, scale_factor=2, mode="bicubic")
+    chance = (F.l1_loss(enlarge(low), middle) + F.l1_loss(enlarge(middle), x_0)).item()
+    return Task("upsampler", unclip.Upsampler(config), objective, preview, {}, chance)
 
 
 def judge_task(config, options, dataset, validation, device):
     if not dataset.attributes:
         raise cli.UserError("a judge needs the built-in cars or class folders; other captions name "
                             "no attributes that it could learn")
-    labels = torch.from_numpy(dataset.caption_labels).to(device)              # (K, A)
+    labels = torch.from_numpy(dataset.labels).to(device)                      # (N, A)
     sizes = {name: len(values) for name, values in dataset.attributes.items()}
-    objective = lambda model, x_0, caption_ids, generator: judge.judge_loss(
-        model, x_0, labels[caption_ids])
+    objective = lambda model, x_0, indices, generator: judge.judge_loss(
+        model, x_0, labels[indices])
 
     def preview(model, folder):
         x = data.to_float(validation.images).to(device)
@@ -230,6 +361,11 @@ TASKS = {   # kind -> what makes its Task; default configs of the model and of i
     "clip": (clip_task, tinyclip.CLIPConfig(), TrainConfig(steps=2100, lr=2e-3)),
     "ddpm": (ddpm_task, tinyddpm.UNetConfig(),
              TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
+    "decoder": (decoder_task, tinyddpm.UNetConfig(),
+                TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
+    "prior": (prior_task, unclip.PriorConfig(), TrainConfig(steps=3000, batch=256, lr=2e-3)),
+    "upsampler": (upsampler_task, unclip.UpsamplerConfig(),
+                  TrainConfig(steps=2000, batch=16, lr=4e-3, weight_decay=0.01, images=6000)),
     "judge": (judge_task, judge.JudgeConfig(), TrainConfig(steps=800))}
 
 
@@ -312,13 +448,13 @@ def train_step(run, step):
     options, seed, device, rank = run.options, run.seed, run.device, distributed.rank()
     size = options.batch // distributed.world_size()
     x_0, indices = data.batch(run.dataset, seed, step, size, device, rank)
-    caption_ids = torch.from_numpy(run.dataset.caption_ids[indices]).to(device)
+    indices = torch.from_numpy(indices).to(device)
     generator = data.generator("training", seed, step, rank, device=device)
     torch.manual_seed(data.generator("dropout", seed, step, rank).initial_seed())
     total = 0.
-    for x, ids in zip(x_0.chunk(options.accumulate), caption_ids.chunk(options.accumulate)):
+    for x, part in zip(x_0.chunk(options.accumulate), indices.chunk(options.accumulate)):
         with cli.autocast(device, run.bf16):
-            loss = run.task.objective(run.model, x, ids, generator) / options.accumulate
+            loss = run.task.objective(run.model, x, part, generator) / options.accumulate
         loss.backward()
         total += loss.detach()
 
@@ -411,9 +547,12 @@ def parse(arguments):
         if kind == "ddpm":
             add("--clip", help="a CLIP's weights.pt: condition on its text features, for "
                 "sample.py --method classifier-free")
+        if kind in ("decoder", "prior"):
+            add("--clip", required=True, help="a CLIP's weights.pt, whose embeddings are used")
         for name, value in {**vars(config), **vars(options)}.items():
             several = isinstance(value, tuple)
-            if name not in ("cond_dim", "in_channels", "noise_aware"):   # not for users to set
+            # These four are not for users to set.
+            if name not in ("cond_dim", "in_channels", "noise_aware", "clip_dim"):
                 add("--" + name.replace("_", "-"), default=value, nargs="+" if several else None,
                     type=type(value[0] if several else value), help=f"default: {value}")
     args = parser.parse_args(arguments)
@@ -440,17 +579,18 @@ def main(arguments=None):
     args, config, options = parse(arguments)
     device, folder, condition = distributed.pick_device(args.device), Path(args.out), {}
     folder.mkdir(parents=True, exist_ok=True)   # or fail now, not after the first save
-    if args.kind == "ddpm" and args.clip:
-        condition["clip"], content = checkpoint.load_model(args.clip, "clip", tinyclip.CLIP)
+    if vars(args).get("clip"):
+        condition["clip"], content = checkpoint.load_model(args.clip, tinyclip.CLIP, "clip")
     split, held_out, count = "train", "validation", min(2000, options.images)
     if args.kind == "judge":   # trained on other images than CLIP and the diffusion model
         split, held_out, count = "judge", "judge-test", min(5000, options.images)
+    size = content["config"]["image_size"] if args.kind == "prior" else config.image_size
     with distributed.local_rank_0_first():
-        dataset = data.load(args.data, config.image_size, options.images, split)
-        validation = data.load(args.data, config.image_size, count, held_out)
+        dataset = data.load(args.data, size, options.images, split)
+        validation = data.load(args.data, size, count, held_out)
     print(f"{dataset.report}\n{validation.report}")
     if condition and (content["captions"], condition["clip"].config.image_size) != (
-            dataset.captions, config.image_size):
+            dataset.captions, size):
         raise cli.UserError(f"--clip {args.clip} was trained on {content['data']} at "
                             f"{content['config']['image_size']} pixels; train both alike")
     torch.manual_seed(args.seed)   # for the initial weights

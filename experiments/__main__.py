@@ -60,7 +60,7 @@ def main(arguments):
     args.out.mkdir(parents=True, exist_ok=True)
     device = cli.pick_device(args.device)
     with torch.no_grad(), cli.autocast(device):
-        models = sample.load_models(args.clip, args.ddpm, device)
+        models = sample.load_models(args.clip, args.ddpm, device=device)
         print(models.description)
         tables.record(EXPERIMENTS[args.name](models, args), args.name, args, device)
 

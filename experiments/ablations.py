@@ -42,18 +42,20 @@ def hold_out_pairs(dataset):
 
 
 def clip_inputs(clip, dataset, device):
-    """What train.clip_objective takes besides a batch -> tokens, partial_true_of, alpha_bar"""
+    """What train.clip_objective takes besides a batch -> (tokens, partial_true_of, alpha_bar),
+    caption_ids: (N,) of the images"""
     tokens = torch.stack([clip.tokenizer.batch(texts, clip.config.context_length)
                           for texts in train.normalized_templates(dataset)]).to(device)
-    return (tokens, torch.from_numpy(dataset.partial_true_of).to(device),
-            tinyddpm.cosine_alpha_bar().to(device))
+    inputs = (tokens, torch.from_numpy(dataset.partial_true_of).to(device),
+              tinyddpm.cosine_alpha_bar().to(device))
+    return inputs, torch.from_numpy(dataset.caption_ids).to(device)
 
 
 def clean_objective(clip, dataset, device):
     """train.clip_objective on clean images only, as a Task has it."""
-    inputs = clip_inputs(clip, dataset, device)
-    return lambda model, x_0, caption_ids, generator: train.clip_objective(
-        model, x_0, caption_ids, *inputs, generator, clean_fraction=1.)
+    inputs, caption_ids = clip_inputs(clip, dataset, device)
+    return lambda model, x_0, indices, generator: train.clip_objective(
+        model, x_0, caption_ids[indices], *inputs, generator, clean_fraction=1.)
 
 
 def train_changed(kind, change, device, make_objective=None):

@@ -39,7 +39,7 @@ def load_second_judge(data_name, device="cpu"):
     """-> PlainNet for this data set, trained here or shipped; None if there is none."""
     for path in (FOLDER / "weights.pt", Path(data.__file__).parent / "weights/judge-2.pt"):
         if path.exists() and checkpoint.load(path, "judge")["data"] == data_name:
-            return checkpoint.load_model(path, "judge", PlainNet)[0].to(device)
+            return checkpoint.load_model(path, PlainNet, "judge")[0].to(device)
 
 
 def load_judges(models, args):

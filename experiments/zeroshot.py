@@ -212,7 +212,8 @@ def render_with_words(indices, words, size):
 def words_objective(clip, dataset, device):
     """Make train.clip_objective with a word on one image in four, which has a caption of its own
     that says so; partial captions are true of it as if there were no word."""
-    tokens, partial_true_of, alpha_bar = ablations.clip_inputs(clip, dataset, device)
+    inputs, ids_of_images = ablations.clip_inputs(clip, dataset, device)
+    tokens, partial_true_of, alpha_bar = inputs
     K, S = len(dataset.captions), 16   # of 192 lists of texts
     with_word = torch.stack([clip.tokenizer.batch(
         [f"{text} that says {word.lower()}" for word in WORDS for text in texts[:K]],
@@ -225,13 +226,13 @@ def words_objective(clip, dataset, device):
     caption_ids, words = (torch.from_numpy(x).to(device)
                           for x in (cars.caption_index(labels), words))
 
-    def objective(model, x_0, ids, generator):
+    def objective(model, x_0, indices, generator):
         n = len(x_0) // 4
         chosen = torch.randint(len(images), (n,), generator=generator, device=device)
         x_0 = torch.cat([data.to_float(images[chosen.cpu().numpy()]).to(device), x_0[n:]])
         plain = caption_ids[chosen]                                           # (n,)
         new = with_word[:, K * words[chosen] + plain]                         # (S, n, L)
-        ids = torch.cat([K + torch.arange(n, device=device), ids[n:]])
+        ids = torch.cat([K + torch.arange(n, device=device), ids_of_images[indices[n:]]])
         return train.clip_objective(
             model, x_0, ids, torch.cat([tokens[:S, :K], new, tokens[:S, K:]], dim=1),
             torch.cat([partial_true_of, partial_true_of[:, plain]], dim=1), alpha_bar, generator)
@@ -242,7 +243,7 @@ def typographic(models, args):
     """Words on cars: how often zero-shot prediction of the body follows the word."""
     device, shown = models.alpha_bar.device, []
     weights = ablations.train_changed("clip", "words", device, words_objective)
-    reader = sample.load_models(weights, args.ddpm, device)
+    reader = sample.load_models(weights, args.ddpm, device=device)
     indices = from_the_side(SIDE_VIEWS, cars.VALIDATION)
     words = [list(WORDS)[i % len(WORDS)] for i in range(len(indices))]
     bodies = [cars.PARTIAL.index((b, None, None)) for b in range(len(cars.BODIES))]

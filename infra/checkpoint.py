@@ -13,7 +13,9 @@ from infra.cli import UserError
 # What commands read of weights.pt besides what from_checkpoint does.
 HOLDS = {"clip": ("steps", "captions", "caption_labels", "templates", "partial",
                   "partial_true_of", "words"),
-         "ddpm": ("steps", "captions"), "judge": ("steps", "captions", "caption_labels")}
+         "ddpm": ("steps", "captions"), "decoder": ("steps", "captions", "clip"),
+         "prior": ("steps", "clip"), "upsampler": ("steps", "captions"),
+         "judge": ("steps", "captions", "caption_labels")}
 
 
 @contextlib.contextmanager
@@ -61,9 +63,9 @@ def save(path, content):
         raise UserError(f"cannot write {path}: {error}") from None
 
 
-def load(path, kind):
-    """Load what `save` wrote, on the CPU; UserError unless its kind is this, such as "clip run"."""
-    advice = f"train one with: python train.py {kind.split()[0]} --fresh"
+def load(path, *kinds):
+    """Load what `save` wrote, on the CPU; UserError unless its kind is one of these."""
+    advice = f"train one with: python train.py {kinds[0].split()[0]} --fresh"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -72,14 +74,15 @@ def load(path, kind):
         name = type(error).__name__
         raise UserError(f"{path} is not a readable checkpoint ({name}); {advice}") from None
     actual = content.get("kind") if isinstance(content, dict) else type(content).__name__
-    if actual != kind:
-        raise UserError(f"{path} holds {actual!r}, but a checkpoint of kind {kind!r} is needed")
+    if actual not in kinds:
+        raise UserError(f"{path} holds {actual!r}, but a checkpoint of kind {kinds[0]!r} is needed")
     return content
 
 
-def load_model(path, kind, model_class):
+def load_model(path, model_class, *kinds):
     """Load a model -> (model_class.from_checkpoint(content), content); UserError if it misfits."""
-    content = load(path, kind)
+    content = load(path, *kinds)
+    kind = content["kind"]
     try:
         for key in ("data", *HOLDS[kind]):
             content[key]   # or KeyError

@@ -87,7 +87,7 @@ def test_data_prints_a_batch_and_saves_it(tmp_path):
         assert grid.convert("L").getextrema()[0] < 60   # not all white
 
 
-@pytest.mark.parametrize("chapter", ["guide", "judge"])
+@pytest.mark.parametrize("chapter", ["guide", "unclip", "judge"])
 def test_a_chapter_prints_its_final_comment(chapter, tmp_path):
     """Where a file ends in the output to expect, it prints that, but for the last digits."""
     expected = final_comment(chapter)

@@ -92,7 +92,7 @@ def here(folder, monkeypatch):
             (guidance, "PROMPTS", {"all": slice(None), "even": slice(0, None, 16)})):
         monkeypatch.setattr(module, name, small)
     monkeypatch.setattr(train, "TASKS", {
-        kind: (make_task, *TOY[kind]) for kind, (make_task, *_) in train.TASKS.items()})
+        kind: (train.TASKS[kind][0], *toy) for kind, toy in TOY.items()})
 
 
 @pytest.fixture

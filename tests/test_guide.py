@@ -324,7 +324,7 @@ def test_the_condition_is_the_targets_text_feature(models):
     """The classifier-free method uses text features of length sqrt(E), of the target captions,
     whatever their length was."""
     models.text_features = 7 * models.text_features
-    cond = guide.text_condition(models.text_features)
+    cond = guide.scale_features(models.text_features)
     assert torch.allclose(cond.norm(dim=1), torch.full((294,), 4.))           # sqrt(16)
     assert torch.allclose(cond / 4, models.text_features / models.text_features.norm(
         dim=1, keepdim=True), atol=1e-6)

@@ -232,7 +232,7 @@ def content():
 def test_fp16_weights_come_back(tmp_path, content):
     assert all(p.dtype == torch.float16 for p in content["weights"].values())
     checkpoint.save(tmp_path / "x.pt", content)
-    model, again = checkpoint.load_model(tmp_path / "x.pt", "judge", Linear)
+    model, again = checkpoint.load_model(tmp_path / "x.pt", Linear, "judge")
     assert again["config"] == content["config"]
     assert torch.equal(model.weight, content["weights"]["weight"].float())
 
@@ -261,7 +261,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, content, spoil, message):
     spoil(content)
     checkpoint.save(tmp_path / "x.pt", content)
     with pytest.raises(cli.UserError, match=message) as error:
-        checkpoint.load_model(tmp_path / "x.pt", "judge", Linear)
+        checkpoint.load_model(tmp_path / "x.pt", Linear, "judge")
     assert "\n" not in str(error.value)
 
 

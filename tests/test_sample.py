@@ -19,8 +19,10 @@ import guide
 import judge
 import sample
 import tinyclip
+import tinyddpm
 import toys
 import train
+import unclip
 from experiments import clip, english
 from infra import cli
 
@@ -34,8 +36,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toys")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for kind, flags in toys.FLAGS.items():
-            train.main(f"{kind} --steps 4 {flags}".split())
+        for kind, flags in toys.FLAGS.items():   # an upsampler in runs/ would be used everywhere
+            out = "upsampler" if kind == "upsampler" else f"runs/{kind}"
+            train.main(f"{kind} --steps 4 {flags} --out {out}".split())
         train.main(f"ddpm --clip runs/clip/weights.pt --steps 4 {toys.FLAGS['ddpm']} "
                    "--out runs/conditional".split())
     return folder
@@ -129,16 +132,17 @@ def test_models_that_do_not_fit_are_refused(here, capsys):
     sample.load_models(clip="moved.pt")   # a data set is known by its captions, not by its path
     content["weights"]["log_scale"] += 1
     torch.save(content, "other.pt")
-    sample.load_models(clip="other.pt")   # an unconditional DDPM fits any CLIP of the same data
+    conditional = {"clip": "other.pt", "ddpm": "runs/conditional/weights.pt"}
+    sample.load_models(**conditional)   # without its condition it fits any CLIP of the same data
     with pytest.raises(cli.UserError, match="conditional/weights.pt is conditional on .* another"):
-        sample.load_models(clip="other.pt", ddpm="runs/conditional/weights.pt")
+        sample.load_models(**conditional, method="classifier-free")
 
 
 def test_the_judge_is_that_of_the_same_data(here, tmp_path, monkeypatch):
     """The one of runs/, else the shipped one, else none; a given one of other data is refused."""
     assert sample.load_judge(cars.CAPTIONS)[0].config.width == 8
     assert sample.load_judge(["a cat"]) == (None, None)
-    with pytest.raises(cli.UserError, match="is for cars, whose captions are not"):
+    with pytest.raises(cli.UserError, match="is for cars and does not fit"):
         sample.load_judge(["a cat"], "runs/judge/weights.pt")
     monkeypatch.chdir(tmp_path)
     assert sample.load_judge(cars.CAPTIONS)[0].config.width == 32
@@ -515,34 +519,41 @@ def test_flags_and_prompts_in_any_order():
     assert sample.parse(["--interval", "5", "900"])[1].interval in ((5, 900), [5, 900])
 
 
+def with_clip(noise_aware):
+    """Stands in for models of 16 x 16 pixels."""
+    config = SimpleNamespace(noise_aware=noise_aware, image_size=16)
+    return SimpleNamespace(upsampler=None, clip=SimpleNamespace(config=config),
+                           unet=SimpleNamespace(config=config))
+
+
 def test_a_method_has_its_own_scale_and_interval_unless_given():
     """Those of METHODS; no scale that CLIP needs is zero."""
-    for name, method in guide.METHODS.items():
-        config = sample.fill_in(sample.SamplingConfig(method=name, steps=5))
+    for name, method in sample.METHODS.items():
+        config = sample.fill_in(sample.SamplingConfig(method=name, steps=5), with_clip(True))
         assert config == sample.SamplingConfig(
-            method=name, steps=5, scale=method.scale, interval=method.interval)
+            method=name, steps=5, scale=method.scale, interval=method.interval, size=16)
         assert (method.scale > 0) == (name != "none")
-        given = sample.SamplingConfig(method=name, scale=0., interval=(3, 7))
-        assert sample.fill_in(given) == given
+        given = sample.SamplingConfig(method=name, scale=0., interval=(3, 7), size=16)
+        assert sample.fill_in(given, with_clip(True)) == given
 
 
 def test_a_clip_of_clean_images_guides_through_x_0_hat():
     """Methods that need a noise-aware CLIP become x0-fast, with its own scale unless one was given;
     all others stay, as all do with a noise-aware CLIP."""
-    clip = lambda aware: SimpleNamespace(config=SimpleNamespace(noise_aware=aware))
-    for name in guide.METHODS:
+    for name in sample.METHODS:
         for scale in (None, 7.):
             other = "x0-fast" if name in ("lookahead", "noise-aware", "spherical") else name
             config, like = (sample.SamplingConfig(method=method, scale=scale, steps=5)
                             for method in (name, other))
-            assert sample.fill_in(config, clip(True)) == sample.fill_in(config)
-            assert sample.fill_in(config, clip(False)) == sample.fill_in(like)
+            assert sample.fill_in(config, with_clip(True)).method == name
+            assert (sample.fill_in(config, with_clip(False))
+                    == sample.fill_in(like, with_clip(True)))
 
 
 def test_classifier_free_needs_a_conditional_ddpm(here, capsys, all_new):
     """Which takes any prompt, also one of a new caption."""
     flags = [*FAST, "--method", "classifier-free", "--out", "free.png"]
-    with pytest.raises(cli.UserError, match="unconditional; .* train.py ddpm --clip FILE"):
+    with pytest.raises(cli.UserError, match="knows no texts; .* train.py ddpm --clip FILE"):
         sample.main(["red bus", *flags])
     flags += ["--ddpm", "runs/conditional/weights.pt"]
     for prompt in ("red bus", "a bus of bus"):
@@ -563,6 +574,163 @@ def test_the_condition_changes_the_image(here):
                              (None, {})))
     assert not torch.equal(red, blue) and not torch.equal(red, none)
     assert torch.equal(unconditional, none)
+
+
+# ---- unCLIP --------------------------------------------------------------------------------------
+
+UNCLIP = [*"--upsampler upsampler/weights.pt --device cpu --out drawn.png".split()]
+
+
+def render(path, index, size=32):
+    Image.fromarray(cars.render(0, [index], size)[0][0]).save(path)
+
+
+def test_an_image_by_way_of_its_embedding(here, capsys):
+    """With the decoder of runs/, by the prior; 64 x 64 pixels, as that is the upsampler's size."""
+    sample.main(["a red bus", "-n", "2", "--steps", "2", "--method", "unclip", *UNCLIP])
+    assert "DDPM from runs/decoder/weights.pt" in capsys.readouterr().out
+    with Image.open("drawn.png") as image:
+        assert image.size == (2 + 66, 2 + 2 * 66) and image.text["method"] == "unclip"
+        assert {"prior checksum", "upsampler checksum"} <= set(image.text)
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_images_are_as_large_as_asked_for(here, size):
+    """The area average of a large image is the small one."""
+    models = sample.load_models(upsampler="upsampler/weights.pt")
+    options = dict(n=2, steps=2, recurrence=1)
+    small = sample.generate(models, "red bus", size=16, **options)
+    large = sample.generate(models, "red bus", size=size, **options)
+    assert large.shape == (2, 3, size, size) and large.abs().max() <= 1
+    average = F.interpolate(large, (16, 16), mode="area")
+    inside = F.max_pool2d(large.abs(), size // 16) < 1   # clipped elsewhere
+    assert inside.float().mean() > 0.3
+    assert torch.allclose(average[inside], small[inside], atol=1e-4)
+    assert sample.fill_in(sample.SamplingConfig(), models).size == 64
+    with pytest.raises(cli.UserError, match="must be one of 16, 32, 64 with these models"):
+        sample.generate(models, "red bus", size=48, **options)
+
+
+def test_unclip_decodes_what_the_prior_draws(here, monkeypatch):
+    """The condition is the best of two draws for the caption's text feature, at level 0."""
+    models = sample.load_models(method="unclip")
+    models.unet.cond_proj.weight.data.normal_()
+    conds, forward = [], models.unet.forward
+    monkeypatch.setattr(models.unet, "forward", lambda x, t, cond: (
+        conds.append(cond) or forward(x, t, cond)))
+    images = sample.generate(models, "red bus", method="unclip", n=3, steps=2, recurrence=1)
+    assert len(conds) == 2   # the U-Net is evaluated once a step: guidance scale 1
+    generators = [data.generator("sampling", 0, i) for i in range(3)]
+    x_T = torch.stack([torch.randn(3, 16, 16, generator=g) for g in generators])
+    k = models.captions.index("a red bus")
+    text = guide.scale_features(models.text_features[[k] * 3])
+    z = unclip.sample_prior(models.prior, text, generators, models.alpha_bar)
+    assert torch.allclose(conds[0], torch.cat([z, torch.ones(3, 1)], dim=1), atol=1e-4)
+    x_0 = tinyddpm.sample(tinyddpm.denoiser(models.unet, models.alpha_bar, conds[0]), x_T,
+                          generators, models.alpha_bar, steps=2)
+    assert torch.allclose(images, x_0, atol=1e-4)
+
+
+def test_variations_hide_as_much_as_asked_for(here, monkeypatch):
+    """Of the embedding of the image; all of it is no condition."""
+    models = sample.load_models(method="unclip")
+    conds, forward = [], models.unet.forward
+    monkeypatch.setattr(models.unet, "forward", lambda x, t, cond: (
+        conds.append(cond) or forward(x, t, cond)))
+    x_0, config = torch.rand(1, 3, 16, 16), sample.SamplingConfig(n=3, steps=1, size=16, scale=1.)
+    z = guide.scale_features(models.clip.encode_image(x_0))
+    for vary in (0., .5, 1.):
+        assert len(sample.variations(models, x_0, config, vary)) == 3
+        cond = conds.pop()
+        assert torch.allclose(cond[:, -1], torch.tensor(1 - vary))
+        if vary == .5:   # sqrt(1 - s^2) times as much as of noise, each image with its own
+            left = cond[:, :-1] - .75 * z
+            assert 0.3 < left.std().item() / (.75 ** .5 * .5) < 3 and (left[0] != left[1]).all()
+        else:
+            assert torch.allclose(cond[:, :-1], (1 - vary) * z.expand(3, -1), atol=1e-4)
+
+
+def test_batches_start_from_the_given_noise(models):
+    """Each image from its own."""
+    x_T = torch.randn(3, 3, 16, 16)
+    config = sample.SamplingConfig(n=3, batch=2, size=16, eta=0., recurrence=1)
+    denoise = lambda x_t, t: 0.5 * x_t
+    images = sample.sample_batches(models, lambda part, generators: denoise, config, x_T=x_T)
+    assert torch.allclose(images, tinyddpm.sample(
+        denoise, x_T, None, models.alpha_bar, config.steps, eta=0.), atol=1e-5)
+    assert not torch.allclose(images[0], images[1], atol=0.1)
+
+
+def test_ways_between_images_begin_and_end_at_them(here, monkeypatch):
+    """Embeddings and noise of the first and the last image are those of the given ones; a text diff
+    begins with the image's own embedding, and keeps its noise."""
+    models, seen = sample.load_models(method="unclip"), []
+    x_0, config = torch.rand(2, 3, 16, 16), sample.SamplingConfig(n=5)
+    z = sample.embed(models, x_0)
+    x_T = sample.invert(models, x_0, z)
+    monkeypatch.setattr(sample, "invert", lambda models, x, its_z: x_T[:len(x)])
+    monkeypatch.setattr(sample, "sample_batches", lambda models, make, config, x_T: seen.append(
+        (make(slice(0, config.n), None), x_T)))
+    monkeypatch.setattr(sample, "decoder", lambda models, z, scale: z)
+    sample.interpolate(models, x_0, config)
+    sample.diff(models, x_0[:1], "a red bus", "a blue bus", config)
+    (between, noise), (changed, same) = seen
+    for given, path in ((z, between), (x_T, noise)):
+        assert torch.allclose(path[[0, -1]], given, atol=1e-4)
+    assert torch.allclose(changed[0], z[0], atol=1e-4)
+    assert torch.allclose(same, x_T[:1].expand_as(same), atol=1e-6)
+    red, blue = (models.text_features[models.captions.index(f"a {c} bus")][None]
+                 for c in ("red", "blue"))
+    assert torch.allclose(changed[-1:], unclip.text_diff(z[:1], red, blue, 0.5), atol=1e-4)
+
+
+def test_images_from_images(here, capsys):
+    """The given images come first, of an interpolation also last; any mode and size is read."""
+    render("a.png", 1)
+    render("b.png", 2, size=50)
+    Image.open("a.png").convert("L").save("gray.png")
+    for number, *mode in ((5, "--variations", "gray.png"), (6, "--interpolate", "a.png", "b.png"),
+                          (5, "--diff", "a.png", "a red bus", "a blue bus")):
+        sample.main([*mode, "-n", "4", *UNCLIP])
+        with Image.open("drawn.png") as image:
+            pixels = np.asarray(image)
+            assert image.size == (2 + 66 * number, 2 + 66)
+            assert image.text[mode[0][2:]] == ", ".join(mode[1:])
+        given = sample.read_images(mode[1:2], 16)
+        assert (pixels[2:66:4, 2:66:4] == data.to_uint8(given)[0]).all()
+    assert "'a red bus' is read as" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--variations", "nothing.png"], "nothing.png is no image that can be read: no such file"),
+    (["--variations", "text.png"], "text.png is no image that can be read"),
+    (["--diff", "car.png", "a red bus"], "expected 3 arguments"),
+    (["--interpolate", "car.png"], "expected 2 arguments"),
+    (["--diff", "car.png", "a red bus", "?!"], "has no letters or digits"),
+    (["--variations", "car.png", "--vary", "2"], "--vary must be from 0 to 1, not 2.0"),
+    (["red bus", "--variations", "car.png"], "exclude each other"),
+    (["red bus", "--size", "17"], "--size must be one of 16 with these models, not 17"),
+    (["--variations", "car.png", "--ddpm", "runs/ddpm/weights.pt"], "is no decoder; train one"),
+    (["--variations", "car.png", "--ddpm", "foreign.pt"], "the features of another CLIP"),
+    (["red bus", "--method", "unclip", "--prior", "prior.pt"], "does not fit the other models"),
+    (["red bus", "--upsampler", "large.pt"], "does not fit the other models"),
+    (["red bus", "--method", "classifier-free", "--ddpm", "runs/decoder/weights.pt"],
+     "this DDPM knows no texts")])
+def test_mistakes_with_images_are_named(here, monkeypatch, capsys, arguments, message):
+    """In one line."""
+    render("car.png", 1)
+    Path("text.png").write_text("no image")
+    for source, name, change in (("runs/decoder", "foreign.pt", {"clip": 1}),
+                                 ("runs/prior", "prior.pt", {"clip": 1}),
+                                 ("upsampler", "large.pt", {"captions": ["a cat"]})):
+        content = torch.load(f"{source}/weights.pt", weights_only=True)
+        torch.save({**content, **change}, name)
+    monkeypatch.setattr(sys, "argv", ["sample.py", *arguments, *FAST])
+    with pytest.raises(SystemExit) as error:
+        cli.run_command(sample.main)
+    assert error.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -155,14 +155,15 @@ def test_what_clip_is_trained_on():
     dataset = dataset._replace(templates=[
         [f"{prefix} {text}" for text in dataset.templates[1]] for prefix in ("one", "this", "my")])
     task = train.clip_task(CONFIGS["clip"], train.TrainConfig(batch=32), dataset, dataset, CPU)
-    clip, x_0, caption_ids = RecordingCLIP(), torch.randn(32, 3, 8, 8), torch.arange(32) % 6
+    clip, x_0, indices = RecordingCLIP(), torch.randn(32, 3, 8, 8), torch.arange(32) + 7
     for seed in range(20):
-        loss = task.objective(clip, x_0, caption_ids, data.generator("training", seed))
+        loss = task.objective(clip, x_0, indices, data.generator("training", seed))
         assert (clip.t == 0).sum() == 4 and torch.equal(clip.x_t[clip.t == 0], x_0[clip.t == 0])
         texts = [task.model.tokenizer.decode(ids[1:].tolist()).rstrip("! ") for ids in clip.tokens]
         logits = clip.image_features @ clip.text_features.T
-        is_true = torch.tensor([[text.split(" ", 1)[1] in dataset.captions[k] for text in texts]
-                                for k in caption_ids])   # "red square" of "a red square on the ..."
+        is_true = torch.tensor([   # "red square" is part of "a red square on the ..."
+            [text.split(" ", 1)[1] in dataset.captions[k] for text in texts]
+            for k in dataset.caption_ids[indices]])
         of_captions, of_partial = (
             tinyclip.closed_set_loss(logits[:, part], is_true[:, part], clip.t == 0)
             for part in (slice(0, 6), slice(6, 9)))
@@ -231,21 +232,44 @@ def test_captions_that_are_alike_are_counted(capsys):
     assert "are the same" not in capsys.readouterr().out
 
 
-def test_ddpm_objective_drops_a_tenth_of_the_conditions(alpha_bar):
-    """They become zero; the others stay at their images, and the caller's tensor as it was."""
-    cond, seen = torch.rand(4000, 3) + 1, []
+def test_one_condition_in_ten_is_dropped():
+    """It becomes zero; the others stay, and the caller's tensor as it was."""
+    cond = torch.rand(4000, 3) + 1
+    before = cond.clone()
+    given = train.drop_text(cond, data.generator("training", 0))
+    dropped = (given == 0).all(dim=1)
+    assert torch.equal(given[~dropped], cond[~dropped]) and torch.equal(cond, before)
+    assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def test_embeddings_are_clean_hidden_or_in_between():
+    """Three in ten conditions are the embedding itself, four are none, the others have all levels
+    between; each is of its own image."""
+    z = torch.randn(6000, 64)
+    cond = train.noise_embeddings(z, data.generator("training", 0))
+    level = 1 - cond[:, -1]
+    assert (cond[level == 1] == 0).all() and torch.equal(cond[level == 0, :-1], z[level == 0])
+    between = (level > 0) & (level < 1)
+    for part, share in ((level == 0, .3), (level == 1, .4), (between & (level < .5), .15)):
+        assert part.float().mean().item() == pytest.approx(share, abs=0.02)
+    # The mean of z given the noised z, times the variance of that: signal^2.
+    slope = (cond[:, :-1] * z).mean(dim=1)[between]
+    assert torch.allclose(slope, 1 - level[between] ** 2, atol=0.6)
+    assert (slope - (1 - level[between] ** 2)).mean().abs() < 0.02
+
+
+def test_ddpm_objective_is_the_mean_over_all_timesteps(alpha_bar):
+    """The conditions stay at their images."""
+    cond, seen = torch.rand(4000, 3), []
 
     def unet(x_t, t, cond):
         seen.append((x_t, t, cond))
         return torch.zeros_like(x_t)
 
-    before, x_0 = cond.clone(), torch.zeros(4000, 3, 2, 2)
+    x_0 = torch.zeros(4000, 3, 2, 2)
     loss = train.ddpm_objective(unet, x_0, cond, alpha_bar, data.generator("training", 0))
     (x_t, t, given), = seen
-    dropped = (given == 0).all(dim=1)
-    assert torch.equal(given[~dropped], cond[~dropped]) and torch.equal(cond, before)
-    assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.02)
-    assert t.min() >= 1 and t.max() <= tinyddpm.T and x_t.shape == x_0.shape
+    assert given is cond and t.min() >= 1 and t.max() <= tinyddpm.T and x_t.shape == x_0.shape
     # Of x_0 = 0 and v_hat = 0 the loss is the mean of alpha_bar eps^2.
     assert loss.item() == pytest.approx(alpha_bar[1:].mean().item(), rel=0.03)
 
@@ -258,9 +282,9 @@ def test_ddpm_objective_without_a_condition(alpha_bar):
 
 
 def test_a_conditional_ddpm_gets_the_text_features_of_each_image(monkeypatch):
-    """The condition is text_condition of the image's own caption, averaged over its templates, as
+    """The condition is scale_features of the image's own caption, averaged over its templates, as
     sample.py uses it."""
-    dataset, conds = toys.squares(20, seed=0), []
+    dataset, conds, calls = toys.squares(20, seed=0), [], []
     photos = [f"photo of {text}" for text in dataset.templates[0]]
     dataset = dataset._replace(templates=[dataset.templates[0], photos])
     clip = tinyclip.CLIP(CONFIGS["clip"], tinyclip.Tokenizer.train(dataset.captions, 512))
@@ -269,14 +293,14 @@ def test_a_conditional_ddpm_gets_the_text_features_of_each_image(monkeypatch):
     assert task.model.config.cond_dim == 16 and CONFIGS["ddpm"].cond_dim == 0
     assert task.content == {"clip": checkpoint.weights_checksum(clip)}
     monkeypatch.setattr(train, "ddpm_objective", lambda model, x_0, cond, *rest: conds.append(cond))
+    monkeypatch.setattr(train, "drop_text", lambda cond, generator: calls.append(cond) or cond)
     x_0, indices = data.batch(dataset, 0, 1, 8)
-    caption_ids = torch.from_numpy(dataset.caption_ids[indices])
-    task.objective(task.model, x_0, caption_ids, data.generator("training", 0))
+    task.objective(task.model, x_0, torch.from_numpy(indices), data.generator("training", 0))
     features = [F.normalize(clip.encode_captions(texts), dim=1)[dataset.caption_ids[indices]]
                 for texts in train.normalized_templates(dataset)]
     assert not torch.allclose(features[0], features[1], atol=1e-3)
-    expected = guide.text_condition((features[0] + features[1]) / 2)
-    assert torch.allclose(conds[0], expected, atol=1e-5)
+    expected = guide.scale_features((features[0] + features[1]) / 2)
+    assert torch.allclose(conds[0], expected, atol=1e-5) and calls == [conds[0]]
 
 
 def test_what_cannot_be_trained_is_named():
@@ -332,7 +356,7 @@ def learn(kind, folder, **options):
     task = train.TASKS[kind][0](CONFIGS[kind], options, dataset, held_out, CPU)
     train.train(task, options, dataset, folder, device=CPU)
     cls = {"clip": tinyclip.CLIP, "ddpm": tinyddpm.UNet, "judge": judge.Judge}[kind]
-    return task, checkpoint.load_model(folder / "weights.pt", kind, cls)[0]
+    return task, checkpoint.load_model(folder / "weights.pt", cls, kind)[0]
 
 
 def test_clip_learns(tmp_path, alpha_bar, capsys):

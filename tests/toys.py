@@ -9,6 +9,11 @@ FLAGS = {   # of train.py
             "--text-layers 1 --text-heads 2 --embed-dim 16 --image-size 16 --device cpu",
     "ddpm": "--images 64 --batch 8 --channels 16 --multipliers 1 2 --attention 1 --image-size 16 "
             "--device cpu",
+    "decoder": "--images 64 --batch 8 --channels 16 --multipliers 1 2 --attention 1 "
+               "--image-size 16 --device cpu --clip runs/clip/weights.pt",
+    "prior": "--images 64 --batch 8 --width 32 --blocks 1 --device cpu "
+             "--clip runs/clip/weights.pt",
+    "upsampler": "--images 64 --batch 8 --channels 32 --blocks 1 --image-size 64 --device cpu",
     "judge": "--images 64 --batch 8 --width 8 --image-size 16 --device cpu",
 }
 COLOURS, SIDES = ["red", "green", "blue"], ["left", "right"]

@@ -1,0 +1,248 @@
+"""Chapter 4: unCLIP: from words to images by way of CLIP's image embeddings.
+
+    Ramesh et al. 2022, "Hierarchical Text-Conditional Image Generation with CLIP Latents"
+        arxiv.org/abs/2204.06125
+    Ho et al. 2022, "Cascaded Diffusion Models" (noise on what a model is conditioned on)
+        arxiv.org/abs/2106.15282
+    Shi et al. 2016, "Real-Time Single Image Super-Resolution ... Sub-Pixel ..." (PixelShuffle)
+        arxiv.org/abs/1609.05158
+
+The idea: CLIP's text feature says what an image shows; its image embedding says that and a little
+more. Three networks undo CLIP's image encoder, one step at a time:
+
+    text feature --prior--> image embedding --decoder--> image --upsampler--> larger image
+
+The prior is a diffusion model of embeddings, conditional on the text feature. The decoder is the
+U-Net of tinyddpm.py, conditional on an embedding. CLIP stays as it is.
+
+Shapes: B batch, E embedding width, D width of the prior. Embeddings are scaled to length sqrt(E).
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from guide import scale_features
+from tinyddpm import denoiser, randn_per_image, sample, timestep_embedding, zero_init
+
+
+# ---- the prior: from text feature to image embedding ---------------------------------------------
+
+@dataclass
+class PriorConfig:
+    clip_dim: int = 128    # E, width of CLIP's features
+    width: int = 256       # D
+    blocks: int = 4
+
+    def __post_init__(self):
+        if self.width < 32 or self.width % 2 or self.blocks < 1:
+            raise ValueError("width must be even and at least 32, blocks at least 1")
+
+
+class Prior(nn.Module):
+    """Residual MLP: predicts v from a noised image embedding and the text feature.
+
+    z_t: (B, E, 1, 1), t: (B,) int in 1..T, cond: (B, E) or None -> v_hat: (B, E, 1, 1)
+
+    An embedding is an image of one pixel with E channels: ddpm_loss, denoiser and sample of
+    tinyddpm.py serve both.
+    differs from the paper: there a Transformer, which reads the words as well, predicts z_0. The
+    squared error of z_0 neglects small t, and what little differs between the embeddings of a
+    caption is made there: all draws would be alike (see the demonstration).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        E, D = config.clip_dim, config.width
+        self.z_proj = nn.Linear(E, D)
+        self.text_proj = nn.Linear(E, D, bias=False)   # text = 0 is the same as no text
+        self.time_proj = nn.Linear(D, D)
+        self.blocks = nn.ModuleList(nn.Sequential(
+            nn.LayerNorm(D), nn.Linear(D, D), nn.SiLU(), zero_init(nn.Linear(D, D)))
+            for _ in range(config.blocks))
+        self.out = nn.Sequential(nn.LayerNorm(D), nn.SiLU(), zero_init(nn.Linear(D, E)))
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint):
+        """Rebuild a trained prior from the dictionary in weights.pt, in eval mode."""
+        prior = cls(PriorConfig(**checkpoint["config"]))
+        prior.load_state_dict(checkpoint["weights"])
+        return prior.eval().requires_grad_(False)
+
+    def forward(self, z_t, t, cond=None):
+        h = self.z_proj(z_t.flatten(1))                                       # (B, D)
+        h = h + self.time_proj(timestep_embedding(t, h.shape[1]))
+        if cond is not None:
+            h = h + self.text_proj(cond)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.out(h)[:, :, None, None]                                  # (B, E, 1, 1)
+
+
+def sample_prior(prior, text, generators, alpha_bar, steps=25, draws=2):
+    """Sample image embeddings for text features, the best of several draws -> (B, E)
+
+    text: (B, E), scaled; the best has the largest dot product with the text (Ramesh et al., 2.2).
+    """
+    denoise, z = denoiser(prior, alpha_bar, text), []
+    for _ in range(draws):
+        z_T = randn_per_image(generators, (text.shape[1], 1, 1), text.device)
+        z.append(sample(denoise, z_T, generators, alpha_bar, steps, clamp=False).flatten(1))
+    z = torch.stack(z)                                                        # (draws, B, E)
+    best = (z * text).sum(dim=2).argmax(dim=0)                                # (B,)
+    return z[best, torch.arange(len(text), device=text.device)]
+
+
+# ---- the decoder: from image embedding to image --------------------------------------------------
+
+def decoder_condition(z, level, noise):
+    """Make the decoder's condition of image embeddings -> (B, E + 1)
+
+    z: (B, E), scaled; level: (B, 1) in [0, 1], how much of the embedding is hidden by noise: 0
+    shows all of it, 1 nothing; noise: standard normal like z
+
+    z_s = sqrt(1 - s^2) z + s noise is multiplied by sqrt(1 - s^2), which makes it the mean of z
+    given z_s, if z were standard normal. So at level 1 the condition is zero, as for unconditional.
+    """
+    signal = (1 - level ** 2).sqrt()
+    return torch.cat([signal * (signal * z + level * noise), 1 - level], dim=1)
+
+
+def slerp(a, b, fraction):
+    """Interpolate on the arc between vectors (Shoemake 1985) -> like a; fraction 0 is a, 1 is b
+
+    a, b: (B, ...), each flattened to one vector; the length changes linearly.
+    """
+    flat_a, flat_b = a.flatten(1), b.flatten(1)
+    cosine = F.cosine_similarity(flat_a, flat_b).clamp(-1, 1)[:, None]        # (B, 1)
+    angle = cosine.acos().clamp(min=1e-4)   # of equal vectors too
+    length_a, length_b = (x.norm(dim=1, keepdim=True) for x in (flat_a, flat_b))
+    direction = (torch.sin((1 - fraction) * angle) * flat_a / length_a
+                 + torch.sin(fraction * angle) * flat_b / length_b) / angle.sin()
+    return (((1 - fraction) * length_a + fraction * length_b) * direction).view_as(a)
+
+
+# ---- the upsampler: from a small image to a large one --------------------------------------------
+
+@dataclass
+class UpsamplerConfig:
+    channels: int = 64
+    blocks: int = 8
+    image_size: int = 128   # pixels of the large images; the small ones have a quarter of that
+
+    def __post_init__(self):
+        if self.channels < 32 or self.blocks < 1 or self.image_size < 4 or self.image_size % 4:
+            raise ValueError("channels must be at least 32, blocks 1, image_size a multiple of 4")
+
+
+class UpsamplerBlock(nn.Module):
+    """Residual block: conv, scale and shift by the condition, SiLU, conv; no normalisation, which
+    would lose the absolute colours (Lim et al. 2017, arXiv 1707.02921).
+
+    x: (B, C, H, W), cond: (B, 2) -> (B, C, H, W)
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.cond_proj = nn.Linear(2, 2 * channels)
+        self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(self, x, cond):
+        scale, shift = self.cond_proj(cond)[:, :, None, None].chunk(2, dim=1)
+        return x + self.conv2(F.silu(self.conv1(x) * (1 + scale) + shift))
+
+
+class Upsampler(nn.Module):
+    """Residual network: enlarges images to twice their size, the same weights for both steps.
+
+    low: (B, 3, H, W), level: (B,) -> (B, 3, 2H, 2W)
+
+    It predicts what bicubic interpolation lacks. All layers work at the small size; the last makes
+    12 channels of it, which PixelShuffle lays out as 2 x 2 pixels of 3 (Shi et al. 2016).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, C = config, config.channels
+        self.conv_in = nn.Conv2d(3, C, 3, padding=1)
+        self.blocks = nn.ModuleList(UpsamplerBlock(C) for _ in range(config.blocks))
+        self.conv_out = zero_init(nn.Conv2d(C, 12, 3, padding=1))
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint):
+        """Rebuild a trained upsampler from the dictionary in weights.pt, in eval mode."""
+        upsampler = cls(UpsamplerConfig(**checkpoint["config"]))
+        upsampler.load_state_dict(checkpoint["weights"])
+        return upsampler.eval().requires_grad_(False)
+
+    def forward(self, low, level, second):
+        """low: (B, 3, H, W); level: (B,), see redrawn; second: whether this is the second doubling
+        -> (B, 3, 2H, 2W)"""
+        cond = torch.stack([level, torch.full_like(level, second)], dim=1)    # (B, 2)
+        h = self.conv_in(low)                                                 # (B, C, H, W)
+        for block in self.blocks:
+            h = block(h, cond)
+        residual = F.pixel_shuffle(self.conv_out(h), 2).float()               # (B, 3, 2H, 2W)
+        return F.interpolate(low, scale_factor=2, mode="bicubic") + residual
+
+
+def match_average(high, low):
+    """Shift each block of pixels of the large image so that its average is the small one's pixel
+
+    high: (B, 3, kH, kW), low: (B, 3, H, W) -> like high
+    """
+    lacking = low - F.interpolate(high, low.shape[-2:], mode="area")
+    return high + F.interpolate(lacking, high.shape[-2:])
+
+
+def upsample(upsampler, low, size, level=0.):
+    """Double images until they have size x size pixels -> (B, 3, size, size) in [-1, 1]
+
+    low: (B, 3, H, W) in [-1, 1]; level: see upsampler_inputs
+    """
+    high, levels = low, low.new_full((len(low),), level)
+    while high.shape[-1] < size:
+        high = upsampler(high, levels, second=high.shape[-1] > low.shape[-1])
+    return match_average(high, low).clamp(-1, 1)
+
+
+# ---- what embeddings are good for ----------------------------------------------------------------
+
+def text_diff(z, text_from, text_to, fraction):
+    """Move an image embedding in the direction from one text to another (Ramesh et al., 3.3)
+
+    z: (B, E); text_from, text_to: (B, E), text features; fraction: 0 is z, up to about .5 -> (B, E)
+    """
+    return slerp(z, scale_features(text_to - text_from), fraction)
+
+
+if __name__ == "__main__":   # a prior of two captions, whose embeddings have two numbers
+    from tinyddpm import cosine_alpha_bar, ddpm_loss, stratified_timesteps
+
+    torch.manual_seed(0)
+    alpha_bar = cosine_alpha_bar()
+    means, stds = torch.tensor([[1., 1.], [-1., 1.]]), torch.tensor([[.5], [.1]])
+    texts = means + .1   # text features are near the mean image embeddings
+    prior = Prior(PriorConfig(clip_dim=2, width=64, blocks=2))
+    optimizer = torch.optim.Adam(prior.parameters(), 3e-3)
+    for step in range(500):
+        ids = torch.randint(2, (256,))
+        z = means[ids] + stds[ids] * torch.randn(256, 2)
+        t = stratified_timesteps(256, torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        ddpm_loss(prior, z[:, :, None, None], t, torch.randn(256, 2, 1, 1), alpha_bar,
+                  texts[ids]).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        for text, mean, std in zip(texts, means.tolist(), stds):
+            generators = [torch.Generator().manual_seed(i) for i in range(500)]
+            z = sample_prior(prior, text.expand(500, 2), generators, alpha_bar, draws=1)
+            print(f"drawn: mean {z[:, 0].mean():5.2f}, {z[:, 1].mean():.2f}, standard deviation "
+                  f"{z.std(dim=0).mean():.2f}; true: mean {mean[0]:5.2f}, {mean[1]:.2f}, "
+                  f"standard deviation {std.item():.2f}")
+
+# drawn: mean  0.98, 1.01, standard deviation 0.50; true: mean  1.00, 1.00, standard deviation 0.50
+# drawn: mean -0.98, 1.01, standard deviation 0.07; true: mean -1.00, 1.00, standard deviation 0.10
