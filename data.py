@@ -150,8 +150,7 @@ def batch(dataset, seed, step, size, device="cpu", rank=0):
     -> x_0: (size, 3, H, W) in [-1, 1] on the device, indices: (size,) int64 numpy
     """
     indices = np.random.default_rng([seed, step, rank]).integers(len(dataset.images), size=size)
-    images = torch.from_numpy(dataset.images[indices]).to(device)   # still bytes
-    return to_float(images), indices
+    return to_float(torch.from_numpy(dataset.images[indices]).to(device)), indices
 
 
 # ---- grids and GIFs ------------------------------------------------------------------------------

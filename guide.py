@@ -249,6 +249,9 @@ class Method(NamedTuple):
     scale: float                 # default, found by a sweep: experiments/LOG.md
     interval: tuple              # likewise
     through_unet: bool = False   # see guided
+    steps: int = 25              # of sampling, and how it samples by default: see tinyddpm.sample
+    eta: float = 1.
+    recurrence: int = 2
 
 
 METHODS = {
@@ -260,7 +263,8 @@ METHODS = {
     # CLIP applied to x_0_hat, as in x0, with r_t^2 in place of the U-Net's Jacobian
     "x0-fast": Method(functools.partial(lookahead, t_fraction=0.), 128., (1, 1000)),
     "classifier-free": Method(None, 2., (1, 1000)),
-    "none": Method(None, 0., (1, 1000)),
+    # Without guidance there are no errors of guidance for fresh noise to overwrite.
+    "none": Method(None, 0., (1, 1000), steps=50, eta=0., recurrence=1),
 }
 DEFAULT = "lookahead"
 

@@ -5,9 +5,14 @@
     python sample.py "something red"              prompts are English, and may leave things open
     python sample.py "red bus" --clip ViT-B-32.pt         guided by a published CLIP
     python sample.py -n 64                        no prompt: unguided
+    python sample.py "red bus" --method unclip    by way of an image embedding, from a prior
+    python sample.py --variations car.png --vary 0.3           other cars like this one
+    python sample.py --interpolate car.png bus.png             from one image to another
+    python sample.py --diff car.png "a red car" "a blue car"   change it as the texts differ
 
-Uses runs/clip and runs/ddpm if both were trained (without a prompt runs/ddpm is enough), else the
-models in weights/. Writes a PNG for each prompt, with seed and settings in its metadata, prints how
+Uses runs/clip and runs/ddpm if both were trained (without a prompt runs/ddpm is enough, for the
+last four runs/decoder), else the models in weights/; images are enlarged if there is an upsampler
+for them. Writes a PNG for each prompt, with seed and settings in its metadata, prints how
 CLIP reads the prompt, CLIP's probability of it and the judge's prompt accuracy. With another -n or
 --batch an image may differ a little on a CPU that computes in bf16, where sums are rounded in
 another order. From Python: load_models, then generate (see README.md).
@@ -37,7 +42,8 @@ from infra import checkpoint, cli, image_folders, published
 from tinyclip import normalize_prompt
 
 SHIPPED = Path(__file__).resolve().parent / "weights"
-METHODS = {**guide.METHODS, "unclip": guide.Method(None, 1., (1, tinyddpm.T))}
+METHODS = {**guide.METHODS, "unclip": guide.METHODS["none"]._replace(scale=1., steps=25)}
+OWN = "scale", "interval", "steps", "eta", "recurrence"   # settings that are each method's own
 CONDITIONAL = "classifier-free", "unclip"   # whose DDPM fits one CLIP alone
 PUBLISHED_TEMPLATES = ("a photo of a {}.", "a rendering of a {}.", "a toy {}.")   # 3 of the 80
 
@@ -289,11 +295,11 @@ def resolve_prompt(prompt, models):
 class SamplingConfig:
     n: int = 16                   # images
     method: str = guide.DEFAULT   # one of METHODS
-    scale: float = None           # guidance scale; None becomes the method's own
-    interval: tuple = None        # timesteps (lo, hi) at which to guide; None: the method's own
-    steps: int = 25
-    eta: float = 1.               # 0 is deterministic as DDIM, 1 as noisy as DDPM
-    recurrence: int = 2           # times that each step but the last is taken
+    scale: float = None           # guidance scale; None becomes the method's own, so for the next
+    interval: tuple = None        # timesteps (lo, hi) at which to guide
+    steps: int = None
+    eta: float = None             # 0 is deterministic as DDIM, 1 as noisy as DDPM
+    recurrence: int = None        # times that each step but the last is taken
     seed: int = 0
     batch: int = 64               # images at a time
     size: int = None              # pixels, H and W; None: as large as there is an upsampler for
@@ -312,7 +318,7 @@ class SamplingConfig:
 
 
 def fill_in(config, models):
-    """Fill in the size, scale and interval that are left open; replace a method that needs
+    """Fill in what is left open, the size and the method's OWN; replace a method that needs
     noise-aware CLIP if this one, like the published ones, was trained on clean images only"""
     clip, native = models.clip, models.unet.config.image_size
     sizes = [native] + [2 * native, 4 * native] * bool(models.upsampler)
@@ -323,9 +329,9 @@ def fill_in(config, models):
             "lookahead", "noise-aware", "spherical"):
         print(f"this CLIP was trained on clean images: method x0-fast instead of {config.method}")
         config = replace(config, method="x0-fast")
-    own = METHODS[config.method]
-    return replace(config, interval=config.interval or own.interval, size=config.size or sizes[-1],
-                   scale=own.scale if config.scale is None else config.scale)
+    own = {name: getattr(METHODS[config.method], name)
+           for name in OWN if getattr(config, name) is None}
+    return replace(config, size=config.size or sizes[-1], **own)
 
 
 def generate(models, prompt=None, callback=None, **options):
@@ -478,13 +484,14 @@ def parse(arguments):
     add("prompts", nargs="*", metavar="prompt", help="one file each; without a prompt: unguided")
     add("-n", type=int, default=default.n, help="how many images")
     add("--method", default=default.method, choices=METHODS)
-    add("--scale", type=float, help="guidance scale; default: the method's own")
+    add("--scale", type=float, help="guidance scale; this and the next four: by default the "
+        "method's own")
     add("--interval", type=int, nargs=2, metavar=("LO", "HI"),
-        help="guide only at these timesteps, 1 to 1000; default: the method's own")
-    add("--steps", type=int, default=default.steps, help="sampling steps, 1 to 1000")
-    add("--eta", type=float, default=default.eta,
+        help="guide only at these timesteps, 1 to 1000")
+    add("--steps", type=int, help="sampling steps, 1 to 1000")
+    add("--eta", type=float,
         help="fresh noise in each step: 0 is none (DDIM), 1 as much as in DDPM")
-    add("--recurrence", type=int, default=default.recurrence,
+    add("--recurrence", type=int,
         help="take each step but the last this many times, with fresh noise in between")
     add("--seed", type=int, default=default.seed)
     add("--batch", type=int, default=default.batch, help="images at a time")
@@ -511,7 +518,7 @@ def parse(arguments):
     elif not args.prompts:
         args.prompts, args.method = [None], "none"
     config = SamplingConfig(**{name: getattr(args, name) for name in vars(default)})
-    return args, replace(config, eta=0., recurrence=1, steps=50) if args.mode else config
+    return args, config
 
 
 def output_paths(args):

@@ -312,10 +312,22 @@ def prior_task(config, options, dataset, validation, device, clip):
     return Task("prior", unclip.Prior(config), objective, preview, content, 1.)
 
 
-def upsampler_task(config, options, dataset, validation, device):
+def upsampler_task(config, options, dataset, validation, device, ddpm=None):
+    """ddpm: a trained U-Net, which draws half of the small images again; None: they are real"""
+    alpha_bar, ddpm = tinyddpm.cosine_alpha_bar().to(device), ddpm and ddpm.to(device)
+
     def objective(model, x_0, indices, generator):
         low = F.avg_pool2d(x_0, 4)
-        return upsampler_objective(model, x_0, low.new_zeros(len(low)), low, generator)
+        level = low.new_zeros(len(low))
+        if ddpm is not None:
+            half = len(low) // 2   # of random images
+            t = torch.randint(50, 301, (), generator=generator, device=device).item()
+            eps = torch.randn(low[:half].shape, generator=generator, device=device)
+            with torch.no_grad():
+                drawn = unclip.redraw(tinyddpm.denoiser(ddpm, alpha_bar), low[:half], t, eps,
+                                      alpha_bar)
+            low, level[:half] = torch.cat([drawn, low[half:]]), t / tinyddpm.T
+        return upsampler_objective(model, x_0, level, low, generator)
 
     @torch.no_grad()
     def preview(model, folder):
@@ -547,6 +559,9 @@ def parse(arguments):
         if kind == "ddpm":
             add("--clip", help="a CLIP's weights.pt: condition on its text features, for "
                 "sample.py --method classifier-free")
+        if kind == "upsampler":
+            add("--ddpm", help="a DDPM's weights.pt, which draws half of the small images again, "
+                "to learn to mend what it draws")
         if kind in ("decoder", "prior"):
             add("--clip", required=True, help="a CLIP's weights.pt, whose embeddings are used")
         for name, value in {**vars(config), **vars(options)}.items():
@@ -577,24 +592,28 @@ def parse(arguments):
 def main(arguments=None):
     distributed.init()
     args, config, options = parse(arguments)
-    device, folder, condition = distributed.pick_device(args.device), Path(args.out), {}
+    device, folder = distributed.pick_device(args.device), Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)   # or fail now, not after the first save
-    if vars(args).get("clip"):
-        condition["clip"], content = checkpoint.load_model(args.clip, tinyclip.CLIP, "clip")
+    given, size = {}, getattr(config, "image_size", None)   # a trained model; pixels of the images
+    for flag, model_class, *kinds in (("clip", tinyclip.CLIP, "clip"),
+                                      ("ddpm", tinyddpm.UNet, "ddpm", "decoder")):
+        if path := vars(args).get(flag):
+            given[flag], content = checkpoint.load_model(path, model_class, *kinds)
+            used, its_size = f"--{flag} {path}", content["config"]["image_size"]
+            size = size or its_size
     split, held_out, count = "train", "validation", min(2000, options.images)
     if args.kind == "judge":   # trained on other images than CLIP and the diffusion model
         split, held_out, count = "judge", "judge-test", min(5000, options.images)
-    size = content["config"]["image_size"] if args.kind == "prior" else config.image_size
     with distributed.local_rank_0_first():
         dataset = data.load(args.data, size, options.images, split)
         validation = data.load(args.data, size, count, held_out)
     print(f"{dataset.report}\n{validation.report}")
-    if condition and (content["captions"], condition["clip"].config.image_size) != (
-            dataset.captions, size):
-        raise cli.UserError(f"--clip {args.clip} was trained on {content['data']} at "
-                            f"{content['config']['image_size']} pixels; train both alike")
+    expected = size // 4 if args.kind == "upsampler" else size
+    if given and (content["captions"], its_size) != (dataset.captions, expected):
+        raise cli.UserError(f"{used} was trained on {content['data']} at {its_size} pixels, but "
+                            f"{args.data} at {expected} is needed")
     torch.manual_seed(args.seed)   # for the initial weights
-    task = TASKS[args.kind][0](config, options, dataset, validation, device, **condition)
+    task = TASKS[args.kind][0](config, options, dataset, validation, device, **given)
     with checkpoint.lock(folder):
         train(task, options, dataset, folder, args.seed, device, args.minutes, args.save_every,
               args.fresh)

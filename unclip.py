@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from guide import scale_features
-from tinyddpm import denoiser, randn_per_image, sample, timestep_embedding, zero_init
+from tinyddpm import denoiser, q_sample, randn_per_image, sample, timestep_embedding, zero_init
 
 
 # ---- the prior: from text feature to image embedding ---------------------------------------------
@@ -147,7 +147,7 @@ class UpsamplerBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.cond_proj = nn.Linear(2, 2 * channels)
+        self.cond_proj = zero_init(nn.Linear(2, 2 * channels))
         self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x, cond):
@@ -189,6 +189,15 @@ class Upsampler(nn.Module):
         return F.interpolate(low, scale_factor=2, mode="bicubic") + residual
 
 
+def redraw(denoise, low, t, eps, alpha_bar):
+    """Noise images up to timestep t and denoise them again: they get the faults of sampled ones
+
+    low: (B, 3, H, W), t: int, eps: standard normal like low -> (B, 3, H, W)
+    """
+    x_t = q_sample(low, torch.full((len(low),), t, device=low.device), eps, alpha_bar)
+    return sample(denoise, x_t, None, alpha_bar[:t + 1], steps=1 + t // 50, eta=0.)
+
+
 def match_average(high, low):
     """Shift each block of pixels of the large image so that its average is the small one's pixel
 
@@ -201,12 +210,13 @@ def match_average(high, low):
 def upsample(upsampler, low, size, level=0.):
     """Double images until they have size x size pixels -> (B, 3, size, size) in [-1, 1]
 
-    low: (B, 3, H, W) in [-1, 1]; level: see upsampler_inputs
+    low: (B, 3, H, W) in [-1, 1]; level: how little to trust them: t / T of `redraw`, 0 for real
+    images, of which each pixel stays the average of its block
     """
     high, levels = low, low.new_full((len(low),), level)
     while high.shape[-1] < size:
         high = upsampler(high, levels, second=high.shape[-1] > low.shape[-1])
-    return match_average(high, low).clamp(-1, 1)
+    return (high if level else match_average(high, low)).clamp(-1, 1)
 
 
 # ---- what embeddings are good for ----------------------------------------------------------------

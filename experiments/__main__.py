@@ -12,14 +12,16 @@ import torch
 import guide
 import sample
 from experiments import (ablations, benchmark, clip, ddpm, english, evaluator, figures, guidance,
-                         interruptions, second_judge, tables, zeroshot)
+                         interruptions, second_judge, tables, unclip, zeroshot)
 from infra import cli
 
 EXPERIMENTS = {   # (models, args) -> rows of a table
     "clip": clip.zero_shot, "ddpm": ddpm.unguided_quality, "judges": second_judge.judges,
     "guidance": guidance.compare_methods, "sweep": guidance.sweep, "failures": guidance.failures,
     "english": english.english, "zeroshot": zeroshot.zero_shot,
-    "ablations": ablations.ablations, "composition": ablations.composition,
+    "prior": unclip.priors, "decoder": unclip.decoder, "embeddings": unclip.embeddings,
+    "upsampler": unclip.upsamplers, "ablations": ablations.ablations,
+    "composition": ablations.composition,
     "figures": figures.figures}
 STANDALONE = {   # list of arguments -> None
     "predict": zeroshot.predict_file,
@@ -40,10 +42,10 @@ def parse_args(arguments):
     add("--prompts", default="all", choices=guidance.PROMPTS, help="tune on half of the captions")
     add("--each", type=int, default=1, help="samples of each caption")
     add("--interval", type=int, nargs=2, metavar=("LO", "HI"), help="timesteps with guidance")
-    for name in ("steps", "eta", "recurrence", "seed", "batch"):
-        value = getattr(default, name)
-        add(f"--{name}", type=type(value), default=value, help=f"see sample.py; default {value}")
-    for kind in ("clip", "ddpm", "judge"):
+    for name, kind in (("steps", int), ("eta", float), ("recurrence", int), ("seed", int),
+                       ("batch", int)):
+        add(f"--{name}", type=kind, default=getattr(default, name), help="see sample.py")
+    for kind in ("clip", "ddpm", "prior", "upsampler", "judge"):
         add(f"--{kind}", help="its weights.pt; default: as sample.py")
     add("--out", type=Path, default="out", help="folder for tables and images")
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
@@ -60,7 +62,9 @@ def main(arguments):
     args.out.mkdir(parents=True, exist_ok=True)
     device = cli.pick_device(args.device)
     with torch.no_grad(), cli.autocast(device):
-        models = sample.load_models(args.clip, args.ddpm, device=device)
+        needs_prior = args.name in ("prior", "decoder") or "unclip" in args.methods
+        models = sample.load_models(args.clip, args.ddpm, args.prior, args.upsampler, device,
+                                    "unclip" if needs_prior else guide.DEFAULT)
         print(models.description)
         tables.record(EXPERIMENTS[args.name](models, args), args.name, args, device)
 

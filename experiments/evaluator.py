@@ -6,6 +6,7 @@ i stands for one image: of caption i % K, from noise of its own, whatever the me
 import hashlib
 import math
 import time
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ import guide
 import sample
 import tinyclip
 import tinyddpm
+import unclip
 from experiments import metrics, second_judge, variants
 from infra import checkpoint, cli
 from judge import predict
@@ -26,10 +28,10 @@ from judge import predict
 HELD_OUT = 2000   # images of the validation split for experiments without samples
 REAL = 4000       # rendered cars for each sample of a caption, to have real images of all captions
 POOL = 2000       # unguided images from which best_of chooses
-METHODS = {**guide.METHODS, **variants.VARIANTS}
+METHODS = {**sample.METHODS, **variants.VARIANTS}
 # The source code as it was imported: a file may be edited while an experiment runs.
 SOURCE = [Path(module.__file__).read_bytes()
-          for module in (data, guide, tinyclip, tinyddpm, variants)]
+          for module in (data, guide, tinyclip, tinyddpm, unclip, variants)]
 
 
 def normalized(texts):
@@ -65,12 +67,12 @@ class Samples(NamedTuple):
     seconds: float          # for all images, without loading the models
 
 
-def build_denoiser(name, models, targets, scale, interval):
-    """guide.build_denoiser for METHODS."""
-    if name == "classifier-free" and not models.unet.config.cond_dim:
+def build_denoiser(name, models, targets, scale, interval, generators=None):
+    """sample.build_denoiser for METHODS."""
+    if name == "classifier-free" and (models.decodes or not models.unet.config.cond_dim):
         raise cli.UserError("classifier-free guidance needs a DDPM of: python train.py ddpm --clip")
-    if name in guide.METHODS:
-        return guide.build_denoiser(name, models, targets, scale, interval)
+    if name in sample.METHODS:
+        return sample.build_denoiser(name, models, targets, scale, interval, generators)
     log_p = METHODS[name].make_log_p(
         models.clip, models.text_features, targets, models.caption_labels)
     denoise = tinyddpm.denoiser(models.unet, models.alpha_bar)
@@ -84,6 +86,9 @@ def sample_cached(method, indices, models, args, scale=None):
     """
     scale = METHODS[method].scale if scale is None else scale
     guidance = method, scale, tuple(args.interval or METHODS[method].interval)
+    args = Namespace(**{**vars(args), **{   # what is left open is the method's own
+        name: getattr(METHODS[method], name) for name in ("steps", "eta", "recurrence")
+        if getattr(args, name) is None}})
     path = cache_path(guidance, indices, models, args)
     if not path.exists():
         samples = generate(guidance, indices, models, args)
@@ -99,7 +104,8 @@ def cache_path(guidance, indices, models, args):
     settings = (device, torch.is_autocast_enabled(device), torch.__version__, guidance, args.steps,
                 args.eta, args.recurrence, args.seed, args.batch, indices.tolist(),
                 models.captions, models.caption_labels.tolist(), models.templates, SOURCE,
-                *((m.config, checkpoint.weights_checksum(m)) for m in (models.clip, models.unet)))
+                *((m.config, checkpoint.weights_checksum(m))
+                  for m in (models.clip, models.unet, models.prior) if m))
     return data.CACHE / f"samples-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}.npz"
 
 
@@ -111,9 +117,10 @@ def generate(guidance, indices, models, args):
              unet.conv_out.register_full_backward_hook(lambda *_: calls.update(["backward"]))]
     method, *scale_and_interval = guidance
     for part in tqdm(indices.split(args.batch), desc=method, leave=False):
-        denoise = build_denoiser(method, models, part % len(models.captions), *scale_and_interval)
         generators = [data.generator("sampling", args.seed, i) for i in part.tolist()]
         x_T = tinyddpm.randn_per_image(generators, (3, size, size), device)
+        denoise = build_denoiser(method, models, part % len(models.captions), *scale_and_interval,
+                                 generators)
         images.append(data.to_uint8(tinyddpm.sample(   # waits for the device: the time is correct
             denoise, x_T, generators, models.alpha_bar, args.steps, args.eta,
             recurrence=args.recurrence)))

@@ -9,14 +9,14 @@ import torch
 FEATURE_LAYERS = 2, 4, 7   # of Judge.stages: two blocks, and what is average-pooled for the heads
 
 
-def judge_features(judge, x, batch=256):
+def judge_features(judge, x, batch=256, resize=True):
     """Mean and standard deviation of every channel of the judge's FEATURE_LAYERS.
 
     judge: judge.Judge in eval mode, x: (N, 3, H, W) in [-1, 1] -> (N, F)
     """
     if len(x) > batch:
-        return torch.cat([judge_features(judge, part) for part in x.split(batch)])
-    h, statistics = judge.resize(x), []
+        return torch.cat([judge_features(judge, part, batch, resize) for part in x.split(batch)])
+    h, statistics = judge.resize(x) if resize else x, []
     for i, stage in enumerate(judge.stages):
         h = stage(h)
         if i in FEATURE_LAYERS:

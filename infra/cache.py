@@ -3,6 +3,7 @@
 It holds raw bytes and may be larger than memory. Chunks are made in parallel, each a file in
 NAME.chunks/, and concatenated at the end; the next command makes those that are missing.
 """
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -28,6 +29,8 @@ def load_packed(items, make, size, path):
     try:
         images, numbers, checksum = _open_packed(size, path)
         if len(numbers) == len(items) and zlib.crc32(images) == checksum:
+            if hasattr(images.base, "madvise"):   # else the system reads an image's neighbours too,
+                images.base.madvise(mmap.MADV_RANDOM)   # slow if the file is larger than memory
             return images, numbers
         del images   # some systems cannot delete what is mapped
     except Exception as error:   # numpy raises a dozen types for damaged files
@@ -62,12 +65,11 @@ def pack(items, make, size, path):
                         "another folder") from None
     tasks = [(make, items[start:start + CHUNK], size, folder / f"{start // CHUNK:05}.npz")
              for start in range(0, len(items), CHUNK)]
-    files = [file for *_, file in tasks]
     try:
         _make_chunks([task for task in tasks if not task[-1].exists()], path.stem)
         numbers, checksum = [], 0
         with write_atomic(path) as out:
-            for file in files:
+            for *_, file in tasks:
                 try:
                     with np.load(file) as chunk:
                         images, of_images = chunk["images"], chunk["numbers"]

@@ -27,9 +27,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_ranges(options, **ranges):
-    """Raise UserError unless each attribute is in its range (low, high); NaN is refused too."""
+    """Raise UserError unless each attribute is None or in its range (low, high), and not NaN."""
     for name, (low, high) in ranges.items():
-        if not low <= (value := getattr(options, name)) <= high:
+        if (value := getattr(options, name)) is not None and not low <= value <= high:
             flag = ("-" if len(name) == 1 else "--") + name.replace("_", "-")
             raise UserError(f"{flag} must be from {low} to {high}, not {value}")
 

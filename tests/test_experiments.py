@@ -294,22 +294,23 @@ def test_held_out_images_have_noise_of_their_own(here, models):
     (3., (2, 9), (3., (2, 9))), (None, None, (32., (1, 950)))])
 def test_all_settings_are_passed_on_to_sampling(models, tmp_path, monkeypatch, scale, interval,
                                                 guidance):
-    """Method, captions, scale and interval to the denoiser, the method's own unless given; steps,
-    eta and recurrence to the loop, from each image's own noise."""
+    """Method, captions, scale and interval to the denoiser, steps, eta and recurrence to the loop,
+    the method's own unless given; from each image's own noise."""
     built, sampled = [], []
     monkeypatch.setattr(data, "CACHE", tmp_path)
     monkeypatch.setattr(evaluator, "build_denoiser", lambda name, models, targets, *rest: (
         built.append((name, targets.tolist(), *rest))))
     monkeypatch.setattr(tinyddpm, "sample", lambda denoise, x_T, generators, alpha_bar, *a, **kw: (
         sampled.append((x_T, *a, kw)) or x_T.clamp(-1, 1)))
-    args = argparse.Namespace(steps=7, eta=0.5, recurrence=3, seed=4, batch=2, interval=interval)
+    args = argparse.Namespace(steps=None, eta=0.5, recurrence=3, seed=4, batch=2, interval=interval)
     indices = torch.tensor([5, 300, 7])
     samples = evaluator.sample_cached("x0", indices, models, args, scale)
-    assert built == [("x0", [5, 6], *guidance), ("x0", [7], *guidance)]
+    assert [given[:-1] for given in built] == [("x0", [5, 6], *guidance), ("x0", [7], *guidance)]
+    assert [len(given[-1]) for given in built] == [2, 1]   # generators
     x_T = tinyddpm.randn_per_image(
         [data.generator("sampling", 4, i) for i in (5, 300, 7)], (3, 16, 16))
     assert torch.equal(torch.cat([x for x, *_ in sampled]), x_T)
-    assert all(rest == [7, 0.5, {"recurrence": 3}] for _, *rest in sampled)
+    assert all(rest == [25, 0.5, {"recurrence": 3}] for _, *rest in sampled)
     assert (samples.images == data.to_uint8(x_T)).all()
 
 
@@ -687,7 +688,7 @@ def test_a_clip_that_reads_words_is_counted(here, models, monkeypatch):
     monkeypatch.setattr(models.clip, "caption_probs", lambda x, features: (
         F.one_hot(named, len(features)).float()))
     models = models._replace(partial_features=torch.ones(len(cars.PARTIAL), 16))
-    monkeypatch.setattr(sample, "load_models", lambda *args: models)
+    monkeypatch.setattr(sample, "load_models", lambda *args, device: models)
     rows = list(zeroshot.typographic(models, argparse.Namespace(ddpm=None, out=Path("."))))
     assert [(row["prompt_accuracy"], row["as the word"]) for row in rows] == [(0, 1)] * 4
     assert all(row["samples"] > 0 for row in rows)

@@ -371,9 +371,9 @@ CONSTANTS = [   # near this text, the README has this figure; what it has to be,
     ("the defaults,", "8 to 128", lambda: f"{min(scales()):g} to {max(scales()):g}"),
     ("must not grade", "294 captions", lambda: f"{len(cars.CAPTIONS)} captions"),
     ("must not grade", "1 in 294", lambda: f"1 in {len(cars.CAPTIONS)}"),
-    ("must not grade", "25 steps", lambda: f"{sample.SamplingConfig().steps} steps"),
+    ("must not grade", "25 steps", lambda: f"{guide.METHODS[guide.DEFAULT].steps} steps"),
     ("stays below", "1/4", lambda: "1/{:g}".format(1 / 0.5 ** 2)),   # sigma_data^2
-    ("rather than take more", "25 steps", lambda: f"{sample.SamplingConfig().steps} steps"),
+    ("rather than take more", "25 steps", lambda: f"{guide.METHODS[guide.DEFAULT].steps} steps"),
     ("English is", "20 phrasings", lambda: f"{len(clip.HELD_OUT_PHRASINGS)} phrasings"),
     ("With CIFAR-10", "159 minutes", lambda: "{} minutes".format(minutes(
         *(("photographs_models", "command", f"python train.py {command}") for command in (

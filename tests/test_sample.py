@@ -336,10 +336,13 @@ def test_generate_is_a_function_of_prompt_seed_and_options(models):
 
 
 def test_generate_without_a_prompt_is_unguided(models):
-    """As with a scale of 0, or the method none."""
-    unguided = sample.generate(models, n=2, steps=3)
-    assert torch.equal(unguided, sample.generate(models, "red bus", n=2, steps=3, scale=0.))
-    assert torch.equal(unguided, sample.generate(models, "red bus", n=2, steps=3, method="none"))
+    """As with a scale of 0, or the method none, which samples without fresh noise."""
+    options = dict(n=2, steps=3, eta=1., recurrence=2)
+    unguided = sample.generate(models, **options)
+    assert torch.equal(unguided, sample.generate(models, "red bus", scale=0., **options))
+    assert torch.equal(unguided, sample.generate(models, "red bus", method="none", **options))
+    options |= {"eta": 0., "recurrence": 1}
+    assert torch.equal(sample.generate(models, **options), sample.generate(models, n=2, steps=3))
 
 
 def test_generate_calls_back_in_the_first_batch(models):
@@ -526,14 +529,16 @@ def with_clip(noise_aware):
                            unet=SimpleNamespace(config=config))
 
 
-def test_a_method_has_its_own_scale_and_interval_unless_given():
+def test_a_method_has_its_own_settings_unless_given():
     """Those of METHODS; no scale that CLIP needs is zero."""
     for name, method in sample.METHODS.items():
         config = sample.fill_in(sample.SamplingConfig(method=name, steps=5), with_clip(True))
         assert config == sample.SamplingConfig(
-            method=name, steps=5, scale=method.scale, interval=method.interval, size=16)
+            method=name, steps=5, scale=method.scale, interval=method.interval, size=16,
+            eta=method.eta, recurrence=method.recurrence)
         assert (method.scale > 0) == (name != "none")
-        given = sample.SamplingConfig(method=name, scale=0., interval=(3, 7), size=16)
+        given = sample.SamplingConfig(method=name, scale=0., interval=(3, 7), size=16, steps=3,
+                                      eta=0.5, recurrence=9)
         assert sample.fill_in(given, with_clip(True)) == given
 
 
@@ -567,7 +572,7 @@ def test_the_condition_changes_the_image(here):
     torch.manual_seed(0)
     for p in models.unet.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    options = {"n": 1, "steps": 2, "method": "classifier-free"}
+    options = {"n": 1, "steps": 2, "method": "classifier-free", "eta": 0., "recurrence": 1}
     red, blue, unconditional, none = (
         sample.generate(models, prompt, **options, **more)
         for prompt, more in (("red bus", {}), ("blue bus", {}), ("red bus", {"scale": 0.}),
@@ -627,7 +632,7 @@ def test_unclip_decodes_what_the_prior_draws(here, monkeypatch):
     z = unclip.sample_prior(models.prior, text, generators, models.alpha_bar)
     assert torch.allclose(conds[0], torch.cat([z, torch.ones(3, 1)], dim=1), atol=1e-4)
     x_0 = tinyddpm.sample(tinyddpm.denoiser(models.unet, models.alpha_bar, conds[0]), x_T,
-                          generators, models.alpha_bar, steps=2)
+                          generators, models.alpha_bar, steps=2, eta=0.)
     assert torch.allclose(images, x_0, atol=1e-4)
 
 
@@ -637,7 +642,8 @@ def test_variations_hide_as_much_as_asked_for(here, monkeypatch):
     conds, forward = [], models.unet.forward
     monkeypatch.setattr(models.unet, "forward", lambda x, t, cond: (
         conds.append(cond) or forward(x, t, cond)))
-    x_0, config = torch.rand(1, 3, 16, 16), sample.SamplingConfig(n=3, steps=1, size=16, scale=1.)
+    x_0 = torch.rand(1, 3, 16, 16)
+    config = sample.fill_in(sample.SamplingConfig(n=3, steps=1, method="unclip"), models)
     z = guide.scale_features(models.clip.encode_image(x_0))
     for vary in (0., .5, 1.):
         assert len(sample.variations(models, x_0, config, vary)) == 3
@@ -653,7 +659,7 @@ def test_variations_hide_as_much_as_asked_for(here, monkeypatch):
 def test_batches_start_from_the_given_noise(models):
     """Each image from its own."""
     x_T = torch.randn(3, 3, 16, 16)
-    config = sample.SamplingConfig(n=3, batch=2, size=16, eta=0., recurrence=1)
+    config = sample.fill_in(sample.SamplingConfig(n=3, batch=2, method="none"), models)
     denoise = lambda x_t, t: 0.5 * x_t
     images = sample.sample_batches(models, lambda part, generators: denoise, config, x_T=x_T)
     assert torch.allclose(images, tinyddpm.sample(
@@ -792,7 +798,7 @@ def test_the_shipped_models_follow_the_prompt(shipped):
     labels = torch.from_numpy(cars.caption_labels(cars.CAPTIONS.index(caption)))
     count = lambda x_0: int((judge.predict(judge_model, x_0) == labels).all(dim=1).sum())
     assert count(sample.generate(shipped, caption)) >= 14
-    assert count(sample.generate(shipped, recurrence=1)) <= 3
+    assert count(sample.generate(shipped, steps=25)) <= 3
 
 
 def test_the_shipped_judge_recognises_rendered_cars(shipped):

@@ -189,6 +189,52 @@ def test_the_average_of_each_block_is_the_small_pixel(size):
     assert unclip.upsample(upsampler, 5 * low, size).abs().max() <= 1
 
 
+def test_a_level_lets_the_network_mend(alpha_bar):
+    """Where the small images are not to be trusted, the average of a block may be another."""
+    upsampler, low = make_upsampler(), 0.4 * torch.rand(2, 3, 4, 4) - 0.2
+    torch.nn.init.normal_(upsampler.conv_out.weight, std=0.01)
+    levels, forward = [], upsampler.forward
+    upsampler.forward = lambda x, level, second: levels.append(level) or forward(x, level, second)
+    high = unclip.upsample(upsampler, low, 16, level=0.1)
+    assert not torch.allclose(F.avg_pool2d(high, 4), low, atol=1e-3)
+    assert torch.equal(torch.stack(levels), torch.full((2, 2), 0.1))
+
+
+def test_redrawn_images_are_noised_up_to_t_and_denoised(alpha_bar):
+    """From t, not from T, and without fresh noise; by a perfect denoiser they come back."""
+    low, eps, seen = 0.9 * torch.rand(2, 3, 4, 6), torch.randn(2, 3, 4, 6), []
+
+    def denoise(x_t, t):
+        seen.append((x_t, t[0].item()))
+        return low
+
+    drawn = unclip.redraw(denoise, low, 200, eps, alpha_bar)
+    assert torch.allclose(drawn, low, atol=1e-5) and [t for _, t in seen] == [200, 160, 120, 80, 40]
+    a = alpha_bar[200]
+    assert torch.allclose(seen[0][0], a.sqrt() * low + (1 - a).sqrt() * eps, atol=1e-5)
+
+
+def test_half_of_the_small_images_are_redrawn(monkeypatch):
+    """By the given U-Net, at timesteps 50 to 300, which are the level; the others are real."""
+    dataset, seen = toys.squares(40, seed=0), []
+    monkeypatch.setattr(train, "upsampler_objective", lambda model, *given: seen.append(given))
+    monkeypatch.setattr(unclip, "redraw", lambda denoise, low, t, eps, alpha_bar: 0 * low + t)
+    x_0 = torch.rand(8, 3, 16, 16)
+    for ddpm in (None, torch.nn.Identity()):
+        task = train.upsampler_task(unclip.UpsamplerConfig(32, 1, 16), train.TrainConfig(), dataset,
+                                    dataset, CPU, ddpm)
+        for seed in range(30):
+            task.objective(task.model, x_0, None, data.generator("training", seed))
+    assert all(torch.equal(given, x_0) for given, *_ in seen)
+    for _, level, low, _ in seen[:30]:
+        assert (level == 0).all() and torch.equal(low, F.avg_pool2d(x_0, 4))
+    for _, level, low, _ in seen[30:]:
+        assert (level[4:] == 0).all() and torch.equal(low[4:], F.avg_pool2d(x_0, 4)[4:])
+        assert torch.allclose(low[:4], (1000 * level[:4])[:, None, None, None], atol=1e-3)
+    levels = [level[0].item() for _, level, _, _ in seen[30:]]
+    assert 0.05 <= min(levels) < 0.1 and 0.25 < max(levels) <= 0.3
+
+
 def test_upsampler_objective_is_the_error_of_both_doublings():
     """By hand, for a network that repeats pixels; the second gets what the first has made, of the
     region of the large image that it is compared with."""
