@@ -22,6 +22,7 @@ from infra import checkpoint
 from judge import predict
 
 SEEN = 50_000            # training images whose embeddings are compared with
+PROBED = 8000            # images to fit a linear probe on, and as many to test it on
 IMAGES, EACH = 200, 4    # held-out images, and variations of each
 FRACTIONS = .1, .2, .3, .4, .5   # of text diffs
 PATHS, ON_THE_WAY = 100, 9       # interpolations, and images on each
@@ -155,10 +156,10 @@ def embed_all(models, x):
 def embeddings(models, args):
     """What a linear probe reads from CLIP's embeddings beside the caption: explained variance."""
     size = models.unet.config.image_size
-    images = {split: data.load("cars", size, count, split).images
-              for split, count in (("train", 8000), ("validation", 2000))}
-    values = {"train": camera_and_shape(range(cars.TRAIN, cars.TRAIN + 8000)),
-              "validation": camera_and_shape(range(cars.VALIDATION, cars.VALIDATION + 2000))}
+    images = {split: data.load("cars", size, PROBED, split).images
+              for split in ("train", "validation")}
+    values = {split: camera_and_shape(range(start, start + len(images[split])))
+              for split, start in (("train", cars.TRAIN), ("validation", cars.VALIDATION))}
     x = {split: data.to_float(some).to(models.alpha_bar.device) for split, some in images.items()}
     judge, _ = sample.load_judge(models.captions, args.judge, models.alpha_bar.device)
     for name, encode in (("CLIP's embedding", lambda x: embed_all(models, x)),

@@ -27,9 +27,11 @@ import tinyclip
 import tinyddpm
 import toys
 import train
+import unclip
 from experiments import __main__ as main
 from experiments import (ablations, benchmark, clip, ddpm, english, evaluator, guidance, metrics,
                          second_judge, variants, zeroshot)
+from experiments import unclip as unclip_experiments
 from infra import checkpoint, cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +42,13 @@ TOY = {
     "ddpm": (tinyddpm.UNetConfig(channels=16, multipliers=(1, 2), attention=(1,), image_size=16),
              train.TrainConfig(steps=10, batch=8, images=60)),
     "judge": (judge.JudgeConfig(width=8, image_size=16),
-              train.TrainConfig(steps=2, batch=8, images=60))}
+              train.TrainConfig(steps=2, batch=8, images=60)),
+    "decoder": (tinyddpm.UNetConfig(channels=16, multipliers=(1, 2), attention=(1,), image_size=16,
+                                    cond_dim=17), None),
+    "prior": (unclip.PriorConfig(clip_dim=16, width=32, blocks=1), None),
+    "upsampler": (unclip.UpsamplerConfig(32, 1, 64),
+                  train.TrainConfig(steps=2, batch=4, images=8))}
+CLASSES = {"decoder": tinyddpm.UNet, "prior": unclip.Prior, "upsampler": unclip.Upsampler}
 
 
 def random_cars(name, size, count, split="train"):
@@ -57,19 +65,27 @@ def random_cars(name, size, count, split="train"):
 def write_models(folder, dataset):
     """Write untrained models of toy size, random in every parameter, into runs/."""
     sizes = {name: len(values) for name, values in dataset.attributes.items()}
-    for kind in ("clip", "ddpm", "judge", "judge-2"):
+    clip_checksum = None
+    for kind in ("clip", "ddpm", "judge", "judge-2", *CLASSES):
         config, options = TOY[kind.removesuffix("-2")]
         torch.manual_seed(0)
-        task = train.TASKS[kind.removesuffix("-2")][0](config, options, dataset, dataset,
-                                                       torch.device("cpu"))
-        model = second_judge.PlainNet(config, sizes) if kind == "judge-2" else task.model
+        if kind in CLASSES:
+            model, content = CLASSES[kind](config), {"clip": clip_checksum}
+        else:
+            task = train.TASKS[kind.removesuffix("-2")][0](config, options, dataset, dataset,
+                                                           torch.device("cpu"))
+            model = second_judge.PlainNet(config, sizes) if kind == "judge-2" else task.model
+            content = task.content
         for p in model.parameters():
             if not p.any():
                 torch.nn.init.normal_(p, std=0.05)
-        checkpoint.save(folder / f"runs/{kind}/weights.pt", {
-            "kind": task.kind, "config": dataclasses.asdict(config), "data": dataset.name,
-            "captions": dataset.captions, "steps": 1, "weights": checkpoint.fp16_weights(model),
-            **task.content})
+        if kind == "clip":
+            clip_checksum = checkpoint.weights_checksum(model)
+        out = folder / ("upsampler.pt" if kind == "upsampler" else f"runs/{kind}/weights.pt")
+        checkpoint.save(out, {
+            "kind": kind.removesuffix("-2"), "config": dataclasses.asdict(config),
+            "data": dataset.name, "captions": dataset.captions, "steps": 1,
+            "weights": checkpoint.fp16_weights(model), **content})
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +108,7 @@ def here(folder, monkeypatch):
             (guidance, "PROMPTS", {"all": slice(None), "even": slice(0, None, 16)})):
         monkeypatch.setattr(module, name, small)
     monkeypatch.setattr(train, "TASKS", {
-        kind: (train.TASKS[kind][0], *toy) for kind, toy in TOY.items()})
+        kind: (train.TASKS[kind][0], *toy) for kind, toy in TOY.items() if toy[1]})
 
 
 @pytest.fixture
@@ -615,6 +631,39 @@ def test_the_ddpm_is_sampled_with_each_number_of_steps_and_eta(here, models, mon
         rows = list(ddpm.unguided_quality(models, args))[-4:]
     assert called == [(eta, steps, 1, 8) for eta in (0., 1.) for steps in (1, 2)]
     assert len({row["kid"] for row in rows}) == 3   # of one step, eta changes nothing
+
+
+def test_ways_from_text_to_image_embedding(here, monkeypatch):
+    """All of them, each beside true embeddings, whose spread and directions are 1."""
+    monkeypatch.setattr(unclip_experiments, "SEEN", 600)
+    rows = run("prior --prompts even")
+    assert [row["way"] for row in rows][:2] == ["true, of held-out images", "text feature"]
+    assert len(rows) == 9 and rows[0]["spread"] == 1 == pytest.approx(rows[0]["directions"])
+    assert all(abs(row["cosine"]) <= 1 for row in rows)
+    varied = {row["way"] for row in rows if row["spread"] > 0.01}
+    assert varied == {"true, of held-out images", "training image of the caption", "prior, 1 draw",
+                      "prior, best of 2"}
+
+
+def test_what_is_decoded(here, monkeypatch):
+    """Variations, text diffs, interpolations and words on cars; what a probe reads."""
+    for name, small in (("IMAGES", 4), ("EACH", 2), ("PATHS", 2), ("ON_THE_WAY", 3),
+                        ("FRACTIONS", (.5,))):
+        monkeypatch.setattr(unclip_experiments, name, small)
+    rows = run("decoder")
+    assert {row["task"] for row in rows} >= {"variations", "text diff, all", "interpolation",
+                                             "words on cars"}
+    assert {row["features"] for row in run("embeddings")} == {"CLIP's embedding",
+                                                              "the judge's features"}
+
+
+def test_ways_to_enlarge(here, monkeypatch):
+    """Of true images and of guided ones: bicubic, by regression, by diffusion."""
+    monkeypatch.setattr(unclip_experiments, "LARGE", 16)
+    rows = run("upsampler --upsampler upsampler.pt")
+    assert [row["images"] for row in rows] == 8 * ["true"] + 8 * ["guided"]
+    assert rows[0]["way"] == "bicubic" and rows[0]["edges"] < 1 and rows[0]["psnr"] > 0
+    assert all("prompt_accuracy" in row for row in rows[8:])
 
 
 def test_guidance(here, monkeypatch):
