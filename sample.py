@@ -630,7 +630,8 @@ def main(arguments=None):
             texts = {} if prompt is None else {"prompt": prompt}
             data.save_grid(path, images, min(8, round(config.n ** 0.5)), zoom, **metadata, **texts)
             if frames:
-                data.save_gif(path.with_suffix(".gif"), frames, len(frames[0]) // 2, 3)
+                data.save_gif(path.with_suffix(".gif"), frames, len(frames[0]) // 2,
+                              max(1, 96 // frames[0].shape[1]))
             if prompt is not None:
                 report(extended, allowed, x_0, judge_model, content)
             print(f"{config.n} images in {seconds:.1f} s ({config.steps} x {config.recurrence} "

@@ -190,6 +190,19 @@ def real_images(models, targets, args, skip=0):
     return dataset.images[indices]
 
 
+def exchanged_colours(predicted, labels, attributes):
+    """How many of the cars of two colours have them in the other order -> {"exchanged": fraction}
+
+    predicted, labels: (N, A)
+    """
+    if not {"main", "second"} <= set(attributes):
+        return {}
+    main, second = (list(attributes).index(name) for name in ("main", "second"))
+    two = labels[:, main] != labels[:, second]
+    other = (predicted[:, [main, second]] == labels[:, [second, main]]).all(dim=1)
+    return {"exchanged": metrics.mean(other[two]) if two.any() else None}
+
+
 def score(images, targets, models, evaluator, unguided_real=None):
     """Scores of images (N, H, W, 3) uint8 of captions targets (N,) -> a row of a table
 
@@ -200,7 +213,8 @@ def score(images, targets, models, evaluator, unguided_real=None):
     """
     x = data.to_float(images).to(models.alpha_bar.device)
     labels, second = evaluator.target_labels[targets.cpu()], (None, None)                 # (N, A)
-    correct = predict(evaluator.judge, x).cpu() == labels                                 # (N, A)
+    predicted = predict(evaluator.judge, x).cpu()                                         # (N, A)
+    correct = predicted == labels
     if evaluator.second_judge:
         also = (predict(evaluator.second_judge, x).cpu() == labels).all(1)
         second = metrics.mean(also), metrics.mean(also != correct.all(1))
@@ -214,6 +228,7 @@ def score(images, targets, models, evaluator, unguided_real=None):
     spread, real_spread = (metrics.diversity(f / std, targets) for f in (features, real))
     return {**metrics.accuracy_row(correct.all(1)),
             **dict(zip(evaluator.attributes, correct.float().mean(0).tolist())),
+            **exchanged_colours(predicted, labels, evaluator.attributes),
             "second_judge": second[0], "disagree": second[1], "clip_prob": metrics.mean(probs),
             "kid": kid, "kid_error": error,
             "diversity": None if math.isnan(spread) else spread / real_spread}

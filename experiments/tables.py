@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 SECTION = re.compile(r"(<!-- table (\w+)(?: (\w+)=(\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 FRACTIONS = {"prompt_accuracy", "low", "body", "main", "second", "second_judge", "disagree",
-             "clip_prob", "top-1", "swapped", "different", "order", "paraphrase",
+             "clip_prob", "exchanged", "top-1", "swapped", "different", "order", "paraphrase",
              "captions@1", "captions@5", "captions@10", "images@1", "images@5", "images@10",
              "as the word", *(f"t = {t}" for t in range(0, 1000, 50))}
 PAIRS = {"low": ("high", " to "), "kid": ("kid_error", " ± "),   # printed in one column
