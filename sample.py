@@ -87,22 +87,29 @@ def load_fitting(kind, model_class, fits, path=None, device="cpu"):
     return None, None
 
 
+def find_paths(clip, ddpm, method):
+    """Find files of CLIP and DDPM: as given, else all of runs/, else all of weights/."""
+    kind = "decoder" if method == "unclip" else "ddpm"
+    paths = [Path("runs/clip/weights.pt"), Path(f"runs/{kind}/weights.pt")]
+    needed = [path for path, given in zip(paths, (clip or method == "none", ddpm)) if not given]
+    if not all(path.exists() for path in needed):
+        for path in needed:
+            if path.exists():
+                print(f"{path} is not used: a prompt needs {paths[0].parent} and {paths[1].parent}")
+        paths = [SHIPPED / "clip.pt", SHIPPED / "ddpm.pt"]
+    return Path(clip or paths[0]), Path(ddpm or paths[1])
+
+
 @torch.no_grad()
 def load_models(clip=None, ddpm=None, prior=None, upsampler=None, device="cpu",
                 method=guide.DEFAULT):
     """Load what a method needs: as given, else all of runs/, else all of weights/ -> Models
 
-    clip may be a file of published weights. Method "none" needs a DDPM alone; "unclip" a decoder
-    and a prior, too. UserError if they do not fit together.
+    Arguments are files; clip may be one of published weights. Method "none" needs a DDPM alone,
+    "unclip" a decoder in its place, and a prior if images are to be made from text. UserError if
+    they do not fit together.
     """
-    device, kind = torch.device(device), "decoder" if method == "unclip" else "ddpm"
-    paths = [Path("runs/clip/weights.pt"), Path(f"runs/{kind}/weights.pt")]
-    if not all(path.exists() for path in (paths[1:] if method == "none" else paths)):
-        for path in paths if method != "none" and not (clip and ddpm) else ():
-            if path.exists():
-                print(f"{path} is not used: a prompt needs {paths[0].parent} and {paths[1].parent}")
-        paths = [SHIPPED / "clip.pt", SHIPPED / "ddpm.pt"]
-    clip_path, ddpm_path = Path(clip or paths[0]), Path(ddpm or paths[1])
+    device, (clip_path, ddpm_path) = torch.device(device), find_paths(clip, ddpm, method)
     unet, ddpm_content = checkpoint.load_model(ddpm_path, tinyddpm.UNet, "ddpm", "decoder")
     size, drawn = unet.config.image_size, set(ddpm_content["captions"])
     upsampler, _ = load_fitting(
@@ -386,8 +393,9 @@ def build_denoiser(method, models, targets, scale, interval, generators):
     if method != "unclip":
         return guide.build_denoiser(method, models, targets, scale, interval)
     text = guide.scale_features(models.text_features[targets])                # (B, E)
-    z = unclip.sample_prior(models.prior, text, generators, models.alpha_bar)
-    return decoder(models, z, scale)
+    z = guide.scale_features(
+        unclip.sample_prior(models.prior, text, generators, models.alpha_bar))
+    return decoder_denoiser(models, z, scale, interval)
 
 
 def sample_batches(models, make_denoise, config, callback=None, x_T=None):
@@ -406,17 +414,17 @@ def sample_batches(models, make_denoise, config, callback=None, x_T=None):
             models.alpha_bar, config.steps, config.eta, recurrence=config.recurrence,
             callback=callback if start == 0 else None)
         if config.size > native:
-            x_0 = unclip.upsample(models.upsampler, x_0, config.size)
+            x_0 = unclip.upsample(models.upsampler, x_0, config.size, unclip.SAMPLED)
         images.append(x_0)
     return torch.cat(images)
 
 
 # ---- from images to images (unCLIP) --------------------------------------------------------------
 
-def decoder(models, z, scale, level=0., noise=0.):
-    """Build the decoder's denoiser for embeddings z, (B, E); level: see unclip.decoder_condition"""
-    cond = unclip.decoder_condition(z, z.new_full((len(z), 1), level), noise)
-    return guide.classifier_free(models.unet, models.alpha_bar, cond, scale)
+def decoder_denoiser(models, z, scale, interval=(1, tinyddpm.T), noise_level=0., noise=0.):
+    """Build the decoder's denoiser for embeddings z: (B, E), scaled; noise: like z"""
+    cond = unclip.decoder_condition(z, z.new_full((len(z), 1), noise_level), noise)
+    return guide.classifier_free(models.unet, models.alpha_bar, cond, scale, interval)
 
 
 def embed(models, x_0):
@@ -426,25 +434,28 @@ def embed(models, x_0):
 
 def invert(models, x_0, z):
     """Find the noise from which the decoder draws these images, given their embeddings."""
-    return tinyddpm.invert(decoder(models, z, scale=1), x_0, models.alpha_bar)
+    return tinyddpm.invert(decoder_denoiser(models, z, scale=1), x_0, models.alpha_bar)
 
 
 def decode(models, z, x_T, config):
-    """Decode n embeddings, each from its own noise -> (n, 3, size, size)"""
-    make_denoise = lambda part, generators: decoder(models, z[part], config.scale)
+    """Decode n embeddings, each from its own noise and without fresh noise -> (n, 3, size, size)"""
+    config = replace(config, n=len(z), eta=0., recurrence=1)
+    make_denoise = lambda part, generators: decoder_denoiser(
+        models, z[part], config.scale, config.interval)
     return sample_batches(models, make_denoise, config, x_T=x_T)
 
 
 def variations(models, x_0, config, vary=0.):
-    """Decode the embedding of an image again and again -> (n, 3, size, size)
+    """Decode the embeddings of images again, from other noise -> (n, 3, size, size)
 
-    x_0: (1, 3, H, W); vary: from 0 to 1, how much of the embedding noise hides
+    x_0: (N, 3, H, W), repeated up to n images; vary: from 0 to 1, how much of the embeddings noise
+    hides; config: as fill_in returns it, so for the functions below
     """
-    z = embed(models, x_0).expand(config.n, -1)
+    z = embed(models, x_0).repeat(config.n // len(x_0), 1)
 
     def make_denoise(part, generators):
         noise = tinyddpm.randn_per_image(generators, z.shape[1:], z.device)
-        return decoder(models, z[part], config.scale, vary, noise)
+        return decoder_denoiser(models, z[part], config.scale, config.interval, vary, noise)
     return sample_batches(models, make_denoise, config)
 
 
@@ -468,6 +479,9 @@ def diff(models, x_0, text_from, text_to, config):
     for text in (text_from, text_to):
         extended, allowed = resolve_prompt(text, models)
         features.append(extended.text_features[allowed].mean(dim=0, keepdim=True))
+    if torch.equal(*features):
+        raise cli.UserError(f"{text_from!r} and {text_to!r} are the same to CLIP; what should "
+                            "change?")
     z = embed(models, x_0)
     x_T = invert(models, x_0, z).expand(config.n, -1, -1, -1)
     z = torch.cat([unclip.text_diff(z, *features, fraction)
@@ -513,6 +527,12 @@ def parse(arguments):
     if len(modes) + bool(args.prompts) > 1:
         raise cli.UserError("a prompt, --variations, --interpolate and --diff exclude each other")
     args.mode = modes[0] if modes else None
+    for flag, used in (("vary", args.mode == "variations"), ("gif", not args.mode),
+                       ("eta", args.mode not in ("interpolate", "diff")),
+                       ("recurrence", args.mode not in ("interpolate", "diff"))):
+        if getattr(args, flag) and not used:
+            raise cli.UserError(f"--{flag} is of no use " + (f"to --{args.mode}" if modes else
+                                                             "without --variations"))
     if modes:
         args.method, args.prompts = "unclip", [None]
     elif not args.prompts:

@@ -8,9 +8,9 @@
     python train.py ddpm -h                 fields of the config are flags, such as --channels 48
 
 A run's folder (runs/clip, ...) gets checkpoint.pt, to resume from; weights.pt, what sample.py uses;
-loss.png; a DDPM's also samples.png. Step n draws its images, timesteps and noise from (seed, n,
-rank), so it depends on nothing else but the state of the training before it. A run that was
-interrupted, or killed, ends with the same weights, bit for bit, as one that ran through, on the
+loss.png; of models that draw also samples.png. Step n draws its images, timesteps and noise from
+(seed, n, rank), so it depends on nothing else but the state of the training before it. A run that
+was interrupted, or killed, ends with the same weights, bit for bit, as one that ran through, on the
 same machine and with the same number of threads, ranks and micro-batches: each rank and micro-batch
 draws timesteps, clean images and texts for its own part of the batch, and compares images with
 texts within it.
@@ -107,47 +107,46 @@ def drop_text(cond, generator):
 def noise_embeddings(z, generator):
     """Make the decoder's condition of image embeddings at a random noise level -> (B, E + 1)
 
-    Three in ten are clean and four have level 1, which is no condition: the decoder is trained as
-    an unconditional model, too.
+    Three in ten are clean, three have a level from 0 to 1, and four have level 1, which is no
+    condition: the decoder is trained as an unconditional model, too.
     """
     draw = torch.rand(len(z), 1, generator=generator, device=z.device)
-    level = ((draw - 0.3) / 0.3).clamp(0, 1)
+    noise_level = ((draw - 0.3) / 0.3).clamp(0, 1)
     noise = torch.randn(z.shape, generator=generator, device=z.device)
-    return unclip.decoder_condition(z, level, noise)
+    return unclip.decoder_condition(z, noise_level, noise)
 
 
-def prior_objective(prior, z, caption_ids, texts, alpha_bar, generator):
+def prior_objective(prior, z, caption_ids, text_features, alpha_bar, generator):
     """Compute the loss of predicting image embeddings from texts -> scalar
 
-    z: (B, E), caption_ids: (B,); texts: (S, K, E), features of S ways to write K captions
+    z: (B, E), caption_ids: (B,); text_features: (S, K, E), of S ways to write K captions
     """
-    (B, E), S = z.shape, len(texts)
+    (B, E), S = z.shape, len(text_features)
     t = tinyddpm.stratified_timesteps(B, generator)
     eps = torch.randn(B, E, 1, 1, generator=generator, device=z.device)
     template = torch.randint(S, (B,), generator=generator, device=z.device)
-    text = drop_text(texts[template, caption_ids], generator)                 # (B, E)
+    text = drop_text(text_features[template, caption_ids], generator)         # (B, E)
     return tinyddpm.ddpm_loss(prior, z[:, :, None, None], t, eps, alpha_bar, text).mean()
 
 
-def upsampler_objective(upsampler, x_0, level, low, generator):
+def upsampler_objective(upsampler, x_0, low, redrawn, generator):
     """Compute the mean absolute error of both doublings -> scalar
 
-    x_0: (B, 3, 4H, 4W), low: (B, 3, H, W), level: (B,), see unclip.upsample. The second doubling
-    gets what the first has made, of a random quarter of it, to save time. An absolute error, not a
-    squared one: its minimum is a median, which has sharp edges, and not a mean, which is blurred.
+    x_0: (B, 3, 4H, 4W), low: (B, 3, H, W), redrawn: (B,), see unclip.Upsampler. The second doubling
+    gets what the first has made, of which a random part of size H x W, to save time. An absolute
+    error, not a squared one: its minimum is a median, which has sharp edges, not a mean.
     """
     H, W = low.shape[-2:]
-    middle = upsampler(low, level, second=False)                              # (B, 3, 2H, 2W)
+    middle = upsampler(low, redrawn, second=False)                            # (B, 3, 2H, 2W)
     top, left = (torch.randint(size + 1, (), generator=generator, device=x_0.device).item()
                  for size in (H, W))
     crop = lambda x, k: x[:, :, k * top:k * (top + H), k * left:k * (left + W)]
-    high = upsampler(crop(middle, 1), level, second=True)                     # (B, 3, 2H, 2W)
-    return (F.l1_loss(middle, F.interpolate(x_0, middle.shape[-2:], mode="area"))
-            + F.l1_loss(high, crop(x_0, 2)))
+    high = upsampler(crop(middle, 1), redrawn, second=True)                   # (B, 3, 2H, 2W)
+    return F.l1_loss(middle, F.avg_pool2d(x_0, 2)) + F.l1_loss(high, crop(x_0, 2))
 
 
 class Task(NamedTuple):
-    """A model and how it is trained; kind is "clip", "ddpm" or "judge"."""
+    """A model and how it is trained; kind is a key of TASKS."""
     kind: str
     model: torch.nn.Module
     objective: Callable   # (model, x_0, indices of images, generator) -> scalar loss
@@ -238,23 +237,29 @@ def clip_task(config, options, dataset, validation, device):
     return Task("clip", tinyclip.CLIP(config, tokenizer), objective, preview, content, chance)
 
 
-def diffusion_task(kind, config, dataset, validation, device, condition, content):
-    """condition: (indices of images, generator) -> cond, which the U-Net is trained with"""
+def diffusion_task(kind, config, dataset, validation, device, condition, held_out, content):
+    """condition: (indices of images, generator) -> cond, which the U-Net is trained with, or None;
+    held_out: (N, cond_dim) of the validation images, or None"""
     alpha_bar = tinyddpm.cosine_alpha_bar().to(device)
     objective = lambda model, x_0, indices, generator: ddpm_objective(
         model, x_0, condition(indices, generator), alpha_bar, generator)
 
     @torch.no_grad()
-    def preview(model, folder):   # unconditional
-        x_0, _ = data.batch(validation, 0, 0, 500, device)
-        generator = data.generator("evaluation", 0, device=device)
-        loss = torch.stack([ddpm_objective(model, x, None, alpha_bar, generator)
-                            for x in x_0.split(50)]).mean()   # in parts, to save memory
+    def preview(model, folder):
+        x_0, indices = data.batch(validation, 0, 0, 500, device)
         generators, size = [data.generator("sampling", 0, i) for i in range(16)], config.image_size
         x_T = tinyddpm.randn_per_image(generators, (3, size, size), device)
-        images = tinyddpm.sample(tinyddpm.denoiser(model, alpha_bar), x_T, generators, alpha_bar)
-        data.save_grid(folder / "samples.png", data.to_uint8(images), zoom=2)
-        return f"loss on held-out images {loss:.4f}, {len(images)} samples in samples.png"
+        losses, images = [], []
+        for cond in [None] if held_out is None else [None, held_out[indices]]:
+            generator = data.generator("evaluation", 0, device=device)
+            parts = zip(x_0.split(50), [None] * 10 if cond is None else cond.split(50))
+            losses.append(torch.stack([ddpm_objective(model, x, c, alpha_bar, generator)
+                                       for x, c in parts]).mean())   # in parts, to save memory
+            denoise = tinyddpm.denoiser(model, alpha_bar, None if cond is None else cond[:16])
+            images.append(tinyddpm.sample(denoise, x_T, generators, alpha_bar))
+        data.save_grid(folder / "samples.png", data.to_uint8(torch.cat(images)), zoom=2)
+        values = ", with their condition ".join(f"{loss:.4f}" for loss in losses)
+        return f"loss on held-out images {values}, {len(x_T)} samples in samples.png"
 
     x_0, _ = data.batch(dataset, 0, 0, 500)
     a = alpha_bar[1:].mean().item()
@@ -266,7 +271,7 @@ def ddpm_task(config, options, dataset, validation, device, clip=None):
     """clip: a trained CLIP, whose text features become the condition; None: unconditional"""
     if clip is None:
         no_condition = lambda indices, generator: None
-        return diffusion_task("ddpm", config, dataset, validation, device, no_condition, {})
+        return diffusion_task("ddpm", config, dataset, validation, device, no_condition, None, {})
     config = dataclasses.replace(config, cond_dim=clip.config.embed_dim)
     templates = normalized_templates(dataset)[:ENSEMBLE]
     text_features = clip.to(device).encode_ensemble(templates)                # (K + P, E)
@@ -274,16 +279,19 @@ def ddpm_task(config, options, dataset, validation, device, clip=None):
     caption_ids = torch.from_numpy(dataset.caption_ids).to(device)            # (N,)
     condition = lambda indices, generator: drop_text(cond[caption_ids[indices]], generator)
     content = {"clip": checkpoint.weights_checksum(clip)}   # sample.py needs the same one
-    return diffusion_task("ddpm", config, dataset, validation, device, condition, content)
+    return diffusion_task("ddpm", config, dataset, validation, device, condition,
+                          cond[validation.caption_ids], content)
 
 
 def decoder_task(config, options, dataset, validation, device, clip):
     """clip: a trained CLIP, whose image embeddings are the condition"""
     config = dataclasses.replace(config, cond_dim=clip.config.embed_dim + 1)
-    z = embed_images(clip.to(device), dataset, device)                        # (N, E)
+    z, held_out = (embed_images(clip.to(device), d, device) for d in (dataset, validation))
+    no_noise = z.new_zeros(len(held_out), 1)
     condition = lambda indices, generator: noise_embeddings(z[indices], generator)
     content = {"clip": checkpoint.weights_checksum(clip)}
-    return diffusion_task("decoder", config, dataset, validation, device, condition, content)
+    return diffusion_task("decoder", config, dataset, validation, device, condition,
+                          unclip.decoder_condition(held_out, no_noise, 0.), content)
 
 
 def prior_task(config, options, dataset, validation, device, clip):
@@ -292,19 +300,21 @@ def prior_task(config, options, dataset, validation, device, clip):
     alpha_bar, K = tinyddpm.cosine_alpha_bar().to(device), len(dataset.captions)
     z, held_out = embed_images(clip, dataset, device), embed_images(clip, validation, device)
     with torch.no_grad(), cli.autocast(device):
-        texts = torch.stack([guide.scale_features(clip.encode_captions(texts[:K]))
-                             for texts in normalized_templates(dataset)])     # (S, K, E)
+        text_features = torch.stack([guide.scale_features(clip.encode_captions(texts[:K]))
+                                     for texts in normalized_templates(dataset)])   # (S, K, E)
     caption_ids, held_out_ids = (torch.from_numpy(d.caption_ids).to(device)
                                  for d in (dataset, validation))
 
     def objective(model, x_0, indices, generator):
-        return prior_objective(model, z[indices], caption_ids[indices], texts, alpha_bar, generator)
+        return prior_objective(model, z[indices], caption_ids[indices], text_features, alpha_bar,
+                               generator)
 
     @torch.no_grad()
     def preview(model, folder):
-        ids, generators = held_out_ids[:500], [data.generator("sampling", 0, i) for i in range(500)]
-        drawn = unclip.sample_prior(model, guide.scale_features(texts[:, ids].mean(dim=0)),
-                                    generators[:len(ids)], alpha_bar)
+        ids = held_out_ids[:500]
+        generators = [data.generator("sampling", 0, i) for i in range(len(ids))]
+        text = guide.scale_features(text_features.mean(dim=0))[ids]           # (500, E)
+        drawn = unclip.sample_prior(model, text, generators, alpha_bar)
         cosine = F.cosine_similarity(drawn, held_out[:500]).mean()
         return f"cosine of drawn and true embeddings of held-out images: {cosine:.3f}"
 
@@ -312,22 +322,20 @@ def prior_task(config, options, dataset, validation, device, clip):
     return Task("prior", unclip.Prior(config), objective, preview, content, 1.)
 
 
-def upsampler_task(config, options, dataset, validation, device, ddpm=None):
-    """ddpm: a trained U-Net, which draws half of the small images again; None: they are real"""
-    alpha_bar, ddpm = tinyddpm.cosine_alpha_bar().to(device), ddpm and ddpm.to(device)
+def upsampler_task(config, options, dataset, validation, device, ddpm):
+    """ddpm: a trained U-Net, which draws half of the small images again"""
+    alpha_bar = tinyddpm.cosine_alpha_bar().to(device)
+    denoise = tinyddpm.denoiser(ddpm.to(device), alpha_bar)
 
     def objective(model, x_0, indices, generator):
         low = F.avg_pool2d(x_0, 4)
-        level = low.new_zeros(len(low))
-        if ddpm is not None:
-            half = len(low) // 2   # of random images
-            t = torch.randint(50, 301, (), generator=generator, device=device).item()
-            eps = torch.randn(low[:half].shape, generator=generator, device=device)
-            with torch.no_grad():
-                drawn = unclip.redraw(tinyddpm.denoiser(ddpm, alpha_bar), low[:half], t, eps,
-                                      alpha_bar)
-            low, level[:half] = torch.cat([drawn, low[half:]]), t / tinyddpm.T
-        return upsampler_objective(model, x_0, level, low, generator)
+        redrawn, half = low.new_zeros(len(low)), len(low) // 2   # images are in random order
+        t = torch.randint(50, 301, (), generator=generator, device=device).item()
+        eps = torch.randn(low[:half].shape, generator=generator, device=device)
+        with torch.no_grad():
+            low[:half] = unclip.redraw(denoise, low[:half], t, eps, alpha_bar)
+        redrawn[:half] = t / tinyddpm.T
+        return upsampler_objective(model, x_0, low, redrawn, generator)
 
     @torch.no_grad()
     def preview(model, folder):
@@ -344,9 +352,10 @@ def upsampler_task(config, options, dataset, validation, device, ddpm=None):
 
     x_0, _ = data.batch(validation, 0, 0, 100)
     middle, low = F.avg_pool2d(x_0, 2), F.avg_pool2d(x_0, 4)
-    enlarge = lambda x: F.interpolate(x, scale_factor=2, mode="bicubic")
-    chance = (F.l1_loss(enlarge(low), middle) + F.l1_loss(enlarge(middle), x_0)).item()
-    return Task("upsampler", unclip.Upsampler(config), objective, preview, {}, chance)
+    chance = (F.l1_loss(unclip.enlarge(low), middle)
+              + F.l1_loss(unclip.enlarge(middle), x_0)).item()
+    return Task("upsampler", unclip.Upsampler(config), objective, preview,
+                {"ddpm": checkpoint.weights_checksum(ddpm)}, chance)
 
 
 def judge_task(config, options, dataset, validation, device):
@@ -377,7 +386,7 @@ TASKS = {   # kind -> what makes its Task; default configs of the model and of i
                 TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
     "prior": (prior_task, unclip.PriorConfig(), TrainConfig(steps=3000, batch=256, lr=2e-3)),
     "upsampler": (upsampler_task, unclip.UpsamplerConfig(),
-                  TrainConfig(steps=2000, batch=16, lr=4e-3, weight_decay=0.01, images=6000)),
+                  TrainConfig(steps=1500, batch=16, lr=3e-3, weight_decay=0.01, images=6000)),
     "judge": (judge_task, judge.JudgeConfig(), TrainConfig(steps=800))}
 
 
@@ -394,7 +403,7 @@ class Run:
             "images' checksum": zlib.crc32(dataset.images),
             "captions' checksum": zlib.crc32(
                 repr(dataset.templates).encode() + dataset.caption_ids.tobytes()),
-            "CLIP": task.content.get("clip"), "seed": seed,
+            "CLIP": task.content.get("clip"), "DDPM": task.content.get("ddpm"), "seed": seed,
             **dataclasses.asdict(task.model.config), **dataclasses.asdict(options)}
         del self.settings["accumulate"]   # a resumed run may use another one
         self.model = task.model.to(device, memory_format=torch.channels_last)
@@ -560,13 +569,13 @@ def parse(arguments):
             add("--clip", help="a CLIP's weights.pt: condition on its text features, for "
                 "sample.py --method classifier-free")
         if kind == "upsampler":
-            add("--ddpm", help="a DDPM's weights.pt, which draws half of the small images again, "
-                "to learn to mend what it draws")
+            add("--ddpm", required=True, help="a DDPM's weights.pt, which draws half of the small "
+                "images again, to learn to mend what it draws")
         if kind in ("decoder", "prior"):
             add("--clip", required=True, help="a CLIP's weights.pt, whose embeddings are used")
         for name, value in {**vars(config), **vars(options)}.items():
             several = isinstance(value, tuple)
-            # These four are not for users to set.
+            # These are not for users to set.
             if name not in ("cond_dim", "in_channels", "noise_aware", "clip_dim"):
                 add("--" + name.replace("_", "-"), default=value, nargs="+" if several else None,
                     type=type(value[0] if several else value), help=f"default: {value}")

@@ -7,24 +7,26 @@
     Shi et al. 2016, "Real-Time Single Image Super-Resolution ... Sub-Pixel ..." (PixelShuffle)
         arxiv.org/abs/1609.05158
 
-The idea: CLIP's text feature says what an image shows; its image embedding says that and a little
-more. Three networks undo CLIP's image encoder, one step at a time:
+The idea: CLIP's text feature says what an image shows; its image embedding, a point of the same
+space, says that and a little more. Three networks lead from a text feature to a large image:
 
     text feature --prior--> image embedding --decoder--> image --upsampler--> larger image
 
 The prior is a diffusion model of embeddings, conditional on the text feature. The decoder is the
 U-Net of tinyddpm.py, conditional on an embedding. CLIP stays as it is.
 
-Shapes: B batch, E embedding width, D width of the prior. Embeddings are scaled to length sqrt(E).
+Shapes: B batch, E embedding width, D width of the prior. z is an image embedding; text features and
+z are scaled to length sqrt(E) (guide.scale_features).
 """
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from guide import scale_features
-from tinyddpm import denoiser, q_sample, randn_per_image, sample, timestep_embedding, zero_init
+from guide import classifier_free, scale_features
+from tinyddpm import q_sample, randn_per_image, sample, timestep_embedding, zero_init
 
 
 # ---- the prior: from text feature to image embedding ---------------------------------------------
@@ -47,9 +49,9 @@ class Prior(nn.Module):
 
     An embedding is an image of one pixel with E channels: ddpm_loss, denoiser and sample of
     tinyddpm.py serve both.
-    differs from the paper: there a Transformer, which reads the words as well, predicts z_0. The
-    squared error of z_0 neglects small t, and what little differs between the embeddings of a
-    caption is made there: all draws would be alike (see the demonstration).
+    differs from the paper: there a Transformer, which reads the words as well, predicts z_0. But
+    the squared error of z_0 neglects small t (see ddpm_loss), where sampling decides what little
+    differs between the embeddings of a caption: all draws became the mean (experiments/LOG.md).
     """
 
     def __init__(self, config):
@@ -81,12 +83,14 @@ class Prior(nn.Module):
         return self.out(h)[:, :, None, None]                                  # (B, E, 1, 1)
 
 
-def sample_prior(prior, text, generators, alpha_bar, steps=25, draws=2):
-    """Sample image embeddings for text features, the best of several draws -> (B, E)
+def sample_prior(prior, text, generators, alpha_bar, steps=25, draws=2, scale=1):
+    """Sample image embeddings for text features, the best of several draws -> z: (B, E)
 
-    text: (B, E), scaled; the best has the largest dot product with the text (Ramesh et al., 2.2).
+    text: (B, E), scaled, as z is, about; of the draws that with the largest dot product with the
+    text is taken (Ramesh et al., sec. 2.2).
+    scale: of classifier-free guidance, for which training drops some texts, never the noised z.
     """
-    denoise, z = denoiser(prior, alpha_bar, text), []
+    denoise, z = classifier_free(prior, alpha_bar, text, scale), []
     for _ in range(draws):
         z_T = randn_per_image(generators, (text.shape[1], 1, 1), text.device)
         z.append(sample(denoise, z_T, generators, alpha_bar, steps, clamp=False).flatten(1))
@@ -97,17 +101,19 @@ def sample_prior(prior, text, generators, alpha_bar, steps=25, draws=2):
 
 # ---- the decoder: from image embedding to image --------------------------------------------------
 
-def decoder_condition(z, level, noise):
-    """Make the decoder's condition of image embeddings -> (B, E + 1)
+def decoder_condition(z, s, noise):
+    """Make the decoder's condition of image embeddings, some hidden by noise -> (B, E + 1)
 
-    z: (B, E), scaled; level: (B, 1) in [0, 1], how much of the embedding is hidden by noise: 0
-    shows all of it, 1 nothing; noise: standard normal like z
+    z: (B, E), scaled; s: (B, 1) in [0, 1], the noise level: 0 shows all of z, 1 nothing; noise:
+    standard normal like z
 
     z_s = sqrt(1 - s^2) z + s noise is multiplied by sqrt(1 - s^2), which makes it the mean of z
-    given z_s, if z were standard normal. So at level 1 the condition is zero, as for unconditional.
+    given z_s, if z were standard normal; 1 - s behind it tells the decoder how much to rely on it.
+    So at s = 1 the condition is zero, as without one: the decoder is an unconditional model, too.
+    differs from the paper: there the embedding has no noise (Ho et al. 2022 noise their condition).
     """
-    signal = (1 - level ** 2).sqrt()
-    return torch.cat([signal * (signal * z + level * noise), 1 - level], dim=1)
+    signal = (1 - s ** 2).sqrt()
+    return torch.cat([signal * (signal * z + s * noise), 1 - s], dim=1)
 
 
 def slerp(a, b, fraction):
@@ -117,7 +123,7 @@ def slerp(a, b, fraction):
     """
     flat_a, flat_b = a.flatten(1), b.flatten(1)
     cosine = F.cosine_similarity(flat_a, flat_b).clamp(-1, 1)[:, None]        # (B, 1)
-    angle = cosine.acos().clamp(min=1e-4)   # of equal vectors too
+    angle = cosine.acos().clamp(1e-4, math.pi - 1e-4)   # so that its sine is not 0
     length_a, length_b = (x.norm(dim=1, keepdim=True) for x in (flat_a, flat_b))
     direction = (torch.sin((1 - fraction) * angle) * flat_a / length_a
                  + torch.sin(fraction * angle) * flat_b / length_b) / angle.sin()
@@ -141,7 +147,7 @@ class UpsamplerBlock(nn.Module):
     """Residual block: conv, scale and shift by the condition, SiLU, conv; no normalisation, which
     would lose the absolute colours (Lim et al. 2017, arXiv 1707.02921).
 
-    x: (B, C, H, W), cond: (B, 2) -> (B, C, H, W)
+    x: (B, C, H, W), cond: (B, 2), see Upsampler -> (B, C, H, W)
     """
 
     def __init__(self, channels):
@@ -156,12 +162,11 @@ class UpsamplerBlock(nn.Module):
 
 
 class Upsampler(nn.Module):
-    """Residual network: enlarges images to twice their size, the same weights for both steps.
-
-    low: (B, 3, H, W), level: (B,) -> (B, 3, 2H, 2W)
+    """Residual network: doubles the size of images, and is applied twice.
 
     It predicts what bicubic interpolation lacks. All layers work at the small size; the last makes
     12 channels of it, which PixelShuffle lays out as 2 x 2 pixels of 3 (Shi et al. 2016).
+    differs from the paper: one pass of regression, no diffusion (experiments/unclip.py has both).
     """
 
     def __init__(self, config):
@@ -178,45 +183,56 @@ class Upsampler(nn.Module):
         upsampler.load_state_dict(checkpoint["weights"])
         return upsampler.eval().requires_grad_(False)
 
-    def forward(self, low, level, second):
-        """low: (B, 3, H, W); level: (B,), see redrawn; second: whether this is the second doubling
-        -> (B, 3, 2H, 2W)"""
-        cond = torch.stack([level, torch.full_like(level, second)], dim=1)    # (B, 2)
+    def forward(self, low, redrawn, second):
+        """low: (B, 3, H, W); redrawn: (B,), from which t / T low was redrawn, 0 if it is real;
+        second: whether this is the second doubling -> (B, 3, 2H, 2W)"""
+        cond = torch.stack([redrawn, torch.full_like(redrawn, second)], dim=1)   # (B, 2)
         h = self.conv_in(low)                                                 # (B, C, H, W)
         for block in self.blocks:
             h = block(h, cond)
         residual = F.pixel_shuffle(self.conv_out(h), 2).float()               # (B, 3, 2H, 2W)
-        return F.interpolate(low, scale_factor=2, mode="bicubic") + residual
+        return enlarge(low) + residual
+
+
+def enlarge(low):
+    """Double the size by bicubic interpolation: (B, 3, H, W) -> (B, 3, 2H, 2W)"""
+    return F.interpolate(low, scale_factor=2, mode="bicubic")
 
 
 def redraw(denoise, low, t, eps, alpha_bar):
     """Noise images up to timestep t and denoise them again: they get the faults of sampled ones
 
-    low: (B, 3, H, W), t: int, eps: standard normal like low -> (B, 3, H, W)
+    low: (B, 3, H, W), t: int, eps: standard normal like low -> (B, 3, H, W). (SDEdit: Meng et al.
+    2021, arXiv 2108.01073.) From pairs of redrawn and real images the upsampler learns to mend.
     """
     x_t = q_sample(low, torch.full((len(low),), t, device=low.device), eps, alpha_bar)
+    # `sample` starts at the last entry of alpha_bar, which is t here.
     return sample(denoise, x_t, None, alpha_bar[:t + 1], steps=1 + t // 50, eta=0.)
 
 
 def match_average(high, low):
-    """Shift each block of pixels of the large image so that its average is the small one's pixel
+    """Shift each block of pixels of a large image so that its average is the small one's pixel.
 
     high: (B, 3, kH, kW), low: (B, 3, H, W) -> like high
     """
-    lacking = low - F.interpolate(high, low.shape[-2:], mode="area")
-    return high + F.interpolate(lacking, high.shape[-2:])
+    difference = low - F.interpolate(high, low.shape[-2:], mode="area")
+    return high + F.interpolate(difference, high.shape[-2:])
 
 
-def upsample(upsampler, low, size, level=0.):
+# What `upsample` takes for sampled images: torn edges become smooth; more blurs: experiments/LOG.md
+SAMPLED = 0.05
+
+
+def upsample(upsampler, low, size, redrawn=0.):
     """Double images until they have size x size pixels -> (B, 3, size, size) in [-1, 1]
 
-    low: (B, 3, H, W) in [-1, 1]; level: how little to trust them: t / T of `redraw`, 0 for real
-    images, of which each pixel stays the average of its block
+    low: (B, 3, H, W) in [-1, 1]; redrawn: 0 for real images, of which each pixel becomes the
+    average of its block, as far as the range of pixels allows; else see Upsampler
     """
-    high, levels = low, low.new_full((len(low),), level)
+    high, all_redrawn = low, low.new_full((len(low),), redrawn)
     while high.shape[-1] < size:
-        high = upsampler(high, levels, second=high.shape[-1] > low.shape[-1])
-    return (high if level else match_average(high, low)).clamp(-1, 1)
+        high = upsampler(high, all_redrawn, second=high.shape[-1] > low.shape[-1])
+    return (high if redrawn else match_average(high, low)).clamp(-1, 1)
 
 
 # ---- what embeddings are good for ----------------------------------------------------------------
@@ -224,9 +240,11 @@ def upsample(upsampler, low, size, level=0.):
 def text_diff(z, text_from, text_to, fraction):
     """Move an image embedding in the direction from one text to another (Ramesh et al., 3.3)
 
-    z: (B, E); text_from, text_to: (B, E), text features; fraction: 0 is z, up to about .5 -> (B, E)
+    z: (B, E); text_from, text_to: (B, E), different text features; fraction: 0 is z, .5 changes
+    most images -> (B, E)
     """
-    return slerp(z, scale_features(text_to - text_from), fraction)
+    difference = scale_features(text_to) - scale_features(text_from)
+    return slerp(z, scale_features(difference), fraction)
 
 
 if __name__ == "__main__":   # a prior of two captions, whose embeddings have two numbers

@@ -65,6 +65,8 @@ def main(arguments):
         needs_prior = args.name in ("prior", "decoder") or "unclip" in args.methods
         models = sample.load_models(args.clip, args.ddpm, args.prior, args.upsampler, device,
                                     "unclip" if needs_prior else guide.DEFAULT)
+        if needs_prior and not models.prior:
+            raise cli.UserError("this needs a prior: python train.py prior --clip FILE")
         print(models.description)
         tables.record(EXPERIMENTS[args.name](models, args), args.name, args, device)
 

@@ -27,7 +27,7 @@ IMAGES, EACH = 200, 4    # held-out images, and variations of each
 FRACTIONS = .1, .2, .3, .4, .5   # of text diffs
 PATHS, ON_THE_WAY = 100, 9       # interpolations, and images on each
 LARGE = 588              # images of 128 x 128 pixels
-LEVELS = 0., .05, .1, .2         # of the upsampler
+REDRAWN = 0., .05, .1, .2        # what the upsampler takes its images for
 
 
 def sampling_config(models, args, n):
@@ -53,8 +53,8 @@ def make_ways(models, args):
     ridge = ridge_probe(x.cpu(), z.cpu())
     mlp = train_without_diffusion(z, text, ids)
     draw = lambda pool, generator: pool[torch.randint(len(pool), (), generator=generator)]
-    drawn = lambda n: lambda targets, generators: unclip.sample_prior(
-        models.prior, text[targets], generators, models.alpha_bar, draws=n)
+    drawn = lambda n, scale=1: lambda targets, generators: unclip.sample_prior(
+        models.prior, text[targets], generators, models.alpha_bar, draws=n, scale=scale)
     return {
         "true, of held-out images": lambda targets, generators: true_z[torch.tensor(
             [draw(of_held_out[k], g) for k, g in zip(targets.tolist(), generators)])],
@@ -65,7 +65,8 @@ def make_ways(models, args):
         "training image of the caption": lambda targets, generators: z[torch.stack(
             [draw(of_caption[k], g) for k, g in zip(targets.tolist(), generators)])],
         "MLP without diffusion": lambda targets, _: mlp(text[targets]),
-        "prior, 1 draw": drawn(1), "prior, best of 2": drawn(2)}
+        "prior, 1 draw": drawn(1), "prior, best of 2": drawn(2),
+        "prior, best of 2, guidance 2": drawn(2, 2.)}
 
 
 def train_without_diffusion(z, text, ids, steps=1000):
@@ -109,16 +110,17 @@ def priors(models, args):
     for way, draw in ways.items():
         z = guide.scale_features(draw(many, generators(len(many))))
         covariance = within(z, many)
-        true = true or (z, covariance)   # the first way
-        make = lambda part, own: sample.decoder(models, guide.scale_features(
+        if true is None:   # the first way
+            true = z, covariance
+        make = lambda part, own: sample.decoder_denoiser(models, guide.scale_features(
             draw(targets[part], own)), config.scale)
         images = data.to_uint8(sample.sample_batches(models, make, config))
         row = evaluator.score(images, targets, models, scores)
         data.save_grid(args.out / f"prior-{way.replace(' ', '-')}.png", images[:48], zoom=2)
         spread = covariance.trace() / true[1].trace()
         directions = F.cosine_similarity(covariance.flatten(), true[1].flatten(), dim=0)
-        yield {"way": way, "cosine": F.cosine_similarity(z, true[0].roll(
-            len(models.captions), 0)).mean().item(), "spread": spread.item(),
+        yield {"way": way, "cosine": F.cosine_similarity(
+            z, true[0].roll(len(models.captions), 0)).mean().item(), "spread": spread.item(),
             "directions": directions.item() if spread > 1e-6 else None,
             **{key: row[key] for key in ("prompt_accuracy", "low", "high", "second_judge", "kid",
                                          "kid_error", "diversity")}}
@@ -181,7 +183,7 @@ def held_out_cars(models, count, skip=0):
 
 
 def kept(judge, x, labels):
-    """name -> fraction of images with that attribute; "all": with all of them"""
+    """Fraction of images with each attribute, and metrics.accuracy_row of all of them"""
     same = predict(judge, x).cpu() == labels                                  # (N, A)
     return {**dict(zip(("body", "main", "second"), same.float().mean(dim=0).tolist())),
             **metrics.accuracy_row(same.all(dim=1))}
@@ -196,13 +198,9 @@ def overlap(x, y):
 def variations(models, args, judge):
     """Variations of held-out images, at several levels of noise on the embedding."""
     x_0, labels = held_out_cars(models, IMAGES)
-    z = sample.embed(models, x_0).repeat(EACH, 1)
-    config = sampling_config(models, args, len(z))
+    config = sampling_config(models, args, IMAGES * EACH)
     for vary in (0., .25, .5, .75):
-        def make(part, generators):
-            noise = tinyddpm.randn_per_image(generators, z.shape[1:], z.device)
-            return sample.decoder(models, z[part], config.scale, vary, noise)
-        x = sample.sample_batches(models, make, config)
+        x = sample.variations(models, x_0, config, vary)
         yield {"task": "variations", "way": f"vary {vary:g}",
                **kept(judge, x, labels.repeat(EACH, 1)),
                "overlap": overlap(x, x_0.repeat(EACH, 1, 1, 1)).mean().item()}
@@ -308,8 +306,7 @@ class DiffusionUpsampler(nn.Module):
 
 def residual_of(high, low):
     """(B, 3, 2H, 2W), (B, 3, H, W) -> (B, 12, H, W)"""
-    lacking = high - F.interpolate(low, scale_factor=2, mode="bicubic")
-    return F.pixel_unshuffle(lacking, 2) * DiffusionUpsampler.SCALE
+    return F.pixel_unshuffle(high - unclip.enlarge(low), 2) * DiffusionUpsampler.SCALE
 
 
 def diffusion_objective(model, x_0, alpha_bar, generator):
@@ -317,52 +314,51 @@ def diffusion_objective(model, x_0, alpha_bar, generator):
     B, n = len(x_0), x_0.shape[-1] // 2
     loss = 0.
     for second, large in ((False, F.avg_pool2d(x_0, 2)), (True, x_0)):
-        top, left = torch.randint(0, (large.shape[-1] - n) // 2 + 1, (2,), generator=generator) * 2
+        top, left = 2 * torch.randint((large.shape[-1] - n) // 2 + 1, (2,), generator=generator,
+                                      device=x_0.device)
         large = large[:, :, top:top + n, left:left + n]
         low = F.avg_pool2d(large, 2)
         t = tinyddpm.stratified_timesteps(B, generator)
         residual = residual_of(large, low)
-        eps = torch.randn(residual.shape, generator=generator)
+        eps = torch.randn(residual.shape, generator=generator, device=x_0.device)
         loss = loss + tinyddpm.ddpm_loss(model, residual, t, eps, alpha_bar, (low, second)).mean()
     return loss
 
 
 def by_diffusion(model, low, steps, start=None):
     """Upsample by diffusion -> (B, 3, 4H, 4W); start: (B, 3, 4H, 4W) from which to begin in the
-    middle, else from noise"""
-    alpha_bar, high = tinyddpm.cosine_alpha_bar(), low
+    middle, at t = 500, else from noise"""
+    alpha_bar, high = tinyddpm.cosine_alpha_bar().to(low.device), low
     for second in (False, True):
         generators = [data.generator("sampling", second, i) for i in range(len(low))]
-        eps = tinyddpm.randn_per_image(generators, (12, *high.shape[-2:]))
-        denoise, T = tinyddpm.denoiser(model, alpha_bar, (high, second)), tinyddpm.T
+        x_t = tinyddpm.randn_per_image(generators, (12, *high.shape[-2:]), low.device)
+        denoise, first = tinyddpm.denoiser(model, alpha_bar, (high, second)), tinyddpm.T
         if start is not None:
-            T = tinyddpm.T // 2
-            target = start if second else F.avg_pool2d(start, 2)
-            eps = tinyddpm.q_sample(residual_of(target, high), torch.full((len(low),), T), eps,
-                                    alpha_bar)
-        residual = tinyddpm.sample(denoise, eps, generators, alpha_bar[:T + 1], steps, eta=0.,
+            first, target = 500, start if second else F.avg_pool2d(start, 2)
+            t = torch.full((len(low),), first, device=low.device)
+            x_t = tinyddpm.q_sample(residual_of(target, high), t, x_t, alpha_bar)
+        residual = tinyddpm.sample(denoise, x_t, generators, alpha_bar[:first + 1], steps, eta=0.,
                                    clamp=False)
-        high = (F.interpolate(high, scale_factor=2, mode="bicubic")
-                + F.pixel_shuffle(residual / DiffusionUpsampler.SCALE, 2))
+        high = unclip.enlarge(high) + F.pixel_shuffle(residual / DiffusionUpsampler.SCALE, 2)
     return unclip.match_average(high, low).clamp(-1, 1)
 
 
-def train_diffusion_upsampler():
+def train_diffusion_upsampler(device):
     """Train a DiffusionUpsampler as long as the upsampler, unless it is there -> model"""
     _, config, options = train.TASKS["upsampler"]
     folder = Path("runs/ablations/upsampler-diffusion")
     dataset = data.load("cars", config.image_size, options.images)
-    alpha_bar = tinyddpm.cosine_alpha_bar()
+    alpha_bar = tinyddpm.cosine_alpha_bar().to(device)
     torch.manual_seed(0)
     objective = lambda model, x_0, indices, generator: diffusion_objective(
         model, x_0, alpha_bar, generator)
     task = train.Task("upsampler", DiffusionUpsampler(config), objective,
                       lambda model, folder: "diffusion", {}, 2.)
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        train.train(task, options, dataset, folder)
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        train.train(task, options, dataset, folder, device=device)
     model = DiffusionUpsampler(config)
     model.load_state_dict(checkpoint.load(folder / "weights.pt", "upsampler")["weights"])
-    return model.eval()
+    return model.eval().to(device)
 
 
 def crop_features(judge, x):
@@ -387,23 +383,25 @@ def upsamplers(models, args):
     edges and variation: relative to real images; KID: of quarters of the images.
     """
     judge, content = sample.load_judge(models.captions, args.judge, models.alpha_bar.device)
-    diffusion, size = train_diffusion_upsampler(), models.upsampler.config.image_size
-    real = data.to_float(data.load("cars", size, 2 * LARGE, "judge-test").images)
+    device, size = models.alpha_bar.device, models.upsampler.config.image_size
+    diffusion = train_diffusion_upsampler(device)
+    real = data.to_float(data.load("cars", size, 2 * LARGE, "judge-test").images).to(device)
     true, real = real[:LARGE], crop_features(judge, real[LARGE:])
     edge, variation = steepness(true)
-    indices = torch.arange(LARGE)
+    indices = torch.arange(LARGE, device=device)
     guided = evaluator.sample_cached(guide.DEFAULT, indices, models, args).images
     labels = dict(zip(content["captions"], content["caption_labels"]))
     targets = torch.tensor([labels[models.captions[i % len(models.captions)]] for i in indices])
-    regression = lambda low, level=0.: unclip.upsample(models.upsampler, low, size, level)
+    regression = lambda low, redrawn=0.: unclip.upsample(models.upsampler, low, size, redrawn)
     ways = {"bicubic": lambda low: F.interpolate(low, scale_factor=4, mode="bicubic").clamp(-1, 1),
-            **{f"regression, level {level:g}": lambda low, level=level: regression(low, level)
-               for level in LEVELS},
+            **{f"regression, redrawn from {t:g}": lambda low, t=t: regression(low, t)
+               for t in REDRAWN},
             **{f"diffusion, {n} steps": lambda low, n=n: by_diffusion(diffusion, low, n)
                for n in (4, 8)},
             "regression, then diffusion": lambda low: by_diffusion(
                 diffusion, low, 4, regression(low))}
-    for name, low in (("true", F.avg_pool2d(true, 4)), ("guided", data.to_float(guided))):
+    for name, low in (("true", F.avg_pool2d(true, 4)),
+                      ("guided", data.to_float(guided).to(device))):
         for way, upsample in ways.items():
             x = torch.cat([upsample(part) for part in tqdm(low.split(28), way, leave=False)])
             steep, varies = steepness(x)

@@ -650,11 +650,11 @@ def test_ways_from_text_to_image_embedding(here, monkeypatch):
     monkeypatch.setattr(unclip_experiments, "SEEN", 600)
     rows = run("prior --prompts even")
     assert [row["way"] for row in rows][:2] == ["true, of held-out images", "text feature"]
-    assert len(rows) == 9 and rows[0]["spread"] == 1 == pytest.approx(rows[0]["directions"])
+    assert len(rows) == 10 and rows[0]["spread"] == 1 == pytest.approx(rows[0]["directions"])
     assert all(abs(row["cosine"]) <= 1 for row in rows)
     varied = {row["way"] for row in rows if row["spread"] > 0.01}
     assert varied == {"true, of held-out images", "training image of the caption", "prior, 1 draw",
-                      "prior, best of 2"}
+                      "prior, best of 2", "prior, best of 2, guidance 2"}
 
 
 def test_what_is_decoded(here, monkeypatch):

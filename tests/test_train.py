@@ -772,9 +772,9 @@ def test_a_clip_of_other_images_is_refused(here):
         with pytest.raises(cli.UserError, match="./photos|at 8 pixels"):
             train.main(command("ddpm", f"--steps 1 --clip {clip} --out misfit"))
     train.main(command("ddpm", "--steps 1 --out native"))   # 16 pixels
-    flags = toys.FLAGS["upsampler"].replace("--image-size 64", "--image-size 32")
     with pytest.raises(cli.UserError, match="at 16 pixels, but cars at 8 is needed"):
-        train.main(f"upsampler --steps 1 {flags} --ddpm native/weights.pt --out misfit".split())
+        train.main(command("upsampler", "--steps 1 --image-size 32 --ddpm native/weights.pt "
+                           "--out misfit"))
 
 
 def test_other_captions_are_another_run(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import tinyddpm
 import toys
 import train
 import unclip
+from infra import checkpoint
 
 E = 6
 CPU = torch.device("cpu")
@@ -125,6 +126,8 @@ def test_text_diff_turns_towards_the_difference():
              for f in (0., .25, .5, 1.)]
     assert all((b > a).all() for a, b in zip(along, along[1:]))
     assert torch.allclose(along[-1], torch.ones(5), atol=1e-4)
+    longer = unclip.text_diff(z, 2 * text_from, text_to, .4)   # only directions of texts count
+    assert torch.allclose(longer, unclip.text_diff(z, text_from, text_to, .4), atol=1e-5)
     assert torch.allclose(unclip.text_diff(z, text_from, text_to, .4).norm(dim=1),
                           torch.full((5,), 8.), atol=1e-3)   # sqrt(64), as all scaled features
 
@@ -189,13 +192,13 @@ def test_the_average_of_each_block_is_the_small_pixel(size):
     assert unclip.upsample(upsampler, 5 * low, size).abs().max() <= 1
 
 
-def test_a_level_lets_the_network_mend(alpha_bar):
+def test_redrawn_images_may_be_mended(alpha_bar):
     """Where the small images are not to be trusted, the average of a block may be another."""
     upsampler, low = make_upsampler(), 0.4 * torch.rand(2, 3, 4, 4) - 0.2
     torch.nn.init.normal_(upsampler.conv_out.weight, std=0.01)
     levels, forward = [], upsampler.forward
     upsampler.forward = lambda x, level, second: levels.append(level) or forward(x, level, second)
-    high = unclip.upsample(upsampler, low, 16, level=0.1)
+    high = unclip.upsample(upsampler, low, 16, redrawn=0.1)
     assert not torch.allclose(F.avg_pool2d(high, 4), low, atol=1e-3)
     assert torch.equal(torch.stack(levels), torch.full((2, 2), 0.1))
 
@@ -219,20 +222,18 @@ def test_half_of_the_small_images_are_redrawn(monkeypatch):
     dataset, seen = toys.squares(40, seed=0), []
     monkeypatch.setattr(train, "upsampler_objective", lambda model, *given: seen.append(given))
     monkeypatch.setattr(unclip, "redraw", lambda denoise, low, t, eps, alpha_bar: 0 * low + t)
-    x_0 = torch.rand(8, 3, 16, 16)
-    for ddpm in (None, torch.nn.Identity()):
-        task = train.upsampler_task(unclip.UpsamplerConfig(32, 1, 16), train.TrainConfig(), dataset,
-                                    dataset, CPU, ddpm)
-        for seed in range(30):
-            task.objective(task.model, x_0, None, data.generator("training", seed))
-    assert all(torch.equal(given, x_0) for given, *_ in seen)
-    for _, level, low, _ in seen[:30]:
-        assert (level == 0).all() and torch.equal(low, F.avg_pool2d(x_0, 4))
-    for _, level, low, _ in seen[30:]:
-        assert (level[4:] == 0).all() and torch.equal(low[4:], F.avg_pool2d(x_0, 4)[4:])
-        assert torch.allclose(low[:4], (1000 * level[:4])[:, None, None, None], atol=1e-3)
-    levels = [level[0].item() for _, level, _, _ in seen[30:]]
-    assert 0.05 <= min(levels) < 0.1 and 0.25 < max(levels) <= 0.3
+    x_0, ddpm = torch.rand(8, 3, 16, 16), torch.nn.Linear(1, 1)
+    task = train.upsampler_task(unclip.UpsamplerConfig(32, 1, 16), train.TrainConfig(), dataset,
+                                dataset, CPU, ddpm)
+    assert task.content == {"ddpm": checkpoint.weights_checksum(ddpm)}
+    for seed in range(30):
+        task.objective(task.model, x_0, None, data.generator("training", seed))
+    for given, low, redrawn, _ in seen:
+        assert torch.equal(given, x_0) and (redrawn[4:] == 0).all()
+        assert torch.equal(low[4:], F.avg_pool2d(x_0, 4)[4:])
+        assert torch.allclose(low[:4], (1000 * redrawn[:4])[:, None, None, None], atol=1e-3)
+    first = [redrawn[0].item() for _, _, redrawn, _ in seen]
+    assert 0.05 <= min(first) < 0.1 and 0.25 < max(first) <= 0.3
 
 
 def test_upsampler_objective_is_the_error_of_both_doublings():
@@ -248,7 +249,7 @@ def test_upsampler_objective_is_the_error_of_both_doublings():
     middle = F.interpolate(low, scale_factor=2)
     crops = set()
     for seed in range(30):
-        loss = train.upsampler_objective(repeat, x_0, level, low, data.generator("training", seed))
+        loss = train.upsampler_objective(repeat, x_0, low, level, data.generator("training", seed))
         (first, given, no), (part, also, yes) = seen[-2:]
         assert first is low and given is level and also is level and (no, yes) == (False, True)
         (top, left), = [(i, j) for i in range(5) for j in range(5)
@@ -268,7 +269,9 @@ def test_the_upsampler_learns_edges(tmp_path):
     dataset, held_out = toys.squares(200, seed=1), toys.squares(100, seed=2)
     options = train.TrainConfig(steps=200, batch=16, lr=4e-3)
     torch.manual_seed(0)
-    task = train.upsampler_task(unclip.UpsamplerConfig(32, 2, 16), options, dataset, held_out, CPU)
+    unet = tinyddpm.UNet(tinyddpm.UNetConfig(16, (1, 2), attention=(1,), image_size=4))
+    task = train.upsampler_task(unclip.UpsamplerConfig(32, 2, 16), options, dataset, held_out, CPU,
+                                unet)
     train.train(task, options, dataset, tmp_path)
     x_0 = data.to_float(held_out.images)
     low = F.avg_pool2d(x_0, 4)

@@ -13,7 +13,8 @@ FLAGS = {   # of train.py
                "--image-size 16 --device cpu --clip runs/clip/weights.pt",
     "prior": "--images 64 --batch 8 --width 32 --blocks 1 --device cpu "
              "--clip runs/clip/weights.pt",
-    "upsampler": "--images 64 --batch 8 --channels 32 --blocks 1 --image-size 64 --device cpu",
+    "upsampler": "--images 64 --batch 8 --channels 32 --blocks 1 --image-size 64 --device cpu "
+                 "--ddpm runs/ddpm/weights.pt",
     "judge": "--images 64 --batch 8 --width 8 --image-size 16 --device cpu",
 }
 COLOURS, SIDES = ["red", "green", "blue"], ["left", "right"]
