@@ -12,8 +12,8 @@
 
 Uses runs/clip and runs/ddpm if both were trained (without a prompt runs/ddpm is enough, for the
 last four runs/decoder), else the models in weights/; images are enlarged if there is an upsampler
-for them. Writes a PNG for each prompt, with seed and settings in its metadata, prints how
-CLIP reads the prompt, CLIP's probability of it and the judge's prompt accuracy. With another -n or
+for them. Writes a PNG for each prompt, with seed and settings in its metadata, prints how CLIP
+reads the prompt, CLIP's probability of it and the judge's prompt accuracy. With another -n or
 --batch an image may differ a little on a CPU that computes in bf16, where sums are rounded in
 another order. From Python: load_models, then generate (see README.md).
 """
@@ -124,7 +124,7 @@ def load_models(clip=None, ddpm=None, prior=None, upsampler=None, device="cpu",
         return models
     clip, content = load_clip(clip_path, ddpm_content)
     checksum = checkpoint.weights_checksum(clip)
-    if ddpm_content.get("clip", checksum) != checksum and (method in CONDITIONAL):
+    if ddpm_content.get("clip", checksum) != checksum and method in CONDITIONAL:
         raise cli.UserError(f"{ddpm_path} is conditional on the features of another CLIP; give "
                             "that one with --clip")
     if method == "unclip":
@@ -448,8 +448,8 @@ def decode(models, z, x_T, config):
 def variations(models, x_0, config, vary=0.):
     """Decode the embeddings of images again, from other noise -> (n, 3, size, size)
 
-    x_0: (N, 3, H, W), repeated up to n images; vary: from 0 to 1, how much of the embeddings noise
-    hides; config: as fill_in returns it, so for the functions below
+    x_0: (N, 3, H, W), all repeated n / N times; vary: from 0 to 1, how much of the embeddings noise
+    hides; config: as fill_in returns it for the method "unclip", so for the functions below
     """
     z = embed(models, x_0).repeat(config.n // len(x_0), 1)
 
@@ -537,8 +537,7 @@ def parse(arguments):
         args.method, args.prompts = "unclip", [None]
     elif not args.prompts:
         args.prompts, args.method = [None], "none"
-    config = SamplingConfig(**{name: getattr(args, name) for name in vars(default)})
-    return args, config
+    return args, SamplingConfig(**{name: getattr(args, name) for name in vars(default)})
 
 
 def output_paths(args):

@@ -238,8 +238,11 @@ def clip_task(config, options, dataset, validation, device):
 
 
 def diffusion_task(kind, config, dataset, validation, device, condition, held_out, content):
-    """condition: (indices of images, generator) -> cond, which the U-Net is trained with, or None;
-    held_out: (N, cond_dim) of the validation images, or None"""
+    """Set up a U-Net's training.
+
+    condition: (indices of images, generator) -> cond: (B, cond_dim), or None; held_out:
+    (N, cond_dim), the condition of each validation image, for previews, or None
+    """
     alpha_bar = tinyddpm.cosine_alpha_bar().to(device)
     objective = lambda model, x_0, indices, generator: ddpm_objective(
         model, x_0, condition(indices, generator), alpha_bar, generator)
@@ -275,7 +278,7 @@ def ddpm_task(config, options, dataset, validation, device, clip=None):
     config = dataclasses.replace(config, cond_dim=clip.config.embed_dim)
     templates = normalized_templates(dataset)[:ENSEMBLE]
     text_features = clip.to(device).encode_ensemble(templates)                # (K + P, E)
-    cond = guide.scale_features(text_features[:len(dataset.captions)])     # (K, E)
+    cond = guide.scale_features(text_features[:len(dataset.captions)])        # (K, E)
     caption_ids = torch.from_numpy(dataset.caption_ids).to(device)            # (N,)
     condition = lambda indices, generator: drop_text(cond[caption_ids[indices]], generator)
     content = {"clip": checkpoint.weights_checksum(clip)}   # sample.py needs the same one
@@ -359,6 +362,7 @@ def upsampler_task(config, options, dataset, validation, device, ddpm):
 
 
 def judge_task(config, options, dataset, validation, device):
+    """Set up the training of a classifier of the data set's attributes."""
     if not dataset.attributes:
         raise cli.UserError("a judge needs the built-in cars or class folders; other captions name "
                             "no attributes that it could learn")

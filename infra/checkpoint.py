@@ -11,11 +11,9 @@ from infra.cli import UserError
 
 
 # What commands read of weights.pt besides what from_checkpoint does.
-HOLDS = {"clip": ("steps", "captions", "caption_labels", "templates", "partial",
-                  "partial_true_of", "words"),
-         "ddpm": ("steps", "captions"), "decoder": ("steps", "captions", "clip"),
-         "prior": ("steps", "clip"), "upsampler": ("steps", "captions"),
-         "judge": ("steps", "captions", "caption_labels")}
+HOLDS = {"clip": ["caption_labels", "templates", "partial", "partial_true_of", "words"],
+         "ddpm": [], "decoder": ["clip"], "prior": ["clip"], "upsampler": [],
+         "judge": ["caption_labels"]}
 
 
 @contextlib.contextmanager
@@ -82,14 +80,13 @@ def load(path, *kinds):
 def load_model(path, model_class, *kinds):
     """Load a model -> (model_class.from_checkpoint(content), content); UserError if it misfits."""
     content = load(path, *kinds)
-    kind = content["kind"]
     try:
-        for key in ("data", *HOLDS[kind]):
+        for key in ("data", "steps", "captions", *HOLDS[content["kind"]]):
             content[key]   # or KeyError
         return model_class.from_checkpoint(content), content
     except KeyError as error:
         raise UserError(f"{path} holds no {error}, it is of another version; train one with: "
-                        f"python train.py {kind} --fresh") from None
+                        f"python train.py {kinds[0]} --fresh") from None
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]   # torch: headline, then details
         raise UserError(f"{path} does not fit its own config: {lines[-1].strip()}") from None
