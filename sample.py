@@ -497,7 +497,7 @@ def parse(arguments):
     add, default = parser.add_argument, SamplingConfig()
     add("prompts", nargs="*", metavar="prompt", help="one file each; without a prompt: unguided")
     add("-n", type=int, default=default.n, help="how many images")
-    add("--method", default=default.method, choices=METHODS)
+    add("--method", choices=METHODS, help=f"default with a prompt: {default.method}")
     add("--scale", type=float, help="guidance scale; this and the next four: by default the "
         "method's own")
     add("--interval", type=int, nargs=2, metavar=("LO", "HI"),
@@ -527,16 +527,18 @@ def parse(arguments):
     if len(modes) + bool(args.prompts) > 1:
         raise cli.UserError("a prompt, --variations, --interpolate and --diff exclude each other")
     args.mode = modes[0] if modes else None
-    for flag, used in (("vary", args.mode == "variations"), ("gif", not args.mode),
-                       ("eta", args.mode not in ("interpolate", "diff")),
-                       ("recurrence", args.mode not in ("interpolate", "diff"))):
+    if not args.prompts and not args.method:
+        args.method = "unclip" if modes else "none"
+    guides, noisy = args.prompts or modes, args.mode not in ("interpolate", "diff")
+    for flag, used in (("method", args.prompts or args.method == ("unclip" if modes else "none")),
+                       ("scale", guides), ("interval", guides), ("eta", noisy),
+                       ("recurrence", noisy), ("gif", not modes),
+                       ("vary", args.mode == "variations")):
         if getattr(args, flag) and not used:
-            raise cli.UserError(f"--{flag} is of no use " + (f"to --{args.mode}" if modes else
-                                                             "without --variations"))
-    if modes:
-        args.method, args.prompts = "unclip", [None]
-    elif not args.prompts:
-        args.prompts, args.method = [None], "none"
+            raise cli.UserError(f"--{flag} is of no use " + (
+                f"to --{args.mode}" if modes else "to a prompt" if args.prompts else
+                "without a prompt"))
+    args.method, args.prompts = args.method or default.method, args.prompts or [None]
     return args, SamplingConfig(**{name: getattr(args, name) for name in vars(default)})
 
 

@@ -11,6 +11,7 @@ import data
 import guide
 import sample
 import tinyddpm
+import unclip
 from infra import plot
 
 CAPTION = "a white and red car"
@@ -48,10 +49,10 @@ def labelled_grid(rows, row_labels=(), column_labels=(), title="", gap=8):
     return image
 
 
-def sample_grid(models, prompt, n, columns, zoom, **options):
+def sample_grid(models, prompt, n, columns, **options):
     """Sample n images -> one Image"""
     x_0 = sample.generate(models, prompt, n=n, **options)
-    return data.image_grid(data.to_uint8(x_0), columns, zoom=zoom)
+    return data.image_grid(data.to_uint8(x_0), columns)
 
 
 def trajectory(run):
@@ -76,9 +77,9 @@ def hero(models, path):
     draw.text((36, 12), "what the words mean", "black", LARGE)
     draw.text((36, 40), "a car of the data set, in high resolution", GRAY, FONT)
     draw.text((460, 12), 'python sample.py "white and red car"', "black", LARGE)
-    draw.text((460, 40), "16 images, 32 x 32 pixels, enlarged", GRAY, FONT)
+    draw.text((460, 40), "16 images, 128 x 128 pixels", GRAY, FONT)
     for i, x in enumerate(sample.generate(models, "white and red car", n=16)):
-        image.paste(to_image(x, 128, Image.LANCZOS), (460 + i % 4 * 134, 64 + i // 4 * 128))
+        image.paste(to_image(x, 128), (460 + i % 4 * 134, 64 + i // 4 * 128))
     image.save(path)
 
 
@@ -192,14 +193,14 @@ def swiss_roll(models, path):
 
 def scales(models, path):
     """The same three x_T at guidance scale 0, 32, 128 and 512."""
-    row = [sample_grid(models, "a red bus", 3, 1, 4, scale=s) for s in (0, 32, 128, 512)]
+    row = [sample_grid(models, "a red bus", 3, 1, scale=s) for s in (0, 32, 128, 512)]
     labelled_grid([row], (), [f"scale {s}" for s in (0, 32, 128, 512)],
                   '"a red bus", each row from the same x_T').save(path)
 
 
 def eta_recurrence(models, path):
     """eta and recurrence side by side: samples from the same four x_T."""
-    labelled_grid([[sample_grid(models, CAPTION, 4, 2, 3, eta=eta, recurrence=recurrence)
+    labelled_grid([[sample_grid(models, CAPTION, 4, 2, eta=eta, recurrence=recurrence)
                     for recurrence in (1, 2, 4)] for eta in (0., .5, 1.)],
                   ["eta = 0", "eta = 0.5", "eta = 1"], [f"recurrence {r}" for r in (1, 2, 4)],
                   f'"{CAPTION}", always from the same four x_T').save(path)
@@ -240,9 +241,102 @@ def gradient_and_posterior(models, x_t, t):
 def prompts(models, path):
     """16 samples without a prompt and for three prompts, from the same noise."""
     names = None, "blue van", "yellow and black sports car", "red bus"
-    cells = [labelled_grid([[sample_grid(models, name, 16, 4, 3)]], (),
+    cells = [labelled_grid([[sample_grid(models, name, 16, 4)]], (),
                            [f'"{name}"' if name else "no prompt"]) for name in names]
     labelled_grid([cells[:2], cells[2:]], gap=0).save(path)
+
+
+def heat_map(vector, columns=16, cell=8):
+    """Draw numbers as cells, blue below 0, white at 0, red above -> Image"""
+    image, draw = canvas(cell * columns, cell * -(-len(vector) // columns))
+    for i, value in enumerate((vector / 3).clamp(-1, 1).tolist()):
+        x, y = i % columns * cell, i // columns * cell
+        draw.rectangle([x, y, x + cell - 1, y + cell - 1], tuple(
+            int(255 + abs(value) * (c - 255)) for c in ((192, 57, 43) if value > 0 else
+                                                        (44, 111, 187))))
+    return image
+
+
+def unclip_parts(models, path):
+    """From a text feature by way of three embeddings to images: prior, decoder, upsampler."""
+    targets = torch.tensor([models.captions.index(CAPTION)] * 3)
+    text = guide.scale_features(models.text_features[targets])
+    z = guide.scale_features(unclip.sample_prior(
+        models.prior, text, [data.generator("sampling", 0, i) for i in range(3)],
+        models.alpha_bar))
+    low = sample.decode(models, z, None, unclip_config(models, 3, models.unet.config.image_size))
+    high = unclip.upsample(models.upsampler, low, 4 * low.shape[-1], unclip.SAMPLED)
+    columns = {"text feature": text, "image embedding": z, "image": low, "larger image": high}
+    image, draw = canvas(240 * len(columns) - 80, 520)
+    for column, (name, x) in enumerate(columns.items()):
+        left, size = 16 + 240 * column, " x ".join(map(str, x.shape[min(2, x.dim() - 1):]))
+        draw.text((left + 64, 20), name, "black", LARGE, "mm")
+        draw.text((left + 64, 44), size + (" pixels" if x.dim() > 2 else " numbers"), GRAY, FONT,
+                  "mm")
+        for i in range(3) if column else [1]:
+            middle = 136 + 152 * i
+            cell = to_image(x[i], 128) if x.dim() > 2 else heat_map(x[i])
+            image.paste(cell, (left, middle - cell.height // 2))
+            if column:
+                start, label = (left - 100, middle if column > 1 else 288), (left - 56, middle - 12)
+                draw.line([start, (left - 8, middle)], RED, 2)
+                draw.ellipse([left - 12, middle - 4, left - 4, middle + 4], RED)
+                if column > 1 or i == 1:
+                    draw.text(label, ("prior", "decoder", "upsampler")[column - 1], RED, FONT, "mm")
+    draw.text((80, 344), f'"{CAPTION}"', "black", FONT, "mm")
+    image.save(path)
+
+
+def held_out_cars(size, n):
+    """The first n held-out cars -> (n, 3, size, size), labels (n, A)"""
+    images, labels = cars.render(0, range(cars.VALIDATION, cars.VALIDATION + n), size)
+    return data.to_float(images), labels
+
+
+def strips(images, titles, path):
+    """Save rows of images, each with a title above; images: lists of (3, H, W)"""
+    rows = [[labelled_grid([[to_image(x, 112, Image.LANCZOS) for x in row]], title=title, gap=4)]
+            for row, title in zip(images, titles)]
+    labelled_grid(rows, gap=0).save(path)
+
+
+def unclip_config(models, n, size=None):
+    """-> SamplingConfig of n images by unCLIP, by default as large as there is an upsampler for"""
+    return sample.fill_in(sample.SamplingConfig(n=n, method="unclip", size=size), models)
+
+
+def variations(models, path):
+    """Held-out cars, and seven variations of each: of the whole embedding, of a half-hidden one."""
+    x_0, labels = held_out_cars(models.unet.config.image_size, 3)
+    large, _ = held_out_cars(4 * models.unet.config.image_size, 3)
+    images, titles = [], []
+    for vary in (0., .5):
+        for x, given, row in zip(x_0, large, labels):
+            drawn = sample.variations(models, x[None], unclip_config(models, 7), vary)
+            images.append([given, *drawn])
+            titles.append(f"{cars.caption(*row)} (left), and --variations of it, --vary {vary:g}")
+    strips(images, titles, path)
+
+
+def interpolations(models, path):
+    """From one held-out car to the next."""
+    x_0, labels = held_out_cars(models.unet.config.image_size, 4)
+    names = [cars.caption(*row) for row in labels]
+    strips([sample.interpolate(models, x_0[i:i + 2], unclip_config(models, 8)) for i in range(3)],
+           [f"{a} to {b}" for a, b in zip(names, names[1:])], path)
+
+
+def text_diffs(models, path):
+    """Held-out cars changed as two captions differ: in body, main and second colour."""
+    x_0, labels = held_out_cars(models.unet.config.image_size, 3)
+    images, titles = [], []
+    for i, (x, row) in enumerate(zip(x_0, labels)):
+        changed = row.copy()   # in one attribute, to its next value
+        changed[i] = (row[i] + 1) % len(list(cars.ATTRIBUTES.values())[i])
+        texts = [cars.caption(*some) for some in (row, changed)]
+        images.append(sample.diff(models, x[None], *texts, unclip_config(models, 8)))
+        titles.append('"{}" to "{}"'.format(*texts))
+    strips(images, titles, path)
 
 
 def trajectory_gif(models, path):
@@ -257,9 +351,10 @@ def trajectory_gif(models, path):
 
 def figures(models, args):
     """Draw every figure, on the CPU -> a row for each: name, path"""
-    models = sample.load_models(args.clip, args.ddpm)
+    models = sample.load_models(args.clip, args.ddpm, args.prior, args.upsampler, method="unclip")
     for draw in (hero, forward, noising, unet, similarity, swiss_roll, scales, eta_recurrence,
-                 guidance, prompts, trajectory_gif):
+                 guidance, prompts, unclip_parts, variations, interpolations, text_diffs,
+                 trajectory_gif):
         path = args.out / f"{draw.__name__}.png".replace("_gif.png", ".gif")
         draw(models, path)
         yield {"name": draw.__doc__.splitlines()[0], "path": str(path)}

@@ -1,4 +1,4 @@
-"""The tables of record: experiments/results/*.json, printed into experiments/README.md.
+"""The tables of record: experiments/results/*.json, printed into README.md and UNCLIP.md.
 
     python -m experiments tables      after a change of a JSON file
 
@@ -17,12 +17,13 @@ import torch
 from infra import cli
 
 HERE = Path(__file__).parent
-SECTION = re.compile(r"(<!-- table (\w+)(?: (\w+)=(\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = "README.md", "UNCLIP.md"
+SECTION = re.compile(r"(<!-- table (\w+)(?: (\w+)=(.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 FRACTIONS = {"prompt_accuracy", "low", "body", "main", "second", "second_judge", "disagree",
              "clip_prob", "exchanged", "top-1", "swapped", "different", "order", "paraphrase",
              "captions@1", "captions@5", "captions@10", "images@1", "images@5", "images@10",
-             "as the word", *(f"t = {t}" for t in range(0, 1000, 50))}
+             "as the word", "changed", "others kept", *(f"t = {t}" for t in range(0, 1000, 50))}
 PAIRS = {"low": ("high", " to "), "kid": ("kid_error", " ± "),   # printed in one column
          "unet_evaluations": ("unet_backwards", " + ")}
 HEADINGS = {"low": "95 % interval", "kid": "KID", "ece": "ECE", "clip_prob": "CLIP's probability",
@@ -73,13 +74,13 @@ def markdown_section(name, key=None, value=None):
 
 
 def write_tables(arguments=None):
-    """Renew the sections of README.md, <!-- table NAME [key=value] --> to <!-- end -->."""
+    """Renew the sections of PAGES, <!-- table NAME [key=value] --> to <!-- end -->."""
     cli.Parser("python -m experiments tables", description=__doc__).parse_args(arguments)
-    path = HERE / "README.md"
-    text, count = SECTION.subn(lambda m: m[1] + markdown_section(m[2], m[3], m[4]) + m[5],
-                               path.read_text("utf-8"))
-    path.write_text(text, "utf-8")
-    print(f"{count} tables in {path}")
+    for path in (HERE / page for page in PAGES):
+        text, count = SECTION.subn(lambda m: m[1] + markdown_section(m[2], m[3], m[4]) + m[5],
+                                   path.read_text("utf-8"))
+        path.write_text(text, "utf-8")
+        print(f"{count} tables in {path}")
 
 
 def provenance(args, device):

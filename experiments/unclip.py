@@ -151,27 +151,40 @@ def ridge_probe(features, values, strength=10.):
     return lambda features: inputs(features) @ weights
 
 
-def embed_all(models, x):
-    return torch.cat([sample.embed(models, part) for part in x.split(250)]).cpu()
+def rendered_cars(models, count, split):
+    """-> x_0 (count, 3, H, W), their camera_and_shape (count, 5), bodies (count,)"""
+    dataset = data.load("cars", models.unet.config.image_size, count, split)
+    start = cars.TRAIN if split == "train" else cars.VALIDATION
+    return (data.to_float(dataset.images).to(models.alpha_bar.device),
+            camera_and_shape(range(start, start + count)), torch.from_numpy(dataset.labels[:, 0]))
+
+
+def camera_probe(models, encode):
+    """Fit a linear probe -> images to the camera_and_shape that their features tell"""
+    x, values, _ = rendered_cars(models, PROBED, "train")
+    probe = ridge_probe(encode(x).cpu(), values)
+    return lambda x: probe(encode(x).cpu())
+
+
+def correlations(a, b, bodies):
+    """Pearson's, of two camera_and_shape, among cars of the same body -> a part of a row"""
+    of_body = lambda x: torch.stack([x[bodies == i].mean(dim=0) for i in range(len(cars.BODIES))])
+    a, b = (x - of_body(x)[bodies] for x in (a.double(), b.double()))
+    r = (a * b).sum(dim=0) / (a.norm(dim=0) * b.norm(dim=0))
+    return {"azimuth": r[:2].mean().item(),
+            **dict(zip(("elevation", "length", "height"), r[2:].tolist()))}
 
 
 def embeddings(models, args):
-    """What a linear probe reads from CLIP's embeddings beside the caption: explained variance."""
-    size = models.unet.config.image_size
-    images = {split: data.load("cars", size, PROBED, split).images
-              for split in ("train", "validation")}
-    values = {split: camera_and_shape(range(start, start + len(images[split])))
-              for split, start in (("train", cars.TRAIN), ("validation", cars.VALIDATION))}
-    x = {split: data.to_float(some).to(models.alpha_bar.device) for split, some in images.items()}
+    """What CLIP's embeddings hold beside the body: correlation of a linear probe with the truth."""
     judge, _ = sample.load_judge(models.captions, args.judge, models.alpha_bar.device)
-    for name, encode in (("CLIP's embedding", lambda x: embed_all(models, x)),
-                         ("the judge's features", lambda x: metrics.judge_features(judge, x))):
-        probe = ridge_probe(encode(x["train"]).cpu(), values["train"])
-        predicted, true = probe(encode(x["validation"]).cpu()), values["validation"]
-        explained = 1 - (predicted - true).square().mean(dim=0) / true.var(dim=0)
-        yield {"features": name, "azimuth": explained[:2].mean().item(),
-               "elevation": explained[2].item(), "length": explained[3].item(),
-               "height": explained[4].item()}
+    x, values, bodies = rendered_cars(models, PROBED, "validation")
+    for name, encode in (
+            ("CLIP's embedding",
+             lambda x: torch.cat([sample.embed(models, part) for part in x.split(250)])),
+            ("the judge's features", lambda x: metrics.judge_features(judge, x))):
+        yield {"features": name, **correlations(
+            camera_probe(models, encode)(x), values, bodies)}
 
 
 def held_out_cars(models, count, skip=0):
@@ -196,16 +209,21 @@ def overlap(x, y):
 
 
 def variations(models, args, judge):
-    """Variations of held-out images, at several levels of noise on the embedding."""
+    """Variations of held-out images, at several levels of noise on the embedding.
+
+    azimuth, elevation, length, height: their correlation with those of the image, within a body.
+    """
     x_0, labels = held_out_cars(models, IMAGES)
+    _, values, bodies = rendered_cars(models, IMAGES, "validation")
+    probe = camera_probe(models, lambda x: metrics.judge_features(judge, x))
     config = sampling_config(models, args, IMAGES * EACH)
-    for vary in (0., .25, .5, .75):
-        x = sample.variations(models, x_0, config, vary)
-        yield {"task": "variations", "way": f"vary {vary:g}",
-               **kept(judge, x, labels.repeat(EACH, 1)),
-               "overlap": overlap(x, x_0.repeat(EACH, 1, 1, 1)).mean().item()}
-    others = overlap(x_0, x_0.roll(1, 0)).mean().item()
-    yield {"task": "variations", "way": "two cars at random", "overlap": others}
+    drawn = {f"vary {vary:g}": sample.variations(models, x_0, config, vary)
+             for vary in (0., .25, .5, .75)}
+    same = x_0.repeat(EACH, 1, 1, 1)
+    for way, x in {"the same image": same, **drawn, "another car": same.roll(1, 0)}.items():
+        yield {"task": "variations", "way": way, **kept(judge, x, labels.repeat(EACH, 1)),
+               "overlap": overlap(x, same).mean().item(),
+               **correlations(probe(x), values.repeat(EACH, 1), bodies.repeat(EACH))}
 
 
 def text_diffs(models, args, judge):
@@ -229,9 +247,11 @@ def text_diffs(models, args, judge):
         same = predict(judge, x).cpu() == wanted
         others = torch.ones_like(same)
         others[rows, which] = False
-        for a, name in [(None, "all"), *enumerate(names)]:
-            part = slice(None) if a is None else which == a
-            yield {"task": f"text diff, {name}", "way": f"fraction {fraction:g}",
+        groups = {"any": torch.ones(len(x), dtype=torch.bool)}
+        if fraction == FRACTIONS[-1]:
+            groups |= {name: which == a for a, name in enumerate(names)}
+        for name, part in groups.items():
+            yield {"task": "text diff", "way": f"fraction {fraction:g}", "attribute": name,
                    "changed": same[rows, which][part].float().mean().item(),
                    "others kept": (same | ~others).all(dim=1)[part].float().mean().item(),
                    "overlap": overlap(x, x_0)[part].mean().item()}

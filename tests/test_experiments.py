@@ -29,8 +29,8 @@ import toys
 import train
 import unclip
 from experiments import __main__ as main
-from experiments import (ablations, benchmark, clip, ddpm, english, evaluator, guidance, metrics,
-                         second_judge, variants, zeroshot)
+from experiments import (ablations, benchmark, clip, ddpm, english, evaluator, figures, guidance,
+                         metrics, second_judge, variants, zeroshot)
 from experiments import unclip as unclip_experiments
 from infra import checkpoint, cli
 
@@ -660,10 +660,10 @@ def test_ways_from_text_to_image_embedding(here, monkeypatch):
 def test_what_is_decoded(here, monkeypatch):
     """Variations, text diffs, interpolations and words on cars; what a probe reads."""
     for name, small in (("IMAGES", 4), ("EACH", 2), ("PATHS", 2), ("ON_THE_WAY", 3),
-                        ("FRACTIONS", (.5,))):
+                        ("FRACTIONS", (.5,)), ("PROBED", 300)):
         monkeypatch.setattr(unclip_experiments, name, small)
     rows = run("decoder")
-    assert {row["task"] for row in rows} >= {"variations", "text diff, all", "interpolation",
+    assert {row["task"] for row in rows} >= {"variations", "text diff", "interpolation",
                                              "words on cars"}
     assert {row["features"] for row in run("embeddings")} == {"CLIP's embedding",
                                                               "the judge's features"}
@@ -676,6 +676,16 @@ def test_ways_to_enlarge(here, monkeypatch):
     assert [row["images"] for row in rows] == 8 * ["true"] + 8 * ["guided"]
     assert rows[0]["way"] == "bicubic" and rows[0]["edges"] < 1 and rows[0]["psnr"] > 0
     assert all("prompt_accuracy" in row for row in rows[8:])
+
+
+@pytest.mark.parametrize("name", ["unclip_parts", "variations", "interpolations", "text_diffs"])
+def test_figures_of_unclip(here, tmp_path, name):
+    """Drawn, in several colours."""
+    models = sample.load_models(upsampler="upsampler.pt", method="unclip")
+    with torch.no_grad():
+        getattr(figures, name)(models, tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as image:
+        assert image.width > 800 and len(image.convert("RGB").getcolors(2 ** 24)) > 20
 
 
 def test_guidance(here, monkeypatch):

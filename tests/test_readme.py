@@ -34,7 +34,8 @@ def read(name):
 
 # ---- sizes ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["README.md", "experiments/README.md", "experiments/LOG.md"])
+@pytest.mark.parametrize("name", ["README.md", "experiments/README.md", "experiments/UNCLIP.md",
+                                  "experiments/LOG.md"])
 def test_a_page_is_short(name):
     """At most 12 KB."""
     assert len(read(name).encode()) <= 12_288
@@ -52,7 +53,7 @@ def test_the_readme_can_be_skimmed():
 
 # ---- commands ------------------------------------------------------------------------------------
 
-PAGES = ["README.md", "weights/README.md", "experiments/README.md"]
+PAGES = ["README.md", "weights/README.md", "experiments/README.md", "experiments/UNCLIP.md"]
 DOCSTRINGS = ["train.py", "sample.py", "infra/distributed.py", "experiments/__main__.py",
               "experiments/tables.py", "experiments/interruptions.py"]
 PROGRAMS = "python", "torchrun", "pip"

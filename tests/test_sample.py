@@ -519,7 +519,7 @@ def test_flags_and_prompts_in_any_order():
     args, config = sample.parse(["--steps", "7", "red bus", "-n", "2", "blue van"])
     assert args.prompts == ["red bus", "blue van"]
     assert config == sample.SamplingConfig(n=2, steps=7)
-    assert sample.parse(["--interval", "5", "900"])[1].interval in ((5, 900), [5, 900])
+    assert sample.parse(["red bus", "--interval", "5", "900"])[1].interval in ((5, 900), [5, 900])
 
 
 def with_clip(noise_aware):
@@ -719,7 +719,10 @@ def test_images_from_images(here, capsys):
     (["red bus", "--variations", "car.png"], "exclude each other"),
     (["--diff", "car.png", "a red bus", "the red bus"], "are the same to CLIP; what should change"),
     (["--diff", "car.png", "a bus", "a van", "--eta", "1"], "--eta is of no use to --diff"),
-    (["red bus", "--vary", "0.5"], "--vary is of no use without --variations"),
+    (["red bus", "--vary", "0.5"], "--vary is of no use to a prompt"),
+    (["--method", "lookahead"], "--method is of no use without a prompt"),
+    (["--scale", "3"], "--scale is of no use without a prompt"),
+    (["--variations", "car.png", "--method", "x0"], "--method is of no use to --variations"),
     (["--variations", "car.png", "--gif"], "--gif is of no use to --variations"),
     (["red bus", "--size", "17"], "--size must be one of 16 with these models, not 17"),
     (["--variations", "car.png", "--ddpm", "runs/ddpm/weights.pt"], "is no decoder; train one"),
@@ -750,8 +753,8 @@ def test_mistakes_with_images_are_named(here, monkeypatch, capsys, arguments, me
     ("--steps|0", "--steps must be"), ("--steps|1001", "--steps must be"),
     ("--eta|2", "--eta must be"), ("--eta|nan", "--eta must be"),
     ("--recurrence|0", "--recurrence must be"), ("--batch|0", "--batch must be"),
-    ("--seed|-1", "--seed must be"), ("--interval|900|100", "--interval must be"),
-    ("--interval|0|100", "--interval must be"), ("--scale|nan", "--scale must be"),
+    ("--seed|-1", "--seed must be"), ("a car|--interval|900|100", "--interval must be"),
+    ("a car|--interval|0|100", "--interval must"), ("a car|--scale|nan", "--scale must be"),
     (" ", "no letters or"), ("\t&nbsp; ", "no letters or"), ("?!", "no letters or digits"),
     ("a car|--out|a.jpg", "end it in .png"), ("a car|--method|magic", "invalid choice: 'magic'"),
     ("a car|--colour", "unrecognized"), ("a car|--scale", "expected one argument"),
