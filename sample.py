@@ -10,10 +10,10 @@
     python sample.py --interpolate car.png bus.png             from one image to another
     python sample.py --diff car.png "a red car" "a blue car"   change it as the texts differ
 
-Uses runs/clip and runs/ddpm if both were trained (without a prompt runs/ddpm is enough, for the
-last four runs/decoder), else the models in weights/; images are enlarged if there is an upsampler
-for them. Writes a PNG for each prompt, with seed and settings in its metadata, prints how CLIP
-reads the prompt, CLIP's probability of it and the judge's prompt accuracy. With another -n or
+Uses runs/clip and runs/ddpm if both were trained (without a prompt runs/ddpm is enough; the last
+four need runs/decoder instead), else the models in weights/; images are enlarged if there is an
+upsampler for them. Writes a PNG for each prompt, with seed and settings in its metadata, prints how
+CLIP reads the prompt, CLIP's probability of it and the judge's prompt accuracy. With another -n or
 --batch an image may differ a little on a CPU that computes in bf16, where sums are rounded in
 another order. From Python: load_models, then generate (see README.md).
 """
@@ -44,7 +44,6 @@ from tinyclip import normalize_prompt
 SHIPPED = Path(__file__).resolve().parent / "weights"
 METHODS = {**guide.METHODS, "unclip": guide.METHODS["none"]._replace(scale=1., steps=25)}
 OWN = "scale", "interval", "steps", "eta", "recurrence"   # settings that are each method's own
-CONDITIONAL = "classifier-free", "unclip"   # whose DDPM fits one CLIP alone
 PUBLISHED_TEMPLATES = ("a photo of a {}.", "a rendering of a {}.", "a toy {}.")   # 3 of the 80
 
 
@@ -65,7 +64,7 @@ class Models(NamedTuple):
     words: list = None                      # all words of the training
     text_features: torch.Tensor = None      # (K, E), of the captions, and of those that are added
     partial_features: torch.Tensor = None   # (P, E)
-    decodes: bool = False                   # whether the U-Net takes image embeddings, for unCLIP
+    is_decoder: bool = False                # whether the U-Net takes image embeddings, for unCLIP
     prior: unclip.Prior = None
     upsampler: unclip.Upsampler = None
 
@@ -106,7 +105,7 @@ def load_models(clip=None, ddpm=None, prior=None, upsampler=None, device="cpu",
     """Load what a method needs: as given, else all of runs/, else all of weights/ -> Models
 
     Arguments are files; clip may be one of published weights. Method "none" needs a DDPM alone,
-    "unclip" a decoder in its place, and a prior if images are to be made from text. UserError if
+    "unclip" a decoder in its place. A prior is loaded if there is one for a decoder. UserError if
     they do not fit together.
     """
     device, (clip_path, ddpm_path) = torch.device(device), find_paths(clip, ddpm, method)
@@ -118,28 +117,28 @@ def load_models(clip=None, ddpm=None, prior=None, upsampler=None, device="cpu",
     models = Models(
         unet=unet.to(device, memory_format=torch.channels_last), upsampler=upsampler,
         alpha_bar=tinyddpm.cosine_alpha_bar().to(device), data=ddpm_content["data"],
-        captions=ddpm_content["captions"], decodes=ddpm_content["kind"] == "decoder",
+        captions=ddpm_content["captions"], is_decoder=ddpm_content["kind"] == "decoder",
         description=f"DDPM from {ddpm_path} ({ddpm_content['steps']:,} steps), on {device}")
     if method == "none":
         return models
     clip, content = load_clip(clip_path, ddpm_content)
     checksum = checkpoint.weights_checksum(clip)
-    if ddpm_content.get("clip", checksum) != checksum and method in CONDITIONAL:
+    if ddpm_content.get("clip", checksum) != checksum and method in ("classifier-free", "unclip"):
         raise cli.UserError(f"{ddpm_path} is conditional on the features of another CLIP; give "
                             "that one with --clip")
-    if method == "unclip":
-        if not models.decodes:
-            raise cli.UserError(f"{ddpm_path} is no decoder; train one with: python train.py "
-                                f"decoder --clip {clip_path}")
+    if models.is_decoder and ddpm_content["clip"] == checksum:
         prior, _ = load_fitting("prior", unclip.Prior, lambda content: content["clip"] == checksum,
                                 prior, device)
+        models = models._replace(prior=prior)
+    elif method == "unclip":
+        raise cli.UserError(f"{ddpm_path} is no decoder; train one with: python train.py decoder "
+                            f"--clip {clip_path}")
     clip = clip.to(device, memory_format=torch.channels_last)
     with cli.autocast(device):
         features = clip.encode_ensemble(content["templates"])                 # (K + P, E)
     K = len(content["captions"])
     return models._replace(
-        clip=clip, prior=prior if method == "unclip" else None,
-        caption_labels=torch.tensor(content["caption_labels"], device=device),
+        clip=clip, caption_labels=torch.tensor(content["caption_labels"], device=device),
         **{key: content[key] for key in (
             "captions", "templates", "partial", "partial_true_of", "words")},
         text_features=features[:K], partial_features=features[K:],
@@ -210,7 +209,7 @@ def known_words(text, words):
     """Reduce a normalised text to words that CLIP was trained on, and print what it does not know
 
     A word of four letters or more that is one letter away from a known one is read as that, the
-    longest of several, or one of the same letters: "withe" is "white", not "with".
+    longest of several, of equally long ones an anagram: "withe" is "white", not "with".
     """
     read = {}
     for word in dict.fromkeys(text.split()):   # each once
@@ -372,12 +371,6 @@ def sample_images(models, caption_ids, config, callback=None):
 
     method "none" ignores the captions. callback: see tinyddpm.sample
     """
-    if config.method == "classifier-free" and (models.decodes or not models.unet.config.cond_dim):
-        raise cli.UserError("this DDPM knows no texts; train a conditional one with: python "
-                            "train.py ddpm --clip FILE --out runs/conditional")
-    if config.method == "unclip" and not models.prior:
-        raise cli.UserError("there is no prior for this CLIP; train one with: python train.py "
-                            "prior --clip FILE")
     config = replace(fill_in(config, models), n=len(caption_ids))
     caption_ids = caption_ids.to(models.alpha_bar.device)
     make_denoise = lambda part, generators: build_denoiser(
@@ -388,10 +381,16 @@ def sample_images(models, caption_ids, config, callback=None):
 def build_denoiser(method, models, targets, scale, interval, generators):
     """guide.build_denoiser, and "unclip": decode what the prior draws for the captions.
 
-    targets: (B,) int64; B generators, for the prior's noise
+    targets: (B,) int64; B generators, for the prior's noise. UserError without what it needs
     """
+    if method == "classifier-free" and (models.is_decoder or not models.unet.config.cond_dim):
+        raise cli.UserError("this DDPM knows no texts; train a conditional one with: python "
+                            "train.py ddpm --clip FILE --out runs/conditional")
     if method != "unclip":
         return guide.build_denoiser(method, models, targets, scale, interval)
+    if not models.prior:
+        raise cli.UserError("there is no prior and decoder of this CLIP; train them with: python "
+                            "train.py prior --clip FILE, python train.py decoder --clip FILE")
     text = guide.scale_features(models.text_features[targets])                # (B, E)
     z = guide.scale_features(
         unclip.sample_prior(models.prior, text, generators, models.alpha_bar))
@@ -433,13 +432,16 @@ def embed(models, x_0):
 
 
 def invert(models, x_0, z):
-    """Find the noise from which the decoder draws these images, given their embeddings."""
+    """Find the noise from which the decoder draws these images (N, 3, H, W), given z -> like x_0"""
     return tinyddpm.invert(decoder_denoiser(models, z, scale=1), x_0, models.alpha_bar)
 
 
 def decode(models, z, x_T, config):
-    """Decode n embeddings, each from its own noise and without fresh noise -> (n, 3, size, size)"""
-    config = replace(config, n=len(z), eta=0., recurrence=1)
+    """Decode n embeddings without fresh noise -> (n, 3, size, size)
+
+    z: (n, E), scaled; x_T: (n, 3, H, W), None: random
+    """
+    config = replace(fill_in(config, models), n=len(z), eta=0., recurrence=1)
     make_denoise = lambda part, generators: decoder_denoiser(
         models, z[part], config.scale, config.interval)
     return sample_batches(models, make_denoise, config, x_T=x_T)
@@ -448,9 +450,10 @@ def decode(models, z, x_T, config):
 def variations(models, x_0, config, vary=0.):
     """Decode the embeddings of images again, from other noise -> (n, 3, size, size)
 
-    x_0: (N, 3, H, W), all repeated n / N times; vary: from 0 to 1, how much of the embeddings noise
-    hides; config: as fill_in returns it for the method "unclip", so for the functions below
+    x_0: (N, 3, H, W), all repeated n / N times, a whole number; vary: from 0 to 1, how much of the
+    embeddings noise hides; config: SamplingConfig of the method "unclip"
     """
+    config = fill_in(config, models)
     z = embed(models, x_0).repeat(config.n // len(x_0), 1)
 
     def make_denoise(part, generators):
@@ -523,23 +526,32 @@ def parse(arguments):
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
     args = parser.parse_intermixed_args(arguments)   # prompts and flags in any order
     cli.check_ranges(args, vary=(0, 1))
+    resolve_mode(args)
+    return args, SamplingConfig(**{name: getattr(args, name) for name in vars(default)})
+
+
+def resolve_mode(args):
+    """Set mode, files, texts, method, prompts ([None] if there are none); UserError for a flag that
+    would change nothing"""
     modes = [name for name in ("variations", "interpolate", "diff") if getattr(args, name)]
     if len(modes) + bool(args.prompts) > 1:
         raise cli.UserError("a prompt, --variations, --interpolate and --diff exclude each other")
-    args.mode = modes[0] if modes else None
-    if not args.prompts and not args.method:
-        args.method = "unclip" if modes else "none"
+    args.mode, given = (modes[0], getattr(args, modes[0])) if modes else (None, [])
+    args.files, args.texts = (given, []) if args.mode == "interpolate" else (given[:1], given[1:])
+    own = None if args.prompts else "unclip" if modes else "none"   # the only method that fits
+    args.method = args.method or own or guide.DEFAULT
     guides, noisy = args.prompts or modes, args.mode not in ("interpolate", "diff")
-    for flag, used in (("method", args.prompts or args.method == ("unclip" if modes else "none")),
-                       ("scale", guides), ("interval", guides), ("eta", noisy),
-                       ("recurrence", noisy), ("gif", not modes),
-                       ("vary", args.mode == "variations")):
-        if getattr(args, flag) and not used:
+    for flag, used in ((f"method {args.method}", args.method == own if own else
+                        args.method != "none"),
+                       ("scale", guides), ("interval", guides), ("clip", guides),
+                       ("prior", args.method == "unclip" and not modes), ("judge", args.prompts),
+                       ("seed", noisy), ("eta", noisy), ("recurrence", noisy),
+                       ("gif", not modes), ("vary", args.mode == "variations")):
+        if getattr(args, flag.split()[0]) and not used:
             raise cli.UserError(f"--{flag} is of no use " + (
                 f"to --{args.mode}" if modes else "to a prompt" if args.prompts else
                 "without a prompt"))
-    args.method, args.prompts = args.method or default.method, args.prompts or [None]
-    return args, SamplingConfig(**{name: getattr(args, name) for name in vars(default)})
+    args.prompts = args.prompts or [None]
 
 
 def output_paths(args):
@@ -605,14 +617,13 @@ def read_images(paths, size):
 
 def draw_from_images(models, args, config):
     """--variations, --interpolate or --diff -> (N, 3, size, size), the given images included"""
-    paths = getattr(args, args.mode)[:2 if args.mode == "interpolate" else 1]
-    x_0 = read_images(paths, models.unet.config.image_size).to(models.alpha_bar.device)
+    x_0 = read_images(args.files, models.unet.config.image_size).to(models.alpha_bar.device)
     if args.mode == "variations":
         drawn = variations(models, x_0, config, args.vary)
     elif args.mode == "interpolate":
         drawn = interpolate(models, x_0, config)
     else:
-        drawn = diff(models, x_0, *args.diff[1:], config)
+        drawn = diff(models, x_0, *args.texts, config)
     given = F.interpolate(x_0, drawn.shape[-2:])
     return torch.cat([given[:1], drawn, given[1:]])
 
@@ -626,7 +637,7 @@ def main(arguments=None):
     judge_model, content = load_judge(models.captions, args.judge, device)
     print(models.description)
     parts = {"CLIP": models.clip, "DDPM": models.unet, "prior": models.prior,
-             "upsampler": models.upsampler}
+             "upsampler": models.upsampler}   # all that were loaded
     metadata = {**{f"{name} checksum": checkpoint.weights_checksum(model)
                    for name, model in parts.items() if model}, **vars(config),
                 "torch": torch.__version__, "bf16": cli.bf16_is_fast(device)}
@@ -634,9 +645,9 @@ def main(arguments=None):
     with cli.autocast(device):
         if args.mode:
             images = data.to_uint8(draw_from_images(models, args, config))
-            given = ", ".join(Path(name).name for name in getattr(args, args.mode))
+            given = ", ".join([Path(path).name for path in args.files] + args.texts)
             data.save_grid(paths[0], images, min(10, len(images)), zoom, **metadata,
-                           **{args.mode: given})
+                           **{args.mode: given}, vary=args.vary)
             print(f"{len(images)} images -> {paths[0]}")
             return
         resolved = [resolve_prompt(prompt, models) for prompt in args.prompts]

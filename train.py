@@ -4,6 +4,8 @@
     python train.py ddpm --minutes 10       stop cleanly after ten minutes (so does Ctrl-C)
     python train.py ddpm                    the same run again: it resumes where it stopped
     python train.py ddpm --clip FILE        conditional, for classifier-free guidance
+    python train.py decoder --clip FILE     of unCLIP, and so: prior --clip FILE
+    python train.py upsampler --ddpm FILE   from 32 to 128 pixels; FILE: a DDPM or decoder
     torchrun --nproc_per_node 2 train.py ddpm       data-parallel, on two GPUs
     python train.py ddpm -h                 fields of the config are flags, such as --channels 48
 
@@ -129,19 +131,19 @@ def prior_objective(prior, z, caption_ids, text_features, alpha_bar, generator):
     return tinyddpm.ddpm_loss(prior, z[:, :, None, None], t, eps, alpha_bar, text).mean()
 
 
-def upsampler_objective(upsampler, x_0, low, redrawn, generator):
+def upsampler_objective(upsampler, x_0, low, aug_level, generator):
     """Compute the mean absolute error of both doublings -> scalar
 
-    x_0: (B, 3, 4H, 4W), low: (B, 3, H, W), redrawn: (B,), see unclip.Upsampler. The second doubling
+    x_0: (B, 3, 4H, 4W), low: (B, 3, H, W), aug_level: (B,): see Upsampler. The second doubling
     gets what the first has made, of which a random part of size H x W, to save time. An absolute
     error, not a squared one: its minimum is a median, which has sharp edges, not a mean.
     """
     H, W = low.shape[-2:]
-    middle = upsampler(low, redrawn, second=False)                            # (B, 3, 2H, 2W)
+    middle = upsampler(low, aug_level, second=False)                          # (B, 3, 2H, 2W)
     top, left = (torch.randint(size + 1, (), generator=generator, device=x_0.device).item()
                  for size in (H, W))
     crop = lambda x, k: x[:, :, k * top:k * (top + H), k * left:k * (left + W)]
-    high = upsampler(crop(middle, 1), redrawn, second=True)                   # (B, 3, 2H, 2W)
+    high = upsampler(crop(middle, 1), aug_level, second=True)                 # (B, 3, 2H, 2W)
     return F.l1_loss(middle, F.avg_pool2d(x_0, 2)) + F.l1_loss(high, crop(x_0, 2))
 
 
@@ -332,13 +334,14 @@ def upsampler_task(config, options, dataset, validation, device, ddpm):
 
     def objective(model, x_0, indices, generator):
         low = F.avg_pool2d(x_0, 4)
-        redrawn, half = low.new_zeros(len(low)), len(low) // 2   # images are in random order
+        coin = torch.randint(2, (), generator=generator, device=device).item()
+        aug_level, half = low.new_zeros(len(low)), (len(low) + coin) // 2   # in random order
         t = torch.randint(50, 301, (), generator=generator, device=device).item()
         eps = torch.randn(low[:half].shape, generator=generator, device=device)
         with torch.no_grad():
             low[:half] = unclip.redraw(denoise, low[:half], t, eps, alpha_bar)
-        redrawn[:half] = t / tinyddpm.T
-        return upsampler_objective(model, x_0, low, redrawn, generator)
+        aug_level[:half] = t / tinyddpm.T
+        return upsampler_objective(model, x_0, low, aug_level, generator)
 
     @torch.no_grad()
     def preview(model, folder):

@@ -7,8 +7,8 @@
     Shi et al. 2016, "Real-Time Single Image Super-Resolution ... Sub-Pixel ..." (PixelShuffle)
         arxiv.org/abs/1609.05158
 
-The idea: CLIP's text feature says what an image shows; its image embedding, a point of the same
-space, says that and a little more. Three networks lead from a text feature to a large image:
+The idea: CLIP's text feature says what an image shows; its image feature, here called an embedding,
+says that and a little more. Three networks lead from a text feature to a large image:
 
     text feature --prior--> image embedding --decoder--> image --upsampler--> larger image
 
@@ -45,13 +45,14 @@ class PriorConfig:
 class Prior(nn.Module):
     """Residual MLP: predicts v from a noised image embedding and the text feature.
 
-    z_t: (B, E, 1, 1), t: (B,) int in 1..T, cond: (B, E) or None -> v_hat: (B, E, 1, 1)
+    z_t: (B, E, 1, 1), z noised to timestep t (in the paper z_t is the text embedding, here cond);
+    t: (B,) int in 1..T, cond: (B, E), a scaled text feature, or None -> v_hat: (B, E, 1, 1)
 
     An embedding is an image of one pixel with E channels: ddpm_loss, denoiser and sample of
     tinyddpm.py serve both.
     differs from the paper: there a Transformer, which reads the words as well, predicts z_0. But
-    the squared error of z_0 neglects small t (see ddpm_loss), where sampling decides what little
-    differs between the embeddings of a caption: all draws became the mean (experiments/LOG.md).
+    the squared error of z_0 has little weight at small t (see ddpm_loss), where sampling chooses
+    among the embeddings of a caption: with it all draws were their mean (experiments/LOG.md).
     """
 
     def __init__(self, config):
@@ -86,9 +87,9 @@ class Prior(nn.Module):
 def sample_prior(prior, text, generators, alpha_bar, steps=25, draws=2, scale=1):
     """Sample image embeddings for text features, the best of several draws -> z: (B, E)
 
-    text: (B, E), scaled, as z is, about; of the draws that with the largest dot product with the
-    text is taken (Ramesh et al., sec. 2.2).
-    scale: of classifier-free guidance, for which training drops some texts, never the noised z.
+    text: (B, E), scaled; the best has the largest dot product with it (Ramesh et al., sec. 2.2). z
+    has only about that length: scale_features makes it exact.
+    scale: of classifier-free guidance; training drops one text in ten, and never the noised z.
     """
     denoise, z = classifier_free(prior, alpha_bar, text, scale), []
     for _ in range(draws):
@@ -144,10 +145,10 @@ class UpsamplerConfig:
 
 
 class UpsamplerBlock(nn.Module):
-    """Residual block: conv, scale and shift by the condition, SiLU, conv; no normalisation, which
-    would lose the absolute colours (Lim et al. 2017, arXiv 1707.02921).
+    """Residual block: conv, scale and shift by the condition (FiLM: Perez et al. 2018), SiLU, conv;
+    no normalisation, which would lose the absolute colours (Lim et al. 2017, arXiv 1707.02921).
 
-    x: (B, C, H, W), cond: (B, 2), see Upsampler -> (B, C, H, W)
+    x: (B, C, H, W), cond: (B, 2) -> (B, C, H, W)
     """
 
     def __init__(self, channels):
@@ -183,10 +184,10 @@ class Upsampler(nn.Module):
         upsampler.load_state_dict(checkpoint["weights"])
         return upsampler.eval().requires_grad_(False)
 
-    def forward(self, low, redrawn, second):
-        """low: (B, 3, H, W); redrawn: (B,), from which t / T low was redrawn, 0 if it is real;
-        second: whether this is the second doubling -> (B, 3, 2H, 2W)"""
-        cond = torch.stack([redrawn, torch.full_like(redrawn, second)], dim=1)   # (B, 2)
+    def forward(self, low, aug_level, second):
+        """low: (B, 3, H, W); aug_level: (B,), t / T if low was redrawn from timestep t, 0 if it is
+        real; second: whether this is the second doubling -> (B, 3, 2H, 2W)"""
+        cond = torch.stack([aug_level, torch.full_like(aug_level, second)], dim=1)   # (B, 2)
         h = self.conv_in(low)                                                 # (B, C, H, W)
         for block in self.blocks:
             h = block(h, cond)
@@ -206,7 +207,7 @@ def redraw(denoise, low, t, eps, alpha_bar):
     2021, arXiv 2108.01073.) From pairs of redrawn and real images the upsampler learns to mend.
     """
     x_t = q_sample(low, torch.full((len(low),), t, device=low.device), eps, alpha_bar)
-    # `sample` starts at the last entry of alpha_bar, which is t here.
+    # `sample` starts at the last entry of alpha_bar, which is t here; a step goes over about 50 t.
     return sample(denoise, x_t, None, alpha_bar[:t + 1], steps=1 + t // 50, eta=0.)
 
 
@@ -223,16 +224,16 @@ def match_average(high, low):
 SAMPLED = 0.05
 
 
-def upsample(upsampler, low, size, redrawn=0.):
+def upsample(upsampler, low, size, aug_level=0.):
     """Double images until they have size x size pixels -> (B, 3, size, size) in [-1, 1]
 
-    low: (B, 3, H, W) in [-1, 1]; redrawn: 0 for real images, of which each pixel becomes the
-    average of its block, as far as the range of pixels allows; else see Upsampler
+    low: (B, 3, H, W) in [-1, 1]; size: H, 2H or 4H; aug_level: see Upsampler. At 0, for real
+    images, the average of each block becomes the pixel of low, as far as [-1, 1] allows.
     """
-    high, all_redrawn = low, low.new_full((len(low),), redrawn)
+    high, levels = low, low.new_full((len(low),), aug_level)
     while high.shape[-1] < size:
-        high = upsampler(high, all_redrawn, second=high.shape[-1] > low.shape[-1])
-    return (high if redrawn else match_average(high, low)).clamp(-1, 1)
+        high = upsampler(high, levels, second=high.shape[-1] > low.shape[-1])
+    return (high if aug_level else match_average(high, low)).clamp(-1, 1)
 
 
 # ---- what embeddings are good for ----------------------------------------------------------------
@@ -240,8 +241,8 @@ def upsample(upsampler, low, size, redrawn=0.):
 def text_diff(z, text_from, text_to, fraction):
     """Move an image embedding in the direction from one text to another (Ramesh et al., 3.3)
 
-    z: (B, E); text_from, text_to: (B, E), different text features; fraction: 0 is z, .5 changes
-    most images -> (B, E)
+    z: (B, E), scaled; text_from, text_to: (B, E), different text features; fraction: 0 is z, at .5
+    most images have changed -> (B, E)
     """
     difference = scale_features(text_to) - scale_features(text_from)
     return slerp(z, scale_features(difference), fraction)

@@ -23,6 +23,7 @@ EXPERIMENTS = {   # (models, args) -> rows of a table
     "upsampler": unclip.upsamplers, "ablations": ablations.ablations,
     "composition": ablations.composition,
     "figures": figures.figures}
+NEEDS = {"prior": ["prior"], "upsampler": ["upsampler"], "figures": ["prior", "upsampler"]}
 STANDALONE = {   # list of arguments -> None
     "predict": zeroshot.predict_file,
     "second_judge": second_judge.train_second_judge, "benchmark": benchmark.main,
@@ -62,11 +63,12 @@ def main(arguments):
     args.out.mkdir(parents=True, exist_ok=True)
     device = cli.pick_device(args.device)
     with torch.no_grad(), cli.autocast(device):
-        needs_prior = args.name in ("prior", "decoder") or "unclip" in args.methods
+        decodes = args.name in ("prior", "decoder", "figures") or "unclip" in args.methods
         models = sample.load_models(args.clip, args.ddpm, args.prior, args.upsampler, device,
-                                    "unclip" if needs_prior else guide.DEFAULT)
-        if needs_prior and not models.prior:
-            raise cli.UserError("this needs a prior: python train.py prior --clip FILE")
+                                    "unclip" if decodes else guide.DEFAULT)
+        for part in NEEDS.get(args.name, ()):
+            if not getattr(models, part):
+                raise cli.UserError(f"{args.name} needs what this trains: python train.py {part}")
         print(models.description)
         tables.record(EXPERIMENTS[args.name](models, args), args.name, args, device)
 

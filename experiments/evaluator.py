@@ -69,8 +69,6 @@ class Samples(NamedTuple):
 
 def build_denoiser(name, models, targets, scale, interval, generators=None):
     """sample.build_denoiser for METHODS."""
-    if name == "classifier-free" and (models.decodes or not models.unet.config.cond_dim):
-        raise cli.UserError("classifier-free guidance needs a DDPM of: python train.py ddpm --clip")
     if name in sample.METHODS:
         return sample.build_denoiser(name, models, targets, scale, interval, generators)
     log_p = METHODS[name].make_log_p(

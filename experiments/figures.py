@@ -1,4 +1,4 @@
-"""All figures of the README, made with Pillow alone: `python -m experiments figures`."""
+"""The figures of README.md and UNCLIP.md, with Pillow alone: `python -m experiments figures`."""
 from functools import partial
 
 import numpy as np
@@ -264,7 +264,8 @@ def unclip_parts(models, path):
     z = guide.scale_features(unclip.sample_prior(
         models.prior, text, [data.generator("sampling", 0, i) for i in range(3)],
         models.alpha_bar))
-    low = sample.decode(models, z, None, unclip_config(models, 3, models.unet.config.image_size))
+    low = sample.decode(models, z, None, sample.SamplingConfig(
+        method="unclip", size=models.unet.config.image_size))
     high = unclip.upsample(models.upsampler, low, 4 * low.shape[-1], unclip.SAMPLED)
     columns = {"text feature": text, "image embedding": z, "image": low, "larger image": high}
     image, draw = canvas(240 * len(columns) - 80, 520)
@@ -300,11 +301,6 @@ def strips(images, titles, path):
     labelled_grid(rows, gap=0).save(path)
 
 
-def unclip_config(models, n, size=None):
-    """-> SamplingConfig of n images by unCLIP, by default as large as there is an upsampler for"""
-    return sample.fill_in(sample.SamplingConfig(n=n, method="unclip", size=size), models)
-
-
 def variations(models, path):
     """Held-out cars, and seven variations of each: of the whole embedding, of a half-hidden one."""
     x_0, labels = held_out_cars(models.unet.config.image_size, 3)
@@ -312,7 +308,8 @@ def variations(models, path):
     images, titles = [], []
     for vary in (0., .5):
         for x, given, row in zip(x_0, large, labels):
-            drawn = sample.variations(models, x[None], unclip_config(models, 7), vary)
+            config = sample.SamplingConfig(n=7, method="unclip")
+            drawn = sample.variations(models, x[None], config, vary)
             images.append([given, *drawn])
             titles.append(f"{cars.caption(*row)} (left), and --variations of it, --vary {vary:g}")
     strips(images, titles, path)
@@ -322,7 +319,8 @@ def interpolations(models, path):
     """From one held-out car to the next."""
     x_0, labels = held_out_cars(models.unet.config.image_size, 4)
     names = [cars.caption(*row) for row in labels]
-    strips([sample.interpolate(models, x_0[i:i + 2], unclip_config(models, 8)) for i in range(3)],
+    config = sample.SamplingConfig(n=8, method="unclip")
+    strips([sample.interpolate(models, x_0[i:i + 2], config) for i in range(3)],
            [f"{a} to {b}" for a, b in zip(names, names[1:])], path)
 
 
@@ -334,7 +332,8 @@ def text_diffs(models, path):
         changed = row.copy()   # in one attribute, to its next value
         changed[i] = (row[i] + 1) % len(list(cars.ATTRIBUTES.values())[i])
         texts = [cars.caption(*some) for some in (row, changed)]
-        images.append(sample.diff(models, x[None], *texts, unclip_config(models, 8)))
+        config = sample.SamplingConfig(n=8, method="unclip")
+        images.append(sample.diff(models, x[None], *texts, config))
         titles.append('"{}" to "{}"'.format(*texts))
     strips(images, titles, path)
 

@@ -27,7 +27,7 @@ IMAGES, EACH = 200, 4    # held-out images, and variations of each
 FRACTIONS = .1, .2, .3, .4, .5   # of text diffs
 PATHS, ON_THE_WAY = 100, 9       # interpolations, and images on each
 LARGE = 588              # images of 128 x 128 pixels
-REDRAWN = 0., .05, .1, .2        # what the upsampler takes its images for
+LEVELS = 0., .05, .1, .2         # augmentation levels of the upsampler
 
 
 def sampling_config(models, args, n):
@@ -113,7 +113,7 @@ def priors(models, args):
         if true is None:   # the first way
             true = z, covariance
         make = lambda part, own: sample.decoder_denoiser(models, guide.scale_features(
-            draw(targets[part], own)), config.scale)
+            draw(targets[part], own)), config.scale, config.interval)
         images = data.to_uint8(sample.sample_batches(models, make, config))
         row = evaluator.score(images, targets, models, scores)
         data.save_grid(args.out / f"prior-{way.replace(' ', '-')}.png", images[:48], zoom=2)
@@ -214,7 +214,7 @@ def variations(models, args, judge):
     azimuth, elevation, length, height: their correlation with those of the image, within a body.
     """
     x_0, labels = held_out_cars(models, IMAGES)
-    _, values, bodies = rendered_cars(models, IMAGES, "validation")
+    values = camera_and_shape(range(cars.VALIDATION, cars.VALIDATION + IMAGES))
     probe = camera_probe(models, lambda x: metrics.judge_features(judge, x))
     config = sampling_config(models, args, IMAGES * EACH)
     drawn = {f"vary {vary:g}": sample.variations(models, x_0, config, vary)
@@ -223,7 +223,7 @@ def variations(models, args, judge):
     for way, x in {"the same image": same, **drawn, "another car": same.roll(1, 0)}.items():
         yield {"task": "variations", "way": way, **kept(judge, x, labels.repeat(EACH, 1)),
                "overlap": overlap(x, same).mean().item(),
-               **correlations(probe(x), values.repeat(EACH, 1), bodies.repeat(EACH))}
+               **correlations(probe(x), values.repeat(EACH, 1), labels[:, 0].repeat(EACH))}
 
 
 def text_diffs(models, args, judge):
@@ -325,12 +325,13 @@ class DiffusionUpsampler(nn.Module):
 
 
 def residual_of(high, low):
-    """(B, 3, 2H, 2W), (B, 3, H, W) -> (B, 12, H, W)"""
+    """What bicubic interpolation lacks, times SCALE: (B, 3, 2H, 2W), (B, 3, H, W) -> (B, 12, H, W)
+    """
     return F.pixel_unshuffle(high - unclip.enlarge(low), 2) * DiffusionUpsampler.SCALE
 
 
 def diffusion_objective(model, x_0, alpha_bar, generator):
-    """The loss of both doublings, on random crops of half the size."""
+    """The loss of both doublings, of the second on random crops of half the size."""
     B, n = len(x_0), x_0.shape[-1] // 2
     loss = 0.
     for second, large in ((False, F.avg_pool2d(x_0, 2)), (True, x_0)):
@@ -412,10 +413,11 @@ def upsamplers(models, args):
     guided = evaluator.sample_cached(guide.DEFAULT, indices, models, args).images
     labels = dict(zip(content["captions"], content["caption_labels"]))
     targets = torch.tensor([labels[models.captions[i % len(models.captions)]] for i in indices])
-    regression = lambda low, redrawn=0.: unclip.upsample(models.upsampler, low, size, redrawn)
+    accuracy = lambda x: metrics.accuracy_row((predict(judge, x).cpu() == targets).all(dim=1))
+    regression = lambda low, level=0.: unclip.upsample(models.upsampler, low, size, level)
     ways = {"bicubic": lambda low: F.interpolate(low, scale_factor=4, mode="bicubic").clamp(-1, 1),
-            **{f"regression, redrawn from {t:g}": lambda low, t=t: regression(low, t)
-               for t in REDRAWN},
+            **{f"regression, level {level:g}": lambda low, level=level: regression(low, level)
+               for level in LEVELS},
             **{f"diffusion, {n} steps": lambda low, n=n: by_diffusion(diffusion, low, n)
                for n in (4, 8)},
             "regression, then diffusion": lambda low: by_diffusion(
@@ -432,7 +434,8 @@ def upsamplers(models, args):
                 row["psnr"] = (10 * torch.log10(
                     4 / (x - true).square().mean(dim=(1, 2, 3)))).mean().item()
             else:
-                row |= metrics.accuracy_row((predict(judge, x).cpu() == targets).all(dim=1))
+                row |= accuracy(x)
             data.save_grid(args.out / f"upsampler-{name}-{way.replace(' ', '-')}.png",
                            data.to_uint8(x[::LARGE // 16][:16]))
             yield row
+    yield {"images": "guided", "way": "none: as sampled", **accuracy(low)}

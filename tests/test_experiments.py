@@ -673,7 +673,7 @@ def test_ways_to_enlarge(here, monkeypatch):
     """Of true images and of guided ones: bicubic, by regression, by diffusion."""
     monkeypatch.setattr(unclip_experiments, "LARGE", 16)
     rows = run("upsampler --upsampler upsampler.pt")
-    assert [row["images"] for row in rows] == 8 * ["true"] + 8 * ["guided"]
+    assert [row["images"] for row in rows] == 8 * ["true"] + 9 * ["guided"]
     assert rows[0]["way"] == "bicubic" and rows[0]["edges"] < 1 and rows[0]["psnr"] > 0
     assert all("prompt_accuracy" in row for row in rows[8:])
 
@@ -1029,6 +1029,7 @@ def test_mistakes_are_answered_in_one_line(here):
     for arguments, message in (
             ("nothing", "invalid choice: 'nothing'"), ("", "required"),
             ("clip --steps 0", "--steps must be"), ("clip --clip none.pt", "none.pt"),
-            ("guidance --methods classifier-free --prompts even", "ddpm --clip")):
+            ("guidance --methods classifier-free --prompts even", "ddpm --clip"),
+            ("upsampler", "upsampler needs what this trains: python train.py upsampler")):
         with pytest.raises(cli.UserError, match=message):
             main.main(arguments.split())

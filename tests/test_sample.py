@@ -609,7 +609,7 @@ def test_images_are_as_large_as_asked_for(here, size):
     assert large.shape == (2, 3, size, size) and large.abs().max() <= 1
     with torch.no_grad():
         enlarged = small if size == 16 else unclip.upsample(
-            models.upsampler, small, size, redrawn=unclip.SAMPLED)
+            models.upsampler, small, size, aug_level=unclip.SAMPLED)
     assert torch.equal(large, enlarged)
     assert sample.fill_in(sample.SamplingConfig(), models).size == 64
     with pytest.raises(cli.UserError, match="must be one of 16, 32, 64 with these models"):
@@ -720,9 +720,12 @@ def test_images_from_images(here, capsys):
     (["--diff", "car.png", "a red bus", "the red bus"], "are the same to CLIP; what should change"),
     (["--diff", "car.png", "a bus", "a van", "--eta", "1"], "--eta is of no use to --diff"),
     (["red bus", "--vary", "0.5"], "--vary is of no use to a prompt"),
-    (["--method", "lookahead"], "--method is of no use without a prompt"),
+    (["--method", "lookahead"], "--method lookahead is of no use without a prompt"),
+    (["red bus", "--method", "none"], "--method none is of no use to a prompt"),
     (["--scale", "3"], "--scale is of no use without a prompt"),
-    (["--variations", "car.png", "--method", "x0"], "--method is of no use to --variations"),
+    (["red bus", "--prior", "none.pt"], "--prior is of no use to a prompt"),
+    (["--diff", "car.png", "a bus", "a van", "--seed", "1"], "--seed is of no use to --diff"),
+    (["--variations", "car.png", "--method", "x0"], "--method x0 is of no use to --variations"),
     (["--variations", "car.png", "--gif"], "--gif is of no use to --variations"),
     (["red bus", "--size", "17"], "--size must be one of 16 with these models, not 17"),
     (["--variations", "car.png", "--ddpm", "runs/ddpm/weights.pt"], "is no decoder; train one"),

