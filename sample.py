@@ -42,7 +42,7 @@ from infra import checkpoint, cli, image_folders, published
 from tinyclip import normalize_prompt
 
 SHIPPED = Path(__file__).resolve().parent / "weights"
-METHODS = {**guide.METHODS, "unclip": guide.METHODS["none"]._replace(scale=1., steps=25)}
+METHODS = {**guide.METHODS, "unclip": guide.METHODS["none"]._replace(scale=2., steps=25)}
 OWN = "scale", "interval", "steps", "eta", "recurrence"   # settings that are each method's own
 PUBLISHED_TEMPLATES = ("a photo of a {}.", "a rendering of a {}.", "a toy {}.")   # 3 of the 80
 
@@ -95,7 +95,7 @@ def find_paths(clip, ddpm, method):
         for path in needed:
             if path.exists():
                 print(f"{path} is not used: a prompt needs {paths[0].parent} and {paths[1].parent}")
-        paths = [SHIPPED / "clip.pt", SHIPPED / "ddpm.pt"]
+        paths = [SHIPPED / "clip.pt", SHIPPED / f"{kind}.pt"]
     return Path(clip or paths[0]), Path(ddpm or paths[1])
 
 
@@ -432,7 +432,7 @@ def embed(models, x_0):
 
 
 def invert(models, x_0, z):
-    """Find the noise from which the decoder draws these images (N, 3, H, W), given z -> like x_0"""
+    """Find the noise from which the decoder draws these images, of z, at scale 1 -> (N, 3, H, W)"""
     return tinyddpm.invert(decoder_denoiser(models, z, scale=1), x_0, models.alpha_bar)
 
 
@@ -502,7 +502,7 @@ def parse(arguments):
     add("-n", type=int, default=default.n, help="how many images")
     add("--method", choices=METHODS, help=f"default with a prompt: {default.method}")
     add("--scale", type=float, help="guidance scale; this and the next four: by default the "
-        "method's own")
+        "method's own (scale 1, that of the inversion, for --interpolate and --diff)")
     add("--interval", type=int, nargs=2, metavar=("LO", "HI"),
         help="guide only at these timesteps, 1 to 1000")
     add("--steps", type=int, help="sampling steps, 1 to 1000")
@@ -520,9 +520,9 @@ def parse(arguments):
     add("--interpolate", nargs=2, metavar=("IMAGE1", "IMAGE2"), help="from one image to another")
     add("--diff", nargs=3, metavar=("IMAGE", "TEXT1", "TEXT2"),
         help="change an image as TEXT2 differs from TEXT1")
+    other = {"clip": " (or OpenAI's weights beside their vocabulary)", "ddpm": " (or decoder)"}
     for name in ("clip", "ddpm", "prior", "upsampler", "judge"):
-        other = " (or OpenAI's weights beside their vocabulary)" if name == "clip" else ""
-        add(f"--{name}", help=f"weights.pt of train.py {name}{other}")
+        add(f"--{name}", help=f"weights.pt of train.py {name}{other.get(name, '')}")
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
     args = parser.parse_intermixed_args(arguments)   # prompts and flags in any order
     cli.check_ranges(args, vary=(0, 1))
@@ -551,6 +551,8 @@ def resolve_mode(args):
             raise cli.UserError(f"--{flag} is of no use " + (
                 f"to --{args.mode}" if modes else "to a prompt" if args.prompts else
                 "without a prompt"))
+    if not noisy and args.scale is None:
+        args.scale = 1.
     args.prompts = args.prompts or [None]
 
 

@@ -110,7 +110,8 @@ def noise_embeddings(z, generator):
     """Make the decoder's condition of image embeddings at a random noise level -> (B, E + 1)
 
     Three in ten are clean, three have a level from 0 to 1, and four have level 1, which is no
-    condition: the decoder is trained as an unconditional model, too.
+    condition, for classifier-free guidance. (A DDPM by itself draws better without a condition:
+    experiments/LOG.md.)
     """
     draw = torch.rand(len(z), 1, generator=generator, device=z.device)
     noise_level = ((draw - 0.3) / 0.3).clamp(0, 1)

@@ -110,7 +110,7 @@ def decoder_condition(z, s, noise):
 
     z_s = sqrt(1 - s^2) z + s noise is multiplied by sqrt(1 - s^2), which makes it the mean of z
     given z_s, if z were standard normal; 1 - s behind it tells the decoder how much to rely on it.
-    So at s = 1 the condition is zero, as without one: the decoder is an unconditional model, too.
+    So at s = 1 the condition is zero, as without one: classifier-free guidance is possible.
     differs from the paper: there the embedding has no noise (Ho et al. 2022 noise their condition).
     """
     signal = (1 - s ** 2).sqrt()

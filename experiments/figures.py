@@ -319,7 +319,7 @@ def interpolations(models, path):
     """From one held-out car to the next."""
     x_0, labels = held_out_cars(models.unet.config.image_size, 4)
     names = [cars.caption(*row) for row in labels]
-    config = sample.SamplingConfig(n=8, method="unclip")
+    config = sample.SamplingConfig(n=8, method="unclip", scale=1.)
     strips([sample.interpolate(models, x_0[i:i + 2], config) for i in range(3)],
            [f"{a} to {b}" for a, b in zip(names, names[1:])], path)
 
@@ -332,7 +332,7 @@ def text_diffs(models, path):
         changed = row.copy()   # in one attribute, to its next value
         changed[i] = (row[i] + 1) % len(list(cars.ATTRIBUTES.values())[i])
         texts = [cars.caption(*some) for some in (row, changed)]
-        config = sample.SamplingConfig(n=8, method="unclip")
+        config = sample.SamplingConfig(n=8, method="unclip", scale=1.)
         images.append(sample.diff(models, x[None], *texts, config))
         titles.append('"{}" to "{}"'.format(*texts))
     strips(images, titles, path)

@@ -30,10 +30,10 @@ LARGE = 588              # images of 128 x 128 pixels
 LEVELS = 0., .05, .1, .2         # augmentation levels of the upsampler
 
 
-def sampling_config(models, args, n):
+def sampling_config(models, args, n, scale=None):
     """For n small images by unCLIP -> sample.SamplingConfig"""
     return sample.fill_in(evaluator.sampling_config(
-        args, n=n, method="unclip", size=models.unet.config.image_size), models)
+        args, n=n, method="unclip", size=models.unet.config.image_size, scale=scale), models)
 
 
 # ---- ways from text to image embedding -----------------------------------------------------------
@@ -239,7 +239,7 @@ def text_diffs(models, args, judge):
     ids = [torch.from_numpy(cars.caption_index(some.numpy())) for some in (labels, wanted)]
     z = sample.embed(models, x_0)
     x_T = sample.invert(models, x_0, z)
-    config = sampling_config(models, args, len(z))
+    config = sampling_config(models, args, len(z), scale=1.)
     rows = torch.arange(len(x_0))
     for fraction in (0., *FRACTIONS):
         moved = unclip.text_diff(z, *(text[k] for k in ids), fraction)
@@ -260,7 +260,7 @@ def text_diffs(models, args, judge):
 def interpolations(models, args, judge):
     """Between two cars: how often the judge's preference for one of both captions turns once."""
     x_0, labels = held_out_cars(models, 2 * PATHS, skip=IMAGES)
-    config = sampling_config(models, args, ON_THE_WAY)
+    config = sampling_config(models, args, ON_THE_WAY, scale=1.)
     turns, ends = [], []
     for a, b in tqdm(zip(range(0, 2 * PATHS, 2), range(1, 2 * PATHS, 2)), total=PATHS, leave=False):
         x = sample.interpolate(models, x_0[[a, b]], config)

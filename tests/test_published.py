@@ -269,6 +269,5 @@ def test_a_published_clip_guides_our_ddpm(tmp_path, folder, monkeypatch, capsys)
         assert "method x0-fast instead of lookahead" in out and "not trained" not in out
         images.append(Image.open("a.png").tobytes())
     assert "not judged: the caption is new" in out
-    sample.main(["--clip", str(folder[0] / "plain.pt"), "-n", "1", "--steps", "2", "--device",
-                 "cpu", "--out", "a.png"])
+    sample.main(["-n", "1", "--steps", "2", "--device", "cpu", "--out", "a.png"])
     assert len({*images, Image.open("a.png").tobytes()}) == 3

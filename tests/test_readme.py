@@ -20,6 +20,7 @@ import tinyclip
 import tinyddpm
 import toys
 import train
+import unclip
 from experiments import __main__ as experiments
 from experiments import clip
 
@@ -143,6 +144,8 @@ def test_the_readme_commands_run(tmp_path, monkeypatch, capsys):
     """Those of train.py and sample.py at toy size, one after the other; "weights/" is there."""
     monkeypatch.chdir(tmp_path)
     toys.write_class_folders(tmp_path / "photos", 120)
+    for name in ("car.png", "bus.png"):
+        shutil.copy(tmp_path / "photos/airplane/0.png", name)
     count = 0
     for command in dict.fromkeys(commands(README)):
         program, script, *words = shlex.split(command)
@@ -150,13 +153,13 @@ def test_the_readme_commands_run(tmp_path, monkeypatch, capsys):
             train.main([*words, *toys.FLAGS[words[0]].split(), "--steps", "2", "--fresh"])
             assert "finished: " in capsys.readouterr().out
             if words == ["clip"]:
-                shutil.copytree("runs/clip", "weights")
-                Path("weights/weights.pt").rename("weights/clip.pt")
+                Path("weights").mkdir()
+                shutil.copy("runs/clip/weights.pt", "weights/clip.pt")
         elif "--clip" in words:   # a published one: tests/test_published.py
             sample.parse(words)
         elif program == "python" and script == "sample.py" and words != ["-h"]:
             sample.main([*words, "-n", "1", "--steps", "2", "--device", "cpu"])
-            assert "1 images in " in capsys.readouterr().out
+            assert re.search("[123] images (in|->) ", capsys.readouterr().out)
         count += script in ("train.py", "sample.py")
     assert count >= 12
 
@@ -187,6 +190,7 @@ def test_every_flag_exists():
 
 MADE = ("out/", "runs/", "cache/")   # by commands
 EXAMPLES = {"captions.csv", "NAME.png", "NAME.txt", "vans.png", "photos/CLASS/*.png", "cars.txt",
+            "car.png", "bus.png",
             "checkpoint.pt", "weights.pt", "loss.png",   # of the user, or in a run's folder
             "ViT-B-32.pt", "bpe_simple_vocab_16e6.txt"}   # published
 
@@ -277,8 +281,9 @@ NUMBERS = [   # near this text, the README has this figure; results file, row, k
     *of_method("| `noise-aware`", "noise-aware", "91.8 %", "90.1 to 93.3", "92.0 %", ".094",
                "1.7"),
     *of_method("| `x0`", "x0", "85.2 %", "83.1 to 87.1", "86.1 %", ".230", "2.7"),
-    *of_method("| `classifier-free`", "classifier-free", "98.6 %", "97.7 to 99.1", "98.0 %", ".030",
+    *of_method("| `classifier-free`", "classifier-free", "98.5 %", "97.6 to 99.0", "98.5 %", ".016",
                "2.0"),
+    *of_method("| `unclip`", "unclip", "98.8 %", "98.0 to 99.3", "98.1 %", ".002", "1.3"),
     *of_method("| **`lookahead`", "lookahead", "97.6 %", "96.6 to 98.3", "97.5 %", ".044", "1.6"),
     ("best of 64 random samples", "14.5 %", "guidance", {"method": "best-of-64"},
      "prompt_accuracy", fraction),
@@ -311,16 +316,26 @@ NUMBERS = [   # near this text, the README has this figure; results file, row, k
     *(("`python train.py ddpm`", text, "training_loss", {"model": "ddpm"}, step, short)
       for text, step in ((".641 at step 50", "50"), (".129 at 200", "200"), (".094", "1,000"),
                          (".074", "4,500"))),
+    *((f"`python train.py {kind} ", text, "training_loss", {"model": kind}, step, short)
+      for kind, text, step in (
+          ("decoder", ".634 at step 50", "50"), ("decoder", ".128 at 200", "200"),
+          ("decoder", ".069", "4,500"), ("prior", ".971 at step 50", "50"),
+          ("prior", ".402 at 200", "200"), ("prior", ".155", "3,000"),
+          ("upsampler", ".143 at step 50", "50"), ("upsampler", ".104 at 200", "200"),
+          ("upsampler", ".065", "1,500"))),
+    *(("`python train.py upsampler", text, "model_card", {"file": "upsampler.pt"}, key, one)
+      for text, key in (("29.7", "psnr"), ("23.4", "psnr_bicubic"))),
     *(("`python train.py judge`", text, "training_loss", {"model": "judge"}, step, form)
       for text, step, form in (("4.80 at step 50", "50", "{:.2f}".format),
                                (".70 at 200", "200", lambda value: short(value)[:-1]),
                                (".015 at 800", "800", short))),
     ("`python train.py judge`", "99.8 %", "judge", {"camera": "all"}, "prompt_accuracy", fraction),
-    *((f"| `python train.py {kind}`", minutes, "training_loss", {"model": kind}, "minutes", str)
-      for kind, minutes in (("clip", "10"), ("judge", "5"), ("ddpm", "26"))),
+    *((f"| `python train.py {kind}", minutes, "training_loss", {"model": kind}, "minutes", str)
+      for kind, minutes in (("clip", "10"), ("judge", "5"), ("ddpm", "26"), ("decoder", "30"),
+                            ("prior", "4"), ("upsampler", "12"))),
     ("held out of CLIP", "26-minute", "training_loss", {"model": "ddpm"}, "minutes",
      "{}-minute".format),
-    ("--steps 9000", "88 minutes", "model_card", {"file": "ddpm.pt"}, "minutes", str)]
+    ]
 
 
 def units(text):
@@ -360,11 +375,13 @@ def scales():
 CONSTANTS = [   # near this text, the README has this figure; what it has to be, by the code
     ("made the sixteen images", "32 x 32", lambda: (
         f"{tinyclip.CLIPConfig().image_size} x {tinyddpm.UNetConfig().image_size}")),
+    *((near, "128 x 128", lambda: "{0} x {0}".format(unclip.UpsamplerConfig().image_size))
+      for near in ("made the sixteen images", "`python train.py upsampler")),
     ("An unconditional diffusion model", "36 minutes", lambda: "{} minutes".format(minutes(
         ("training_loss", "model", "clip"), ("training_loss", "model", "ddpm")))),
     ("An unconditional diffusion model", "88", lambda: str(minutes(
         ("model_card", "file", "ddpm.pt")))),
-    ("The trained models come in", "(11 MB)", lambda: "({:.0f} MB)".format(
+    ("The trained models come in", "(20 MB)", lambda: "({:.0f} MB)".format(
         sum(path.stat().st_size for path in (ROOT / "weights").glob("*.pt")) / 1e6)),
     ("Nothing has to be downloaded", "50,000", lambda: f"{train.TrainConfig().images:,}"),
     ("top-1 among", "294 captions", lambda: f"{len(cars.CAPTIONS)} captions"),
@@ -373,6 +390,10 @@ CONSTANTS = [   # near this text, the README has this figure; what it has to be,
     ("must not grade", "294 captions", lambda: f"{len(cars.CAPTIONS)} captions"),
     ("must not grade", "1 in 294", lambda: f"1 in {len(cars.CAPTIONS)}"),
     ("must not grade", "25 steps", lambda: f"{guide.METHODS[guide.DEFAULT].steps} steps"),
+    ("(`python -m experiments guidance", "25 steps once",
+     lambda: f"{sample.METHODS['unclip'].steps} steps once"),
+    ("(`python -m experiments guidance", "`sample.py` 50",
+     lambda: f"`sample.py` {sample.METHODS['none'].steps}"),
     ("stays below", "1/4", lambda: "1/{:g}".format(1 / 0.5 ** 2)),   # sigma_data^2
     ("rather than take more", "25 steps", lambda: f"{guide.METHODS[guide.DEFAULT].steps} steps"),
     ("English is", "20 phrasings", lambda: f"{len(clip.HELD_OUT_PHRASINGS)} phrasings"),

@@ -623,8 +623,8 @@ def test_unclip_decodes_what_the_prior_draws(here, monkeypatch):
     conds, forward = [], models.unet.forward
     monkeypatch.setattr(models.unet, "forward", lambda x, t, cond: (
         conds.append(cond) or forward(x, t, cond)))
-    images = sample.generate(models, "red bus", method="unclip", n=3, steps=2, recurrence=1)
-    assert len(conds) == 2   # the U-Net is evaluated once a step: guidance scale 1
+    images = sample.generate(models, "red bus", method="unclip", n=3, steps=2, scale=1.)
+    assert len(conds) == 2   # at guidance scale 1 the U-Net is evaluated once a step
     generators = [data.generator("sampling", 0, i) for i in range(3)]
     x_T = torch.stack([torch.randn(3, 16, 16, generator=g) for g in generators])
     k = models.captions.index("a red bus")
