@@ -389,8 +389,9 @@ def build_denoiser(method, models, targets, scale, interval, generators):
     if method != "unclip":
         return guide.build_denoiser(method, models, targets, scale, interval)
     if not models.prior:
-        raise cli.UserError("there is no prior and decoder of this CLIP; train them with: python "
-                            "train.py prior --clip FILE, python train.py decoder --clip FILE")
+        raise cli.UserError("there is no prior for this CLIP; train one with: python train.py "
+                            "prior --clip FILE" if models.is_decoder else
+                            'these models are not for unclip: load_models(method="unclip")')
     text = guide.scale_features(models.text_features[targets])                # (B, E)
     z = guide.scale_features(
         unclip.sample_prior(models.prior, text, generators, models.alpha_bar))
@@ -427,7 +428,7 @@ def decoder_denoiser(models, z, scale, interval=(1, tinyddpm.T), noise_level=0.,
 
 
 def embed(models, x_0):
-    """x_0: (B, 3, H, W) in [-1, 1] -> z: (B, E), scaled"""
+    """Embed images x_0: (B, 3, H, W) in [-1, 1] -> z: (B, E), scaled"""
     return guide.scale_features(models.clip.encode_image(x_0))
 
 
@@ -465,7 +466,8 @@ def variations(models, x_0, config, vary=0.):
 def interpolate(models, x_0, config):
     """Decode embeddings on the way from one image to another -> (n, 3, size, size)
 
-    x_0: (2, 3, H, W). The noise is on the way between those from which they would be drawn.
+    x_0: (2, 3, H, W). The noise is on the way between those from which they would be drawn, at
+    scale 1. config: SamplingConfig of the method "unclip", best of scale 1, so for `diff`
     """
     z = embed(models, x_0)
     x_T, fractions = invert(models, x_0, z), torch.linspace(0, 1, config.n).tolist()
@@ -531,8 +533,8 @@ def parse(arguments):
 
 
 def resolve_mode(args):
-    """Set mode, files, texts, method, prompts ([None] if there are none); UserError for a flag that
-    would change nothing"""
+    """Set mode, files, texts, method, scale, prompts ([None] if there are none); UserError for a
+    flag that would change nothing"""
     modes = [name for name in ("variations", "interpolate", "diff") if getattr(args, name)]
     if len(modes) + bool(args.prompts) > 1:
         raise cli.UserError("a prompt, --variations, --interpolate and --diff exclude each other")
@@ -540,19 +542,19 @@ def resolve_mode(args):
     args.files, args.texts = (given, []) if args.mode == "interpolate" else (given[:1], given[1:])
     own = None if args.prompts else "unclip" if modes else "none"   # the only method that fits
     args.method = args.method or own or guide.DEFAULT
-    guides, noisy = args.prompts or modes, args.mode not in ("interpolate", "diff")
+    guides, random = args.prompts or modes, args.mode not in ("interpolate", "diff")
     for flag, used in ((f"method {args.method}", args.method == own if own else
                         args.method != "none"),
                        ("scale", guides), ("interval", guides), ("clip", guides),
                        ("prior", args.method == "unclip" and not modes), ("judge", args.prompts),
-                       ("seed", noisy), ("eta", noisy), ("recurrence", noisy),
+                       ("seed", random), ("eta", random), ("recurrence", random),
                        ("gif", not modes), ("vary", args.mode == "variations")):
         if getattr(args, flag.split()[0]) and not used:
             raise cli.UserError(f"--{flag} is of no use " + (
                 f"to --{args.mode}" if modes else "to a prompt" if args.prompts else
                 "without a prompt"))
-    if not noisy and args.scale is None:
-        args.scale = 1.
+    if not random and args.scale is None:
+        args.scale = 1.   # that of the inversion: at others they would not begin with the image
     args.prompts = args.prompts or [None]
 
 
@@ -649,7 +651,7 @@ def main(arguments=None):
             images = data.to_uint8(draw_from_images(models, args, config))
             given = ", ".join([Path(path).name for path in args.files] + args.texts)
             data.save_grid(paths[0], images, min(10, len(images)), zoom, **metadata,
-                           **{args.mode: given}, vary=args.vary)
+                           **{args.mode: given}, **({"vary": args.vary} if args.vary else {}))
             print(f"{len(images)} images -> {paths[0]}")
             return
         resolved = [resolve_prompt(prompt, models) for prompt in args.prompts]

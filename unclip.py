@@ -220,7 +220,7 @@ def match_average(high, low):
     return high + F.interpolate(difference, high.shape[-2:])
 
 
-# What `upsample` takes for sampled images: torn edges become smooth; more blurs: experiments/LOG.md
+# aug_level of sampled images: it mends torn edges, and a higher one blurs (experiments/LOG.md)
 SAMPLED = 0.05
 
 

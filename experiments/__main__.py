@@ -23,7 +23,6 @@ EXPERIMENTS = {   # (models, args) -> rows of a table
     "upsampler": unclip.upsamplers, "ablations": ablations.ablations,
     "composition": ablations.composition,
     "figures": figures.figures}
-NEEDS = {"prior": ["prior"], "upsampler": ["upsampler"], "figures": ["prior", "upsampler"]}
 STANDALONE = {   # list of arguments -> None
     "predict": zeroshot.predict_file,
     "second_judge": second_judge.train_second_judge, "benchmark": benchmark.main,
@@ -52,6 +51,9 @@ def parse_args(arguments):
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
     args = parser.parse_args(arguments)
     cli.check_ranges(args, each=(1, 1000))
+    if "unclip" in args.methods and set(args.methods) - {"none", "unclip"}:
+        raise cli.UserError("unclip has a U-Net of its own: compare it with none in one command, "
+                            "other methods in another")
     evaluator.sampling_config(args)   # checks them
     return args
 
@@ -63,12 +65,11 @@ def main(arguments):
     args.out.mkdir(parents=True, exist_ok=True)
     device = cli.pick_device(args.device)
     with torch.no_grad(), cli.autocast(device):
-        decodes = args.name in ("prior", "decoder", "figures") or "unclip" in args.methods
+        decodes = args.name in ("prior", "decoder") or "unclip" in args.methods
         models = sample.load_models(args.clip, args.ddpm, args.prior, args.upsampler, device,
                                     "unclip" if decodes else guide.DEFAULT)
-        for part in NEEDS.get(args.name, ()):
-            if not getattr(models, part):
-                raise cli.UserError(f"{args.name} needs what this trains: python train.py {part}")
+        if args.name in ("prior", "upsampler") and not getattr(models, args.name):
+            raise cli.UserError(f"{args.name} needs a trained one: python train.py {args.name} -h")
         print(models.description)
         tables.record(EXPERIMENTS[args.name](models, args), args.name, args, device)
 

@@ -288,8 +288,8 @@ def unclip_parts(models, path):
     image.save(path)
 
 
-def held_out_cars(size, n):
-    """The first n held-out cars -> (n, 3, size, size), labels (n, A)"""
+def render_held_out(size, n):
+    """Render the first n held-out cars -> (n, 3, size, size), labels (n, A)"""
     images, labels = cars.render(0, range(cars.VALIDATION, cars.VALIDATION + n), size)
     return data.to_float(images), labels
 
@@ -303,8 +303,8 @@ def strips(images, titles, path):
 
 def variations(models, path):
     """Held-out cars, and seven variations of each: of the whole embedding, of a half-hidden one."""
-    x_0, labels = held_out_cars(models.unet.config.image_size, 3)
-    large, _ = held_out_cars(4 * models.unet.config.image_size, 3)
+    x_0, labels = render_held_out(models.unet.config.image_size, 3)
+    large, _ = render_held_out(4 * models.unet.config.image_size, 3)
     images, titles = [], []
     for vary in (0., .5):
         for x, given, row in zip(x_0, large, labels):
@@ -317,7 +317,7 @@ def variations(models, path):
 
 def interpolations(models, path):
     """From one held-out car to the next."""
-    x_0, labels = held_out_cars(models.unet.config.image_size, 4)
+    x_0, labels = render_held_out(models.unet.config.image_size, 4)
     names = [cars.caption(*row) for row in labels]
     config = sample.SamplingConfig(n=8, method="unclip", scale=1.)
     strips([sample.interpolate(models, x_0[i:i + 2], config) for i in range(3)],
@@ -326,7 +326,7 @@ def interpolations(models, path):
 
 def text_diffs(models, path):
     """Held-out cars changed as two captions differ: in body, main and second colour."""
-    x_0, labels = held_out_cars(models.unet.config.image_size, 3)
+    x_0, labels = render_held_out(models.unet.config.image_size, 3)
     images, titles = [], []
     for i, (x, row) in enumerate(zip(x_0, labels)):
         changed = row.copy()   # in one attribute, to its next value
@@ -350,10 +350,11 @@ def trajectory_gif(models, path):
 
 def figures(models, args):
     """Draw every figure, on the CPU -> a row for each: name, path"""
-    models = sample.load_models(args.clip, args.ddpm, args.prior, args.upsampler, method="unclip")
+    guided = sample.load_models(args.clip, args.ddpm, upsampler=args.upsampler)
+    decodes = sample.load_models(args.clip, None, args.prior, args.upsampler, method="unclip")
+    by_unclip = unclip_parts, variations, interpolations, text_diffs
     for draw in (hero, forward, noising, unet, similarity, swiss_roll, scales, eta_recurrence,
-                 guidance, prompts, unclip_parts, variations, interpolations, text_diffs,
-                 trajectory_gif):
+                 guidance, prompts, trajectory_gif, *by_unclip):
         path = args.out / f"{draw.__name__}.png".replace("_gif.png", ".gif")
-        draw(models, path)
+        draw(decodes if draw in by_unclip else guided, path)
         yield {"name": draw.__doc__.splitlines()[0], "path": str(path)}

@@ -49,8 +49,7 @@ def make_ways(models, args):
     held_out = data.load(models.data, models.unet.config.image_size, evaluator.REAL, "validation")
     true_z = train.embed_images(models.clip, held_out, device)
     of_held_out = [np.flatnonzero(held_out.caption_ids == k) for k in range(K)]
-    x = text[ids]
-    ridge = ridge_probe(x.cpu(), z.cpu())
+    ridge = ridge_probe(text[ids].cpu(), z.cpu())
     mlp = train_without_diffusion(z, text, ids)
     draw = lambda pool, generator: pool[torch.randint(len(pool), (), generator=generator)]
     drawn = lambda n, scale=1: lambda targets, generators: unclip.sample_prior(

@@ -1030,6 +1030,7 @@ def test_mistakes_are_answered_in_one_line(here):
             ("nothing", "invalid choice: 'nothing'"), ("", "required"),
             ("clip --steps 0", "--steps must be"), ("clip --clip none.pt", "none.pt"),
             ("guidance --methods classifier-free --prompts even", "ddpm --clip"),
-            ("upsampler", "upsampler needs what this trains: python train.py upsampler")):
+            ("upsampler", "upsampler needs a trained one: python train.py upsampler -h"),
+            ("guidance --methods lookahead unclip", "a U-Net of its own")):
         with pytest.raises(cli.UserError, match=message):
             main.main(arguments.split())
