@@ -100,7 +100,7 @@ def noising(models, path):
     eps = torch.randn(1, 3, 32, 32, generator=data.generator("evaluation", 0))
     noised = [tinyddpm.q_sample(x_0, torch.tensor([t]), eps, tinyddpm.cosine_alpha_bar())
               for t in timesteps]
-    visited = trajectory(partial(sample.generate, models, caption, n=1))
+    visited = trajectory(partial(sample.generate, models, caption, n=1, size=32))
     rows = noised, *zip(*(visited[t] for t in timesteps))
     labelled_grid([[to_image(x[0], 128) for x in row] for row in rows],
                   ["noised: x_t  >>>", "sampled: x_t  <<<", "x_0_hat  <<<"],
@@ -340,7 +340,7 @@ def text_diffs(models, path):
 
 def trajectory_gif(models, path):
     """Four guided samples on their way: x_t above, x_0_hat below."""
-    visited = trajectory(partial(sample.generate, models, CAPTION, n=4))
+    visited = trajectory(partial(sample.generate, models, CAPTION, n=4, size=32))
     frames = [labelled_grid([[to_image(x, 80) for x in row] for row in pair],
                             ["x_t", "x_0_hat"], (), f'"{CAPTION}", t = {t}').quantize(64)
               for t, pair in visited.items()]
