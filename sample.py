@@ -19,7 +19,6 @@ another order. From Python: load_models, then generate (see README.md).
 """
 import argparse
 import difflib
-import math
 import os
 import re
 import time
@@ -55,7 +54,7 @@ class Models(NamedTuple):
     alpha_bar: torch.Tensor                 # (T + 1,)
     data: str                               # the name of the data set
     captions: list                          # K, and behind them those that a new prompt adds
-    description: str                        # files and device
+    description: str                        # its files
     clip: tinyclip.CLIP = None
     caption_labels: torch.Tensor = None     # (K, A) int, the attributes that each names, or -1
     templates: list = None                  # S lists of K + P texts: see data.Dataset
@@ -80,6 +79,8 @@ def load_fitting(kind, model_class, fits, path=None, device="cpu"):
         model, content = checkpoint.load_model(candidate, model_class, kind)
         if fits(content):
             return model.to(device), {**content, "path": str(candidate)}
+        if not path and SHIPPED not in candidate.parents:
+            print(f"{candidate} is not used: it is for other models")
     if path:
         raise cli.UserError(f"--{kind} {path} is for {content['data']} and does not fit the other "
                             "models; train all alike")
@@ -94,7 +95,7 @@ def find_paths(clip, ddpm, method):
     if not all(path.exists() for path in needed):
         for path in needed:
             if path.exists():
-                print(f"{path} is not used: a prompt needs {paths[0].parent} and {paths[1].parent}")
+                print(f"{path} is not used: {paths[0].parent} and {paths[1].parent} are needed")
         paths = [SHIPPED / "clip.pt", SHIPPED / f"{kind}.pt"]
     return Path(clip or paths[0]), Path(ddpm or paths[1])
 
@@ -111,14 +112,15 @@ def load_models(clip=None, ddpm=None, prior=None, upsampler=None, device="cpu",
     device, (clip_path, ddpm_path) = torch.device(device), find_paths(clip, ddpm, method)
     unet, ddpm_content = checkpoint.load_model(ddpm_path, tinyddpm.UNet, "ddpm", "decoder")
     size, drawn = unet.config.image_size, set(ddpm_content["captions"])
-    upsampler, _ = load_fitting(
+    upsampler, found = load_fitting(
         "upsampler", unclip.Upsampler, lambda content: drawn <= set(content["captions"])
         and content["config"]["image_size"] == 4 * size, upsampler, device)
     models = Models(
         unet=unet.to(device, memory_format=torch.channels_last), upsampler=upsampler,
         alpha_bar=tinyddpm.cosine_alpha_bar().to(device), data=ddpm_content["data"],
         captions=ddpm_content["captions"], is_decoder=ddpm_content["kind"] == "decoder",
-        description=f"DDPM from {ddpm_path} ({ddpm_content['steps']:,} steps), on {device}")
+        description=f"DDPM from {ddpm_path} ({ddpm_content['steps']:,} steps)"
+        + (f", upsampler from {found['path']}" if upsampler else ""))
     if method == "none":
         return models
     clip, content = load_clip(clip_path, ddpm_content)
@@ -127,9 +129,10 @@ def load_models(clip=None, ddpm=None, prior=None, upsampler=None, device="cpu",
         raise cli.UserError(f"{ddpm_path} is conditional on the features of another CLIP; give "
                             "that one with --clip")
     if models.is_decoder and ddpm_content["clip"] == checksum:
-        prior, _ = load_fitting("prior", unclip.Prior, lambda content: content["clip"] == checksum,
-                                prior, device)
-        models = models._replace(prior=prior)
+        prior, found = load_fitting("prior", unclip.Prior, lambda c: c["clip"] == checksum, prior,
+                                  device)
+        models = models._replace(prior=prior, description=models.description + (
+            f", prior from {found['path']}" if prior else ""))
     elif method == "unclip":
         raise cli.UserError(f"{ddpm_path} is no decoder; train one with: python train.py decoder "
                             f"--clip {clip_path}")
@@ -137,12 +140,13 @@ def load_models(clip=None, ddpm=None, prior=None, upsampler=None, device="cpu",
     with cli.autocast(device):
         features = clip.encode_ensemble(content["templates"])                 # (K + P, E)
     K = len(content["captions"])
+    steps = f" ({content['steps']:,} steps)" if "steps" in content else ""   # not if published
     return models._replace(
         clip=clip, caption_labels=torch.tensor(content["caption_labels"], device=device),
         **{key: content[key] for key in (
             "captions", "templates", "partial", "partial_true_of", "words")},
         text_features=features[:K], partial_features=features[K:],
-        description=f"CLIP from {clip_path} ({content['steps']:,} steps), {models.description}")
+        description=f"CLIP from {clip_path}{steps}, {models.description}")
 
 
 def load_clip(path, ddpm_content):
@@ -179,7 +183,6 @@ def load_published(path, ddpm_content):
     return tinyclip.from_pixels(clip), {
         "captions": captions, "caption_labels": [[i] for i in range(len(captions))],
         "partial": [], "words": [],
-        "steps": 0,
         "templates": [[template.format(name) for name in names]
                       for template in PUBLISHED_TEMPLATES],
         "partial_true_of": torch.zeros(0, len(captions), dtype=torch.bool)}
@@ -262,12 +265,16 @@ def resolve_prompt(prompt, models):
     K = len(models.captions)
     if prompt is None:
         return models, torch.ones(K, dtype=torch.bool)
+    if models.clip is None:
+        raise cli.UserError("these models were loaded for unguided sampling, without a CLIP")
     text = normalize_prompt(prompt)
     if not text:
         raise cli.UserError(f"the prompt {prompt!r} has no letters or digits; leave it out to "
                             "sample without guidance")
     names = [normalize_prompt(caption) for caption in models.captions]
-    index_of = {known: i for texts in [*models.templates, names] for i, known in enumerate(texts)}
+    short = [re.sub("^photo of an? ", "", name) for name in names]   # of class folders
+    index_of = {known: i for texts in [*models.templates, short, names]
+                for i, known in enumerate(texts)}
     parts = [text] if text in index_of else map(normalize_prompt, text.split(" or "))
     if models.clip.config.noise_aware:
         parts = [known_words(part, models.words) for part in parts]
@@ -276,13 +283,11 @@ def resolve_prompt(prompt, models):
         index, feature = read_text(part, index_of, models)
         if index is None:
             new[part] = feature
-            readings.append(part)
         elif index < K:
             allowed[index] = True
-            readings.append(models.captions[index])
         else:
             allowed |= models.partial_true_of[index - K]
-            readings.append(models.partial[index - K])
+        readings.append(part if index is None else [*models.captions, *models.partial][index])
     if not readings:
         allowed[:], readings = True, ["anything"]
     print(f"{shorten(prompt, 80)!r} is read as {shorten(' or '.join(map(repr, readings)), 300)}")
@@ -309,18 +314,17 @@ class SamplingConfig:
     seed: int = 0
     batch: int = 64               # images at a time
     size: int = None              # pixels, H and W; None: as large as there is an upsampler for
+    vary: float = 0.              # of decoded images: how much noise hides of their embeddings
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise cli.UserError(f"method must be one of {', '.join(METHODS)}, not "
                                 f"{self.method!r}")
-        cli.check_ranges(self, n=(1, 10_000), steps=(1, tinyddpm.T), eta=(0, 1),
-                         recurrence=(1, 100), batch=(1, 10_000), seed=(0, 2 ** 63 - 1))
+        cli.check_ranges(self, n=(1, 10_000), scale=(-1e6, 1e6), steps=(1, tinyddpm.T), eta=(0, 1),
+                         recurrence=(1, 100), batch=(1, 10_000), seed=(0, 2 ** 63 - 1), vary=(0, 1))
         lo, hi = self.interval or (1, tinyddpm.T)
         if not 1 <= lo <= hi <= tinyddpm.T:
             raise cli.UserError(f"--interval must be LO <= HI in 1 to {tinyddpm.T}, not {lo} {hi}")
-        if self.scale is not None and not math.isfinite(self.scale):
-            raise cli.UserError(f"--scale must be a finite number, not {self.scale}")
 
 
 def fill_in(config, models):
@@ -395,24 +399,22 @@ def build_denoiser(method, models, targets, scale, interval, generators):
     text = guide.scale_features(models.text_features[targets])                # (B, E)
     z = guide.scale_features(
         unclip.sample_prior(models.prior, text, generators, models.alpha_bar))
-    return decoder_denoiser(models, z, scale, interval)
+    return unclip.decoder_denoiser(models.unet, models.alpha_bar, z, scale, interval)
 
 
 def sample_batches(models, make_denoise, config, callback=None, x_T=None):
     """Sample n images, a batch at a time, and enlarge them -> (n, 3, size, size) in [-1, 1]
 
-    make_denoise: (slice of 0..n, their generators) -> denoise; x_T: (n, 3, H, W), None: random
+    make_denoise: (indices, their generators) -> denoise; x_T: (n, 3, H, W), None: random
     """
     images, native, device = [], models.unet.config.image_size, models.alpha_bar.device
-    for start in range(0, config.n, config.batch):
-        part = slice(start, min(start + config.batch, config.n))
-        generators = [data.generator("sampling", config.seed, i)
-                      for i in range(part.start, part.stop)]
+    for part in torch.arange(config.n).split(config.batch):
+        generators = [data.generator("sampling", config.seed, i) for i in part.tolist()]
         noise = tinyddpm.randn_per_image(generators, (3, native, native), device)
         x_0 = tinyddpm.sample(
             make_denoise(part, generators), noise if x_T is None else x_T[part], generators,
             models.alpha_bar, config.steps, config.eta, recurrence=config.recurrence,
-            callback=callback if start == 0 else None)
+            callback=None if images else callback)
         if config.size > native:
             x_0 = unclip.upsample(models.upsampler, x_0, config.size, unclip.SAMPLED)
         images.append(x_0)
@@ -421,53 +423,45 @@ def sample_batches(models, make_denoise, config, callback=None, x_T=None):
 
 # ---- from images to images (unCLIP) --------------------------------------------------------------
 
-def decoder_denoiser(models, z, scale, interval=(1, tinyddpm.T), noise_level=0., noise=0.):
-    """Build the decoder's denoiser for embeddings z: (B, E), scaled; noise: like z"""
-    cond = unclip.decoder_condition(z, z.new_full((len(z), 1), noise_level), noise)
-    return guide.classifier_free(models.unet, models.alpha_bar, cond, scale, interval)
-
-
 def embed(models, x_0):
     """Embed images x_0: (B, 3, H, W) in [-1, 1] -> z: (B, E), scaled"""
     return guide.scale_features(models.clip.encode_image(x_0))
 
 
 def invert(models, x_0, z):
-    """Find the noise from which the decoder draws these images, of z, at scale 1 -> (N, 3, H, W)"""
-    return tinyddpm.invert(decoder_denoiser(models, z, scale=1), x_0, models.alpha_bar)
+    """Find the x_T from which the decoder, given z, draws x_0 at scale 1 -> (N, 3, H, W)"""
+    denoise = unclip.decoder_denoiser(models.unet, models.alpha_bar, z, scale=1)
+    return tinyddpm.invert(denoise, x_0, models.alpha_bar)
 
 
 def decode(models, z, x_T, config):
-    """Decode n embeddings without fresh noise -> (n, 3, size, size)
+    """Decode n embeddings -> (n, 3, size, size)
 
-    z: (n, E), scaled; x_T: (n, 3, H, W), None: random
+    z: (n, E), scaled; x_T: (n, 3, H, W), None: random; config: SamplingConfig of the method
+    "unclip", whose vary hides some of z
     """
-    config = replace(fill_in(config, models), n=len(z), eta=0., recurrence=1)
-    make_denoise = lambda part, generators: decoder_denoiser(
-        models, z[part], config.scale, config.interval)
-    return sample_batches(models, make_denoise, config, x_T=x_T)
-
-
-def variations(models, x_0, config, vary=0.):
-    """Decode the embeddings of images again, from other noise -> (n, 3, size, size)
-
-    x_0: (N, 3, H, W), all repeated n / N times, a whole number; vary: from 0 to 1, how much of the
-    embeddings noise hides; config: SamplingConfig of the method "unclip"
-    """
-    config = fill_in(config, models)
-    z = embed(models, x_0).repeat(config.n // len(x_0), 1)
+    config = replace(fill_in(config, models), n=len(z))
 
     def make_denoise(part, generators):
         noise = tinyddpm.randn_per_image(generators, z.shape[1:], z.device)
-        return decoder_denoiser(models, z[part], config.scale, config.interval, vary, noise)
-    return sample_batches(models, make_denoise, config)
+        return unclip.decoder_denoiser(models.unet, models.alpha_bar, z[part], config.scale,
+                                       config.interval, config.vary, noise)
+    return sample_batches(models, make_denoise, config, x_T=x_T)
+
+
+def variations(models, x_0, config):
+    """Decode the embeddings of images again, from other noise -> (n, 3, size, size)
+
+    x_0: (N, 3, H, W), all repeated n / N times, a whole number
+    """
+    return decode(models, embed(models, x_0).repeat(config.n // len(x_0), 1), None, config)
 
 
 def interpolate(models, x_0, config):
     """Decode embeddings on the way from one image to another -> (n, 3, size, size)
 
-    x_0: (2, 3, H, W). The noise is on the way between those from which they would be drawn, at
-    scale 1. config: SamplingConfig of the method "unclip", best of scale 1, so for `diff`
+    x_0: (2, 3, H, W). x_T is on the way between their inversions, which are of scale 1: with
+    another config.scale the ends are not the given images (so for `diff`).
     """
     z = embed(models, x_0)
     x_T, fractions = invert(models, x_0, z), torch.linspace(0, 1, config.n).tolist()
@@ -527,7 +521,6 @@ def parse(arguments):
         add(f"--{name}", help=f"weights.pt of train.py {name}{other.get(name, '')}")
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
     args = parser.parse_intermixed_args(arguments)   # prompts and flags in any order
-    cli.check_ranges(args, vary=(0, 1))
     resolve_mode(args)
     return args, SamplingConfig(**{name: getattr(args, name) for name in vars(default)})
 
@@ -540,19 +533,18 @@ def resolve_mode(args):
         raise cli.UserError("a prompt, --variations, --interpolate and --diff exclude each other")
     args.mode, given = (modes[0], getattr(args, modes[0])) if modes else (None, [])
     args.files, args.texts = (given, []) if args.mode == "interpolate" else (given[:1], given[1:])
-    own = None if args.prompts else "unclip" if modes else "none"   # the only method that fits
-    args.method = args.method or own or guide.DEFAULT
+    default, where = ((guide.DEFAULT, "to a prompt") if args.prompts else
+                      ("unclip", f"to --{args.mode}") if modes else ("none", "without a prompt"))
+    args.method = args.method or default   # without a prompt the only one that fits
+    fits = args.method != "none" if args.prompts else args.method == default
     guides, random = args.prompts or modes, args.mode not in ("interpolate", "diff")
-    for flag, used in ((f"method {args.method}", args.method == own if own else
-                        args.method != "none"),
-                       ("scale", guides), ("interval", guides), ("clip", guides),
-                       ("prior", args.method == "unclip" and not modes), ("judge", args.prompts),
-                       ("seed", random), ("eta", random), ("recurrence", random),
-                       ("gif", not modes), ("vary", args.mode == "variations")):
+    for flag, used in ((f"method {args.method}", fits), ("scale", guides), ("interval", guides),
+                       ("clip", guides), ("prior", args.method == "unclip" and not modes),
+                       ("judge", args.prompts), ("seed", random), ("eta", random),
+                       ("recurrence", random), ("gif", not modes),
+                       ("vary", args.mode == "variations")):
         if getattr(args, flag.split()[0]) and not used:
-            raise cli.UserError(f"--{flag} is of no use " + (
-                f"to --{args.mode}" if modes else "to a prompt" if args.prompts else
-                "without a prompt"))
+            raise cli.UserError(f"--{flag} is of no use {where}")
     if not random and args.scale is None:
         args.scale = 1.   # that of the inversion: at others they would not begin with the image
     args.prompts = args.prompts or [None]
@@ -575,8 +567,9 @@ def output_paths(args):
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     if paths[0].is_dir() or not os.access(paths[0].parent, os.W_OK):
         raise cli.UserError(f"cannot write {paths[0]}; choose another --out")
-    if paths[0].exists():   # only if --out names it
-        print(f"{paths[0]} will be replaced")
+    for path in paths[:1] + [path.with_suffix(".gif") for path in paths] * args.gif:
+        if path.exists():   # a PNG only if --out names it
+            print(f"{path} will be replaced")
     return paths
 
 
@@ -601,7 +594,7 @@ def report(models, allowed, x_0, judge_model, content):
             if len(labels[:, a].unique()) < len(values))
         print(f"prompt accuracy by the judge: {int(correct.sum())} of {len(x_0)} ({each}); "
               f"{content['path']}, {content['steps']:,} steps")
-    size = models.clip.config.image_size
+    size = models.unet.config.image_size
     x_0 = F.interpolate(x_0, (size, size), mode="area")
     p = models.clip.caption_probs(x_0, models.text_features)[:, allowed].sum(dim=1).mean()
     print(f"CLIP's mean probability of it: {p:.0%}, among {len(models.captions)} captions")
@@ -622,12 +615,8 @@ def read_images(paths, size):
 def draw_from_images(models, args, config):
     """--variations, --interpolate or --diff -> (N, 3, size, size), the given images included"""
     x_0 = read_images(args.files, models.unet.config.image_size).to(models.alpha_bar.device)
-    if args.mode == "variations":
-        drawn = variations(models, x_0, config, args.vary)
-    elif args.mode == "interpolate":
-        drawn = interpolate(models, x_0, config)
-    else:
-        drawn = diff(models, x_0, *args.texts, config)
+    draw = {"variations": variations, "interpolate": interpolate, "diff": diff}[args.mode]
+    drawn = draw(models, x_0, *args.texts, config)
     given = F.interpolate(x_0, drawn.shape[-2:])
     return torch.cat([given[:1], drawn, given[1:]])
 
@@ -638,8 +627,9 @@ def main(arguments=None):
     device, paths = cli.pick_device(args.device), output_paths(args)
     models = load_models(args.clip, args.ddpm, args.prior, args.upsampler, device, config.method)
     config = fill_in(config, models)   # for the metadata and the report
-    judge_model, content = load_judge(models.captions, args.judge, device)
-    print(models.description)
+    judge_model, content = (None, None) if args.prompts == [None] else load_judge(
+        models.captions, args.judge, device)
+    print(f"{models.description}, on {device}")
     parts = {"CLIP": models.clip, "DDPM": models.unet, "prior": models.prior,
              "upsampler": models.upsampler}   # all that were loaded
     metadata = {**{f"{name} checksum": checkpoint.weights_checksum(model)
@@ -651,7 +641,7 @@ def main(arguments=None):
             images = data.to_uint8(draw_from_images(models, args, config))
             given = ", ".join([Path(path).name for path in args.files] + args.texts)
             data.save_grid(paths[0], images, min(10, len(images)), zoom, **metadata,
-                           **{args.mode: given}, **({"vary": args.vary} if args.vary else {}))
+                           **{args.mode: given})
             print(f"{len(images)} images -> {paths[0]}")
             return
         resolved = [resolve_prompt(prompt, models) for prompt in args.prompts]

@@ -23,7 +23,6 @@ import dataclasses
 import math
 import time
 import zlib
-from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -110,8 +109,9 @@ def noise_embeddings(z, generator):
     """Make the decoder's condition of image embeddings at a random noise level -> (B, E + 1)
 
     Three in ten are clean, three have a level from 0 to 1, and four have level 1, which is no
-    condition, for classifier-free guidance. (A DDPM by itself draws better without a condition:
-    experiments/LOG.md.)
+    condition, for classifier-free guidance.
+    differs from the paper: four in ten, not one, so that one U-Net might be decoder and DDPM. Its
+    unconditional images are not as good as a DDPM's (experiments/LOG.md).
     """
     draw = torch.rand(len(z), 1, generator=generator, device=z.device)
     noise_level = ((draw - 0.3) / 0.3).clamp(0, 1)
@@ -163,16 +163,16 @@ def normalized_templates(dataset):
     return [[tinyclip.normalize_prompt(text) for text in texts] for texts in dataset.templates]
 
 
-def report_long_texts(texts, tokenizer, context_length):
-    """Print how many texts exceed the context length, and how many then have the same tokens."""
-    encoded = [tuple(tokenizer.encode(text)) for text in set(texts)]
-    longest, kept = max(map(len, encoded)) + 2, context_length - 2   # start and end
-    if longest > context_length:
-        alike = Counter(ids[:kept] for ids in encoded)
-        print(f"{sum(len(ids) > kept for ids in encoded):,} of {len(encoded):,} texts are longer "
-              f"than {kept} tokens and lose their tail, by which "
-              f"{sum(n for n in alike.values() if n > 1):,} become like others; "
-              f"--context-length {longest} would do")
+def report_lost_texts(texts, captions, tokenizer, context_length):
+    """Print how many texts exceed the context length, and how many captions are alike to CLIP."""
+    lengths = [len(tokenizer.encode(text)) + 2 for text in set(texts)]   # 2: start and end
+    if max(lengths) > context_length:
+        print(f"{sum(n > context_length for n in lengths):,} of {len(lengths):,} texts are longer "
+              f"than {context_length} tokens and lose their tail; --context-length {max(lengths)} "
+              "would do")
+    if alike := len(captions) - len(tokenizer.batch(captions, context_length).unique(dim=0)):
+        print(f"{alike:,} of {len(captions):,} captions are the same as another to CLIP, which "
+              "ignores case, signs, a first article and a lost tail")
 
 
 @torch.no_grad()
@@ -201,13 +201,9 @@ def clip_task(config, options, dataset, validation, device):
     templates = normalized_templates(dataset)
     all_texts = sum(templates, [])
     tokenizer = tinyclip.Tokenizer.train(all_texts, vocab_size=4096)
-    report_long_texts(all_texts, tokenizer, config.context_length)
+    report_lost_texts(all_texts, templates[0][:K], tokenizer, config.context_length)
     tokens = torch.stack([tokenizer.batch(texts, config.context_length)
                           for texts in templates]).to(device)                 # (S, K + P, L)
-    if alike := K - len(set(templates[0][:K])):
-        print(f"{alike:,} of {K:,} captions are the same as another to CLIP, which ignores case, "
-              "signs and a first article")
-
     caption_ids = torch.from_numpy(dataset.caption_ids).to(device)            # (N,)
     objective = lambda model, x_0, indices, generator: clip_objective(
         model, x_0, caption_ids[indices], tokens, partial_true_of, alpha_bar, generator)
@@ -265,7 +261,7 @@ def diffusion_task(kind, config, dataset, validation, device, condition, held_ou
             images.append(tinyddpm.sample(denoise, x_T, generators, alpha_bar))
         data.save_grid(folder / "samples.png", data.to_uint8(torch.cat(images)), zoom=2)
         values = ", with their condition ".join(f"{loss:.4f}" for loss in losses)
-        return f"loss on held-out images {values}, {len(x_T)} samples in samples.png"
+        return f"loss on held-out images {values}, {16 * len(images)} samples in samples.png"
 
     x_0, _ = data.batch(dataset, 0, 0, 500)
     a = alpha_bar[1:].mean().item()
@@ -301,7 +297,7 @@ def decoder_task(config, options, dataset, validation, device, clip):
 
 
 def prior_task(config, options, dataset, validation, device, clip):
-    """clip: a trained CLIP, of whose text features the prior makes image embeddings"""
+    """clip: a trained CLIP, of whose text and image features the prior learns"""
     config, clip = dataclasses.replace(config, clip_dim=clip.config.embed_dim), clip.to(device)
     alpha_bar, K = tinyddpm.cosine_alpha_bar().to(device), len(dataset.captions)
     z, held_out = embed_images(clip, dataset, device), embed_images(clip, validation, device)
@@ -317,11 +313,11 @@ def prior_task(config, options, dataset, validation, device, clip):
 
     @torch.no_grad()
     def preview(model, folder):
-        ids = held_out_ids[:500]
-        generators = [data.generator("sampling", 0, i) for i in range(len(ids))]
-        text = guide.scale_features(text_features.mean(dim=0))[ids]           # (500, E)
+        _, indices = data.batch(validation, 0, 0, 500)
+        generators = [data.generator("sampling", 0, i) for i in range(500)]
+        text = guide.scale_features(text_features.mean(dim=0))[held_out_ids[indices]]   # (500, E)
         drawn = unclip.sample_prior(model, text, generators, alpha_bar)
-        cosine = F.cosine_similarity(drawn, held_out[:500]).mean()
+        cosine = F.cosine_similarity(drawn, held_out[indices]).mean()
         return f"cosine of drawn and true embeddings of held-out images: {cosine:.3f}"
 
     content = {"clip": checkpoint.weights_checksum(clip)}
@@ -329,14 +325,15 @@ def prior_task(config, options, dataset, validation, device, clip):
 
 
 def upsampler_task(config, options, dataset, validation, device, ddpm):
-    """ddpm: a trained U-Net, which draws half of the small images again"""
+    """ddpm: a trained U-Net, which redraws half of the small images (unclip.redraw)"""
     alpha_bar = tinyddpm.cosine_alpha_bar().to(device)
     denoise = tinyddpm.denoiser(ddpm.to(device), alpha_bar)
 
     def objective(model, x_0, indices, generator):
         low = F.avg_pool2d(x_0, 4)
         coin = torch.randint(2, (), generator=generator, device=device).item()
-        aug_level, half = low.new_zeros(len(low)), (len(low) + coin) // 2   # in random order
+        # The first half of a batch, which is in random order.
+        aug_level, half = low.new_zeros(len(low)), (len(low) + coin) // 2
         t = torch.randint(50, 301, (), generator=generator, device=device).item()
         eps = torch.randn(low[:half].shape, generator=generator, device=device)
         with torch.no_grad():
@@ -386,12 +383,11 @@ def judge_task(config, options, dataset, validation, device):
                 sum(math.log(n) for n in sizes.values()))
 
 
+UNET_TRAINING = TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)
 TASKS = {   # kind -> what makes its Task; default configs of the model and of its training
     "clip": (clip_task, tinyclip.CLIPConfig(), TrainConfig(steps=2100, lr=2e-3)),
-    "ddpm": (ddpm_task, tinyddpm.UNetConfig(),
-             TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
-    "decoder": (decoder_task, tinyddpm.UNetConfig(),
-                TrainConfig(steps=4500, batch=32, lr=4e-3, weight_decay=0.01)),
+    "ddpm": (ddpm_task, tinyddpm.UNetConfig(), UNET_TRAINING),
+    "decoder": (decoder_task, tinyddpm.UNetConfig(), UNET_TRAINING),
     "prior": (prior_task, unclip.PriorConfig(), TrainConfig(steps=3000, batch=256, lr=2e-3)),
     "upsampler": (upsampler_task, unclip.UpsamplerConfig(),
                   TrainConfig(steps=1500, batch=16, lr=3e-3, weight_decay=0.01, images=6000)),
@@ -523,7 +519,7 @@ def train(task, options, dataset, folder, seed=0, device=torch.device("cpu"),
     if run.step:
         print(f"resuming {folder} at step {run.step + 1:,} of {options.steps:,}")
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
-    print(f"{millions:.2f} million parameters on {device}; chance is a loss of {task.chance:.2f}")
+    print(f"{millions:.2f} million parameters on {device}; a loss of {task.chance:.2f} is chance")
 
     measured, start = [], time.monotonic()
     save_at = start + save_every
@@ -573,14 +569,12 @@ def parse(arguments):
         add("--seed", type=int, default=0)
         add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
         add("--fresh", action="store_true", help="start over, even if there is a run")
-        if kind == "ddpm":
-            add("--clip", help="a CLIP's weights.pt: condition on its text features, for "
-                "sample.py --method classifier-free")
+        if kind in ("ddpm", "decoder", "prior"):
+            add("--clip", required=kind != "ddpm", help="a CLIP's weights.pt, whose features are "
+                "the condition (of a ddpm: for sample.py --method classifier-free)")
         if kind == "upsampler":
             add("--ddpm", required=True, help="a DDPM's weights.pt, which draws half of the small "
                 "images again, to learn to mend what it draws")
-        if kind in ("decoder", "prior"):
-            add("--clip", required=True, help="a CLIP's weights.pt, whose embeddings are used")
         for name, value in {**vars(config), **vars(options)}.items():
             several = isinstance(value, tuple)
             # These are not for users to set.

@@ -2,7 +2,7 @@
 
     Ramesh et al. 2022, "Hierarchical Text-Conditional Image Generation with CLIP Latents"
         arxiv.org/abs/2204.06125
-    Ho et al. 2022, "Cascaded Diffusion Models" (noise on what a model is conditioned on)
+    Ho et al. 2022, "Cascaded Diffusion Models" (conditioning augmentation)
         arxiv.org/abs/2106.15282
     Shi et al. 2016, "Real-Time Single Image Super-Resolution ... Sub-Pixel ..." (PixelShuffle)
         arxiv.org/abs/1609.05158
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from guide import classifier_free, scale_features
-from tinyddpm import q_sample, randn_per_image, sample, timestep_embedding, zero_init
+from tinyddpm import T, q_sample, randn_per_image, sample, timestep_embedding, zero_init
 
 
 # ---- the prior: from text feature to image embedding ---------------------------------------------
@@ -52,7 +52,8 @@ class Prior(nn.Module):
     tinyddpm.py serve both.
     differs from the paper: there a Transformer, which reads the words as well, predicts z_0. But
     the squared error of z_0 has little weight at small t (see ddpm_loss), where sampling chooses
-    among the embeddings of a caption: with it all draws were their mean (experiments/LOG.md).
+    among the embeddings of a caption: in the demonstration below, with it, all draws were their
+    mean (experiments/LOG.md).
     """
 
     def __init__(self, config):
@@ -87,9 +88,9 @@ class Prior(nn.Module):
 def sample_prior(prior, text, generators, alpha_bar, steps=25, draws=2, scale=1):
     """Sample image embeddings for text features, the best of several draws -> z: (B, E)
 
-    text: (B, E), scaled; the best has the largest dot product with it (Ramesh et al., sec. 2.2). z
-    has only about that length: scale_features makes it exact.
-    scale: of classifier-free guidance; training drops one text in ten, and never the noised z.
+    text: (B, E), scaled; the best has the largest dot product with it (Ramesh et al., sec. 2.2;
+    here one draw is as good: experiments/UNCLIP.md). z has only about that length: scale_features
+    makes it exact. scale: of classifier-free guidance, for which training drops one text in ten.
     """
     denoise, z = classifier_free(prior, alpha_bar, text, scale), []
     for _ in range(draws):
@@ -102,33 +103,26 @@ def sample_prior(prior, text, generators, alpha_bar, steps=25, draws=2, scale=1)
 
 # ---- the decoder: from image embedding to image --------------------------------------------------
 
-def decoder_condition(z, s, noise):
+def decoder_condition(z, noise_level, noise):
     """Make the decoder's condition of image embeddings, some hidden by noise -> (B, E + 1)
 
-    z: (B, E), scaled; s: (B, 1) in [0, 1], the noise level: 0 shows all of z, 1 nothing; noise:
+    z: (B, E), scaled; noise_level: (B, 1), from 0, which shows all of z, to 1, nothing; noise:
     standard normal like z
 
-    z_s = sqrt(1 - s^2) z + s noise is multiplied by sqrt(1 - s^2), which makes it the mean of z
-    given z_s, if z were standard normal; 1 - s behind it tells the decoder how much to rely on it.
+    With s for the level, z_s = sqrt(1 - s^2) z + s noise is multiplied by sqrt(1 - s^2), which
+    makes it the mean of z given z_s, if z is standard normal; 1 - s behind it tells the decoder how
+    much to rely on it.
     So at s = 1 the condition is zero, as without one: classifier-free guidance is possible.
     differs from the paper: there the embedding has no noise (Ho et al. 2022 noise their condition).
     """
-    signal = (1 - s ** 2).sqrt()
-    return torch.cat([signal * (signal * z + s * noise), 1 - s], dim=1)
+    signal = (1 - noise_level ** 2).sqrt()
+    return torch.cat([signal * (signal * z + noise_level * noise), 1 - noise_level], dim=1)
 
 
-def slerp(a, b, fraction):
-    """Interpolate on the arc between vectors (Shoemake 1985) -> like a; fraction 0 is a, 1 is b
-
-    a, b: (B, ...), each flattened to one vector; the length changes linearly.
-    """
-    flat_a, flat_b = a.flatten(1), b.flatten(1)
-    cosine = F.cosine_similarity(flat_a, flat_b).clamp(-1, 1)[:, None]        # (B, 1)
-    angle = cosine.acos().clamp(1e-4, math.pi - 1e-4)   # so that its sine is not 0
-    length_a, length_b = (x.norm(dim=1, keepdim=True) for x in (flat_a, flat_b))
-    direction = (torch.sin((1 - fraction) * angle) * flat_a / length_a
-                 + torch.sin(fraction * angle) * flat_b / length_b) / angle.sin()
-    return (((1 - fraction) * length_a + fraction * length_b) * direction).view_as(a)
+def decoder_denoiser(unet, alpha_bar, z, scale, interval=(1, T), noise_level=0., noise=0.):
+    """Build a denoiser that draws images of embeddings z: (B, E), scaled; noise: like z"""
+    cond = decoder_condition(z, z.new_full((len(z), 1), noise_level), noise)
+    return classifier_free(unet, alpha_bar, cond, scale, interval)
 
 
 # ---- the upsampler: from a small image to a large one --------------------------------------------
@@ -141,7 +135,8 @@ class UpsamplerConfig:
 
     def __post_init__(self):
         if self.channels < 32 or self.blocks < 1 or self.image_size < 4 or self.image_size % 4:
-            raise ValueError("channels must be at least 32, blocks 1, image_size a multiple of 4")
+            raise ValueError("channels must be at least 32, blocks at least 1, image_size a "
+                             "multiple of 4")
 
 
 class UpsamplerBlock(nn.Module):
@@ -167,7 +162,8 @@ class Upsampler(nn.Module):
 
     It predicts what bicubic interpolation lacks. All layers work at the small size; the last makes
     12 channels of it, which PixelShuffle lays out as 2 x 2 pixels of 3 (Shi et al. 2016).
-    differs from the paper: one pass of regression, no diffusion (experiments/unclip.py has both).
+    differs from the paper: regression in one pass, no diffusion, which takes four or more, has a
+    lower PSNR (27.7, not 29.7 dB) and speckles (experiments/UNCLIP.md).
     """
 
     def __init__(self, config):
@@ -201,13 +197,13 @@ def enlarge(low):
 
 
 def redraw(denoise, low, t, eps, alpha_bar):
-    """Noise images up to timestep t and denoise them again: they get the faults of sampled ones
+    """Noise images up to timestep t and denoise them again: they show a sampler's artefacts
 
     low: (B, 3, H, W), t: int, eps: standard normal like low -> (B, 3, H, W). (SDEdit: Meng et al.
     2021, arXiv 2108.01073.) From pairs of redrawn and real images the upsampler learns to mend.
     """
     x_t = q_sample(low, torch.full((len(low),), t, device=low.device), eps, alpha_bar)
-    # `sample` starts at the last entry of alpha_bar, which is t here; a step goes over about 50 t.
+    # `sample` starts at the last entry of alpha_bar, here t; its steps span at most 50 timesteps.
     return sample(denoise, x_t, None, alpha_bar[:t + 1], steps=1 + t // 50, eta=0.)
 
 
@@ -220,7 +216,7 @@ def match_average(high, low):
     return high + F.interpolate(difference, high.shape[-2:])
 
 
-# aug_level of sampled images: it mends torn edges, and a higher one blurs (experiments/LOG.md)
+# aug_level for sampled images: at .05 torn edges become smooth; more blurs (experiments/UNCLIP.md)
 SAMPLED = 0.05
 
 
@@ -236,7 +232,21 @@ def upsample(upsampler, low, size, aug_level=0.):
     return (high if aug_level else match_average(high, low)).clamp(-1, 1)
 
 
-# ---- what embeddings are good for ----------------------------------------------------------------
+# ---- interpolation and text diffs ----------------------------------------------------------------
+
+def slerp(a, b, fraction):
+    """Interpolate on the arc between vectors (Shoemake 1985) -> like a; fraction 0 is a, 1 is b
+
+    a, b: (B, ...), each flattened to one vector; the length changes linearly.
+    """
+    flat_a, flat_b = a.flatten(1), b.flatten(1)
+    cosine = F.cosine_similarity(flat_a, flat_b).clamp(-1, 1)[:, None]        # (B, 1)
+    angle = cosine.acos().clamp(1e-4, math.pi - 1e-4)   # so that its sine is not 0
+    length_a, length_b = (x.norm(dim=1, keepdim=True) for x in (flat_a, flat_b))
+    direction = (torch.sin((1 - fraction) * angle) * flat_a / length_a
+                 + torch.sin(fraction * angle) * flat_b / length_b) / angle.sin()
+    return (((1 - fraction) * length_a + fraction * length_b) * direction).view_as(a)
+
 
 def text_diff(z, text_from, text_to, fraction):
     """Move an image embedding in the direction from one text to another (Ramesh et al., 3.3)

@@ -308,8 +308,8 @@ def variations(models, path):
     images, titles = [], []
     for vary in (0., .5):
         for x, given, row in zip(x_0, large, labels):
-            config = sample.SamplingConfig(n=7, method="unclip")
-            drawn = sample.variations(models, x[None], config, vary)
+            config = sample.SamplingConfig(n=7, method="unclip", vary=vary)
+            drawn = sample.variations(models, x[None], config)
             images.append([given, *drawn])
             titles.append(f"{cars.caption(*row)} (left), and --variations of it, --vary {vary:g}")
     strips(images, titles, path)

@@ -2,6 +2,7 @@
 
 N images, K captions, A attributes, E embedding width; models is a sample.Models, args the flags.
 """
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from experiments import evaluator, guidance, metrics, zeroshot
 from infra import checkpoint
 from judge import predict
 
-SEEN = 50_000            # training images whose embeddings are compared with
+SEEN = 50_000            # images, seen or held out, of whose embeddings some are drawn
 PROBED = 8000            # images to fit a linear probe on, and as many to test it on
 IMAGES, EACH = 200, 4    # held-out images, and variations of each
 FRACTIONS = .1, .2, .3, .4, .5   # of text diffs
@@ -46,7 +47,7 @@ def make_ways(models, args):
     text, ids = guide.scale_features(models.text_features), ids.to(device)    # (K, E), (N,)
     means = torch.stack([z[ids == k].mean(dim=0) for k in range(K)])          # (K, E)
     of_caption = [(ids == k).nonzero()[:, 0] for k in range(K)]
-    held_out = data.load(models.data, models.unet.config.image_size, evaluator.REAL, "validation")
+    held_out = data.load(models.data, models.unet.config.image_size, SEEN, "validation")
     true_z = train.embed_images(models.clip, held_out, device)
     of_held_out = [np.flatnonzero(held_out.caption_ids == k) for k in range(K)]
     ridge = ridge_probe(text[ids].cpu(), z.cpu())
@@ -58,7 +59,7 @@ def make_ways(models, args):
         "true, of held-out images": lambda targets, generators: true_z[torch.tensor(
             [draw(of_held_out[k], g) for k, g in zip(targets.tolist(), generators)])],
         "text feature": lambda targets, _: text[targets],
-        "text feature + mean gap": lambda targets, _: text[targets] + z.mean(0) - text.mean(0),
+        "text feature + modality gap": lambda targets, _: text[targets] + z.mean(0) - text.mean(0),
         "ridge regression": lambda targets, _: ridge(text[targets].cpu()).float().to(device),
         "mean of the caption": lambda targets, _: means[targets],
         "training image of the caption": lambda targets, generators: z[torch.stack(
@@ -111,8 +112,9 @@ def priors(models, args):
         covariance = within(z, many)
         if true is None:   # the first way
             true = z, covariance
-        make = lambda part, own: sample.decoder_denoiser(models, guide.scale_features(
-            draw(targets[part], own)), config.scale, config.interval)
+        make = lambda part, own: unclip.decoder_denoiser(
+            models.unet, models.alpha_bar, guide.scale_features(draw(targets[part], own)),
+            config.scale, config.interval)
         images = data.to_uint8(sample.sample_batches(models, make, config))
         row = evaluator.score(images, targets, models, scores)
         data.save_grid(args.out / f"prior-{way.replace(' ', '-')}.png", images[:48], zoom=2)
@@ -216,7 +218,7 @@ def variations(models, args, judge):
     values = camera_and_shape(range(cars.VALIDATION, cars.VALIDATION + IMAGES))
     probe = camera_probe(models, lambda x: metrics.judge_features(judge, x))
     config = sampling_config(models, args, IMAGES * EACH)
-    drawn = {f"vary {vary:g}": sample.variations(models, x_0, config, vary)
+    drawn = {f"vary {vary:g}": sample.variations(models, x_0, replace(config, vary=vary))
              for vary in (0., .25, .5, .75)}
     same = x_0.repeat(EACH, 1, 1, 1)
     for way, x in {"the same image": same, **drawn, "another car": same.roll(1, 0)}.items():
@@ -268,8 +270,9 @@ def interpolations(models, args, judge):
         first = log_p[0] > log_p[1]
         turns.append((first[1:] != first[:-1]).sum().item())
         ends.append(first[0].item() and not first[-1].item())
-    yield {"task": "interpolation", "way": "ends are those of the images", "changed": np.mean(ends)}
-    yield {"task": "interpolation", "way": "turns once", "changed": np.mean(np.array(turns) == 1)}
+    yield {"task": "interpolation", "way": "first caption at the start, second at the end",
+           "changed": np.mean(ends)}
+    yield {"task": "interpolation", "way": "changes once", "changed": np.mean(np.array(turns) == 1)}
 
 
 def typographic(models, args, judge):

@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,7 +81,8 @@ def encoded(monkeypatch):
 
 def test_the_weights_of_runs_come_before_those_that_ship(here, tmp_path, monkeypatch):
     """But only if both models were trained; what is given comes first."""
-    files = lambda **given: re.findall(r"from (\S+)", sample.load_models(**given).description)
+    files = lambda **given: re.findall(r"(?:CLIP|DDPM) from (\S+)",
+                                       sample.load_models(**given).description)
     trained = ["runs/clip/weights.pt", "runs/ddpm/weights.pt"]
     assert files() == trained
     shutil.copy(trained[0], "a.pt")
@@ -96,7 +98,7 @@ def test_a_model_of_runs_that_is_not_used_is_named(here, tmp_path, monkeypatch, 
     shutil.copytree("runs/ddpm", tmp_path / "runs" / "ddpm")
     monkeypatch.chdir(tmp_path)
     assert "weights/clip.pt" in sample.load_models().description.replace("\\", "/")
-    assert "ddpm/weights.pt is not used: a prompt needs runs/clip" in (
+    assert "ddpm/weights.pt is not used: runs/clip and runs/ddpm are needed" in (
         capsys.readouterr().out.replace("\\", "/"))
 
 
@@ -106,10 +108,11 @@ def test_what_cannot_be_written_is_refused_before_sampling(here, monkeypatch, ca
     Path("d.png").mkdir()
     with pytest.raises(cli.UserError, match="cannot write d.png; choose another --out"):
         sample.main([*FAST, "--out", "d.png"])
-    sample.main([*FAST, "--out", "e.png"])
+    sample.main([*FAST, "--gif", "--out", "e.png"])
     assert "replaced" not in capsys.readouterr().out
-    sample.main([*FAST, "--out", "e.png"])
-    assert "e.png will be replaced" in capsys.readouterr().out
+    sample.main([*FAST, "--gif", "--out", "e.png"])
+    out = capsys.readouterr().out
+    assert "e.png will be replaced" in out and "e.gif will be replaced" in out
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(cli.UserError, match="cannot write"):
         sample.main(FAST)
@@ -138,10 +141,12 @@ def test_models_that_do_not_fit_are_refused(here, capsys):
         sample.load_models(**conditional, method="classifier-free")
 
 
-def test_the_judge_is_that_of_the_same_data(here, tmp_path, monkeypatch):
-    """The one of runs/, else the shipped one, else none; a given one of other data is refused."""
+def test_the_judge_is_that_of_the_same_data(here, tmp_path, monkeypatch, capsys):
+    """The one of runs/, else the shipped one, else none, with a word; a given one of other data is
+    refused."""
     assert sample.load_judge(cars.CAPTIONS)[0].config.width == 8
-    assert sample.load_judge(["a cat"]) == (None, None)
+    assert capsys.readouterr().out == "" and sample.load_judge(["a cat"]) == (None, None)
+    assert "weights.pt is not used: it is for other models" in capsys.readouterr().out
     with pytest.raises(cli.UserError, match="is for cars and does not fit"):
         sample.load_judge(["a cat"], "runs/judge/weights.pt")
     monkeypatch.chdir(tmp_path)
@@ -355,11 +360,13 @@ def test_generate_calls_back_in_the_first_batch(models):
 
 
 def test_generate_names_mistakes(models):
-    """An option out of range, and one that does not exist."""
+    """An option out of range, and one that does not exist; a prompt without a CLIP."""
     with pytest.raises(cli.UserError, match="-n must be from 1 to 10000, not 0"):
         sample.generate(models, n=0)
     with pytest.raises(TypeError, match="colour"):
         sample.generate(models, colour="red")
+    with pytest.raises(cli.UserError, match="without a CLIP"):
+        sample.generate(sample.load_models(method="none"), "red bus")
 
 
 def test_probabilities_of_captions_are_those_of_clip(models):
@@ -416,9 +423,12 @@ def test_an_image_from_a_prompt(here, monkeypatch, capsys):
 
 
 def test_without_a_prompt_a_ddpm_is_enough(here, tmp_path, monkeypatch, capsys):
-    """That of runs/, though there is no CLIP; else the one that ships."""
+    """That of runs/, though there is no CLIP and a judge that cannot be read; else the one that
+    ships."""
     shutil.copytree("runs/ddpm", tmp_path / "runs" / "ddpm")
     monkeypatch.chdir(tmp_path)
+    Path("runs/judge").mkdir()
+    Path("runs/judge/weights.pt").write_text("no weights")
     sample.main("-n 1 --steps 2 --device cpu".split())
     assert "DDPM from runs/ddpm/weights.pt" in capsys.readouterr().out
     shutil.rmtree("runs")
@@ -433,6 +443,16 @@ def test_no_prompt_is_unguided(here, capsys):
     assert "unguided" in out and "judge" not in out and "mean probability" not in out
     with Image.open("out/unguided.png") as image:
         assert "prompt" not in image.text and image.text["method"] == "none"
+
+
+def test_class_names_are_captions_to_a_published_clip(models, monkeypatch):
+    """As in a prompt: "a cat" is the caption "a photo of a cat"."""
+    monkeypatch.setattr(models.clip.config, "noise_aware", False)
+    captions = ["a photo of a dog", "a photo of a cat"]
+    _, allowed = sample.resolve_prompt("a cat", models._replace(
+        captions=captions, templates=[["a toy dog", "a toy cat"]],
+        partial_true_of=torch.zeros(0, 2, dtype=torch.bool)))
+    assert allowed.tolist() == [False, True]
 
 
 def test_a_new_prompt_is_one_more_caption(here, capsys, all_new):
@@ -647,7 +667,7 @@ def test_variations_hide_as_much_as_asked_for(here, monkeypatch):
     config = sample.fill_in(sample.SamplingConfig(n=3, steps=1, method="unclip"), models)
     z = guide.scale_features(models.clip.encode_image(x_0))
     for vary in (0., .5, 1.):
-        assert len(sample.variations(models, x_0, config, vary)) == 3
+        assert len(sample.variations(models, x_0, replace(config, vary=vary))) == 3
         cond = conds.pop()
         assert torch.allclose(cond[:, -1], torch.tensor(1 - vary))
         if vary == .5:   # sqrt(1 - s^2) times as much as of noise, each image with its own
@@ -678,8 +698,8 @@ def test_ways_between_images_begin_and_end_at_them(here, monkeypatch):
     x_T = sample.invert(models, x_0, z)
     monkeypatch.setattr(sample, "invert", lambda models, x, its_z: x_T[:len(x)])
     monkeypatch.setattr(sample, "sample_batches", lambda models, make, config, x_T: seen.append(
-        (make(slice(0, config.n), None), x_T)))
-    monkeypatch.setattr(sample, "decoder_denoiser", lambda models, z, scale, interval: z)
+        (make(slice(0, config.n), [torch.Generator()] * config.n), x_T)))
+    monkeypatch.setattr(sample.unclip, "decoder_denoiser", lambda unet, ab, z, *others: z)
     sample.interpolate(models, x_0, config)
     sample.diff(models, x_0[:1], "a red bus", "a blue bus", config)
     (between, noise), (changed, same) = seen

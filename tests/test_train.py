@@ -386,15 +386,16 @@ def test_what_cannot_be_trained_is_named():
 
 
 def test_long_texts_are_reported(capsys):
-    """By hand, for three tokens between start and end: of eleven texts, seven have more; cut off,
-    both sides of a colour are alike, and for red also the text "red square on". No text is too long
-    for the context length that would do."""
+    """By hand, for three tokens between start and end: of eleven texts, seven have more; of the six
+    captions, both sides of each colour become alike. No text is too long for the context length
+    that would do."""
     dataset = toys.squares(20, seed=0)   # "red square on the left", "red square", ...
     second = ["left side of it: red square", *dataset.templates[0][1:-1], "a red square on"]
     dataset = dataset._replace(templates=[dataset.templates[0], second])
     for context_length, report in (
-            (5, "7 of 11 texts are longer than 3 tokens and lose their tail, by which 7 become "
-                "like others; --context-length 8 would do\n"), (8, "")):
+            (5, "7 of 11 texts are longer than 5 tokens and lose their tail; --context-length 8 "
+                "would do\n3 of 6 captions are the same as another to CLIP, which ignores case, "
+                "signs, a first article and a lost tail\n"), (8, "")):
         config = dataclasses.replace(CONFIGS["clip"], context_length=context_length)
         train.clip_task(config, train.TrainConfig(), dataset, dataset, CPU)
         assert capsys.readouterr().out == report
