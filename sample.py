@@ -179,13 +179,18 @@ def load_published(path, ddpm_content):
     except (ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise cli.UserError(f"{path} does not fit the published layout: {reason}") from None
-    names = [re.sub("^photo of an? ", "", normalize_prompt(text)) for text in captions]
+    names = [class_name(text) for text in captions]
     return tinyclip.from_pixels(clip), {
         "captions": captions, "caption_labels": [[i] for i in range(len(captions))],
         "partial": [], "words": [],
         "templates": [[template.format(name) for name in names]
                       for template in PUBLISHED_TEMPLATES],
         "partial_true_of": torch.zeros(0, len(captions), dtype=torch.bool)}
+
+
+def class_name(caption):
+    """Normalise a caption, and shorten one of class folders: "a photo of a cat" is "cat"."""
+    return re.sub("^photo of an? ", "", normalize_prompt(caption))
 
 
 def load_judge(captions, path=None, device="cpu"):
@@ -271,10 +276,9 @@ def resolve_prompt(prompt, models):
     if not text:
         raise cli.UserError(f"the prompt {prompt!r} has no letters or digits; leave it out to "
                             "sample without guidance")
-    names = [normalize_prompt(caption) for caption in models.captions]
-    short = [re.sub("^photo of an? ", "", name) for name in names]   # of class folders
-    index_of = {known: i for texts in [*models.templates, short, names]
-                for i, known in enumerate(texts)}
+    names = [[name(caption) for caption in models.captions]
+             for name in (class_name, normalize_prompt)]
+    index_of = {known: i for texts in [*models.templates, *names] for i, known in enumerate(texts)}
     parts = [text] if text in index_of else map(normalize_prompt, text.split(" or "))
     if models.clip.config.noise_aware:
         parts = [known_words(part, models.words) for part in parts]

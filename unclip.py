@@ -120,7 +120,11 @@ def decoder_condition(z, noise_level, noise):
 
 
 def decoder_denoiser(unet, alpha_bar, z, scale, interval=(1, T), noise_level=0., noise=0.):
-    """Build a denoiser that draws images of embeddings z: (B, E), scaled; noise: like z"""
+    """Build a denoiser that draws images of embeddings
+
+    z: (B, E), scaled; noise_level: from 0 to 1, and noise: see decoder_condition; scale, interval:
+    see classifier_free
+    """
     cond = decoder_condition(z, z.new_full((len(z), 1), noise_level), noise)
     return classifier_free(unet, alpha_bar, cond, scale, interval)
 

@@ -22,7 +22,7 @@ from experiments import evaluator, guidance, metrics, zeroshot
 from infra import checkpoint
 from judge import predict
 
-SEEN = 50_000            # images, seen or held out, of whose embeddings some are drawn
+POOL = 50_000            # images, of training or held out, among whose embeddings one is drawn
 PROBED = 8000            # images to fit a linear probe on, and as many to test it on
 IMAGES, EACH = 200, 4    # held-out images, and variations of each
 FRACTIONS = .1, .2, .3, .4, .5   # of text diffs
@@ -42,12 +42,12 @@ def sampling_config(models, args, n, scale=None):
 def make_ways(models, args):
     """-> name: (targets (N,), generators) -> z (N, E)"""
     device, K = models.alpha_bar.device, len(models.captions)
-    dataset = data.load(models.data, models.unet.config.image_size, SEEN)
+    dataset = data.load(models.data, models.unet.config.image_size, POOL)
     z, ids = train.embed_images(models.clip, dataset, device), torch.from_numpy(dataset.caption_ids)
     text, ids = guide.scale_features(models.text_features), ids.to(device)    # (K, E), (N,)
     means = torch.stack([z[ids == k].mean(dim=0) for k in range(K)])          # (K, E)
     of_caption = [(ids == k).nonzero()[:, 0] for k in range(K)]
-    held_out = data.load(models.data, models.unet.config.image_size, SEEN, "validation")
+    held_out = data.load(models.data, models.unet.config.image_size, POOL, "validation")
     true_z = train.embed_images(models.clip, held_out, device)
     of_held_out = [np.flatnonzero(held_out.caption_ids == k) for k in range(K)]
     ridge = ridge_probe(text[ids].cpu(), z.cpu())

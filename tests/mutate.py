@@ -242,7 +242,7 @@ MUTANTS = {"tinyddpm.py": [
     ("torch.manual_seed(args.seed)", "torch.manual_seed(0)", "splits")],
 "sample.py": [
     ("SURE = 0.9, 0.97", "SURE = 0.1, 0.97", "must_be_near"),
-    ("for texts in [*models.templates, short, names]", "for texts in [*models.templates, names]",
+    ("for texts in [*models.templates, *names]", "for texts in [*models.templates, names[1]]",
      "class_names"),
     ("=features[K:]", "=features[:-K]", "those_of_their_texts"),
     ('set(captions) <= set(content["captions"])', "True", "judge_is_that"),
@@ -252,8 +252,7 @@ MUTANTS = {"tinyddpm.py": [
     ('text.split(" or ")', "[text]", "or_allows"),
     ("torch.randint(len(indices), ()", "torch.randint(1, ()", "one_of_the_captions"),
     ('"captions", config.seed, i)', '"captions", config.seed, 0)', "one_of_the_captions"),
-    ("models, caption_ids[part]", "models, caption_ids[:len(part)]",
-     "one_of_the_captions"),
+    ("models, caption_ids[part]", "models, caption_ids[:len(part)]", "one_of_the_captions"),
     ("caption_ids[part], config.scale,", "caption_ids[part], None,", "function_of_prompt"),
     ("config.interval, generators)", "None, generators)", "function_of_prompt"),
     ("config.seed, i) for i in part", "config.seed, i - part[0]) for i in part",

@@ -647,7 +647,7 @@ def test_exchanged_colours_by_hand():
 
 def test_ways_from_text_to_image_embedding(here, monkeypatch):
     """All of them, each beside true embeddings, whose spread and directions are 1."""
-    monkeypatch.setattr(unclip_experiments, "SEEN", 600)
+    monkeypatch.setattr(unclip_experiments, "POOL", 600)
     rows = run("prior --prompts even")
     assert [row["way"] for row in rows][:2] == ["true, of held-out images", "text feature"]
     assert len(rows) == 10 and rows[0]["spread"] == 1 == pytest.approx(rows[0]["directions"])

@@ -334,8 +334,7 @@ NUMBERS = [   # near this text, the README has this figure; results file, row, k
       for kind, minutes in (("clip", "10"), ("judge", "5"), ("ddpm", "26"), ("decoder", "30"),
                             ("prior", "4"), ("upsampler", "12"))),
     ("held out of CLIP", "26-minute", "training_loss", {"model": "ddpm"}, "minutes",
-     "{}-minute".format),
-    ]
+     "{}-minute".format)]
 
 
 def units(text):

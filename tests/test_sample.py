@@ -85,6 +85,8 @@ def test_the_weights_of_runs_come_before_those_that_ship(here, tmp_path, monkeyp
                                        sample.load_models(**given).description)
     trained = ["runs/clip/weights.pt", "runs/ddpm/weights.pt"]
     assert files() == trained
+    description = sample.load_models(method="unclip", upsampler="upsampler/weights.pt").description
+    assert "upsampler from upsampler/weights.pt, prior from runs/prior/weights.pt" in description
     shutil.copy(trained[0], "a.pt")
     assert files(clip="a.pt") == ["a.pt", trained[1]]
     monkeypatch.chdir(tmp_path)
