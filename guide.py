@@ -8,6 +8,8 @@
         arxiv.org/abs/2302.07121
     Ho, Salimans 2022, "Classifier-Free Diffusion Guidance"
         arxiv.org/abs/2207.12598
+    Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself" (autoguidance)
+        arxiv.org/abs/2406.02507
     Song et al. 2023, "Pseudoinverse-Guided Diffusion Models" (r_t)
         openreview.net/forum?id=9_gsMA8MRKQ
     Crowson 2021, notebooks for CLIP-guided diffusion (the spherical distance)
@@ -214,26 +216,45 @@ def scale_features(features):
     return F.normalize(features.float(), dim=-1) * features.shape[-1] ** 0.5
 
 
-def classifier_free(unet, alpha_bar, cond, scale, interval=(1, math.inf)):
-    """Guide by the difference of two estimates: x_0_hat + scale (x_0_hat_cond - x_0_hat)
+def extrapolate(worse, better, scale, interval=(1, math.inf)):
+    """Guide by the difference of two denoisers: x_0_hat + scale (x_0_hat_better - x_0_hat)
 
-    cond: (B, cond_dim) -> a denoiser, which evaluates the U-Net twice a step, at scale 1 once
+    -> a denoiser, which evaluates both in each step, at scale 1 only the better one; interval: see
+    guided, outside only the worse one
+    """
+    if scale == 1 and interval[0] <= 1 and interval[1] >= T:
+        return better
+
+    def denoise(x_t, t):
+        x_0_hat = worse(x_t, t)
+        if not interval[0] <= int(t[0]) <= interval[1]:
+            return x_0_hat
+        return x_0_hat + scale * (better(x_t, t) - x_0_hat)
+    return denoise
+
+
+def classifier_free(unet, alpha_bar, cond, scale, interval=(1, math.inf)):
+    """Guide by the difference that the condition makes; cond: (B, cond_dim) -> a denoiser
 
     Ho & Salimans 2022 eq. 6 with scale = 1 + w: 0 is unconditional, 1 conditional. By (2) and (1)
     the difference is (1 - alpha_bar)/sqrt(alpha_bar) grad log p(cond | x_t): formula (3), with a
     classifier that nobody had to train.
     """
-    unconditional = denoiser(unet, alpha_bar)
-    conditional = denoiser(unet, alpha_bar, cond)
-    if scale == 1 and interval[0] <= 1 and interval[1] >= T:
-        return conditional
+    return extrapolate(denoiser(unet, alpha_bar), denoiser(unet, alpha_bar, cond), scale, interval)
 
-    def denoise(x_t, t):
-        x_0_hat = unconditional(x_t, t)
-        if not interval[0] <= int(t[0]) <= interval[1]:
-            return x_0_hat
-        return x_0_hat + scale * (conditional(x_t, t) - x_0_hat)
-    return denoise
+
+def autoguided(unet, weak, alpha_bar, scale):
+    """Guide a U-Net away from the mistakes of a weak one -> a denoiser, without any condition
+
+    weak: a smaller U-Net that was trained for a shorter time on the same images, or None: unet
+    alone; scale: 1 is unet alone
+
+    Karras et al. 2024, sec. 4, where scale is w. A U-Net of limited capacity blurs x_0_hat between
+    the images that are possible; a weaker one does so more, in the same way. Their difference
+    points from such blends to what is likely: by (2) it is that of log p(x_t) in the two models.
+    """
+    denoise = denoiser(unet, alpha_bar)
+    return denoise if weak is None else extrapolate(denoiser(weak, alpha_bar), denoise, scale)
 
 
 # ---- the methods by name -------------------------------------------------------------------------
@@ -252,6 +273,7 @@ class Method(NamedTuple):
     steps: int = 25              # of sampling, and how it samples by default: see tinyddpm.sample
     eta: float = 1.
     recurrence: int = 2
+    autoguidance: float = 2.      # scale, see autoguided; 1 is none
 
 
 METHODS = {
@@ -262,25 +284,27 @@ METHODS = {
     "x0": Method(x0, 32., (1, 950), through_unet=True),
     # CLIP applied to x_0_hat, as in x0, with r_t^2 in place of the U-Net's Jacobian
     "x0-fast": Method(functools.partial(lookahead, t_fraction=0.), 128., (1, 1000)),
-    "classifier-free": Method(None, 2., (1, 1000)),
+    "classifier-free": Method(None, 2., (1, 1000), autoguidance=1.),
     # Without guidance there are no errors of guidance for fresh noise to overwrite.
     "none": Method(None, 0., (1, 1000), steps=50, eta=0., recurrence=1),
 }
 DEFAULT = "lookahead"
 
 
-def build_denoiser(name, models, targets, scale, interval):
+def build_denoiser(name, models, targets, scale, interval, autoguidance):
     """Build the denoiser of one of METHODS.
 
-    models: a sample.Models, or anything with clip, unet, alpha_bar, text_features, caption_labels;
-    targets: (B,) int, unused by "none"; scale, interval: see guided
+    models: a sample.Models, or anything with clip, unet, weak, alpha_bar, text_features,
+    caption_labels; targets: (B,) int, unused by "none"; scale, interval: see guided; autoguidance:
+    the scale of autoguided, unused by "classifier-free"
     """
-    method, denoise = METHODS[name], denoiser(models.unet, models.alpha_bar)
-    if name == "none":
-        return denoise
     if name == "classifier-free":
         cond = scale_features(models.text_features)[targets]
         return classifier_free(models.unet, models.alpha_bar, cond, scale, interval)
+    denoise = autoguided(models.unet, models.weak, models.alpha_bar, autoguidance)
+    if name == "none":
+        return denoise
+    method = METHODS[name]
     log_p = method.make_log_p(models.clip, models.text_features, targets, models.caption_labels)
     return guided(denoise, log_p, models.alpha_bar, scale, interval, method.through_unet)
 

@@ -41,8 +41,10 @@ from infra import checkpoint, cli, image_folders, published
 from tinyclip import normalize_prompt
 
 SHIPPED = Path(__file__).resolve().parent / "weights"
-METHODS = {**guide.METHODS, "unclip": guide.METHODS["none"]._replace(scale=2., steps=25)}
-OWN = "scale", "interval", "steps", "eta", "recurrence"   # settings that are each method's own
+METHODS = {**guide.METHODS, "unclip": guide.METHODS["none"]._replace(
+    scale=2., steps=25, autoguidance=1.)}
+# Settings that are each method's own.
+OWN = "scale", "interval", "steps", "eta", "recurrence", "autoguidance"
 PUBLISHED_TEMPLATES = ("a photo of a {}.", "a rendering of a {}.", "a toy {}.")   # 3 of the 80
 
 
@@ -66,23 +68,25 @@ class Models(NamedTuple):
     is_decoder: bool = False                # whether the U-Net takes image embeddings, for unCLIP
     prior: unclip.Prior = None
     upsampler: unclip.Upsampler = None
+    weak: tinyddpm.UNet = None              # for autoguidance
 
 
-def load_fitting(kind, model_class, fits, path=None, device="cpu"):
+def load_fitting(name, model_class, fits, path=None, device="cpu"):
     """Load a model that fits the others: as given, else that of runs/, else of weights/.
 
     fits: content -> bool. -> (model, content), (None, None) if there is none; UserError if the one
     that is given does not fit.
     """
-    found = [p for p in (Path(f"runs/{kind}/weights.pt"), SHIPPED / f"{kind}.pt") if p.exists()]
+    kind = "ddpm" if name == "weak" else name
+    found = [p for p in (Path(f"runs/{name}/weights.pt"), SHIPPED / f"{name}.pt") if p.exists()]
     for candidate in [path] if path else found:
         model, content = checkpoint.load_model(candidate, model_class, kind)
         if fits(content):
             return model.to(device), {**content, "path": str(candidate)}
         if not path and SHIPPED not in candidate.parents:
-            print(f"{candidate} is not used: it is for other models")
+            print(f"{candidate} is not used: it does not fit the other models")
     if path:
-        raise cli.UserError(f"--{kind} {path} is for {content['data']} and does not fit the other "
+        raise cli.UserError(f"--{name} {path} is for {content['data']} and does not fit the other "
                             "models; train all alike")
     return None, None
 
@@ -101,7 +105,7 @@ def find_paths(clip, ddpm, method):
 
 
 @torch.no_grad()
-def load_models(clip=None, ddpm=None, prior=None, upsampler=None, device="cpu",
+def load_models(clip=None, ddpm=None, weak=None, prior=None, upsampler=None, device="cpu",
                 method=guide.DEFAULT):
     """Load what a method needs: as given, else all of runs/, else all of weights/ -> Models
 
@@ -112,14 +116,18 @@ def load_models(clip=None, ddpm=None, prior=None, upsampler=None, device="cpu",
     device, (clip_path, ddpm_path) = torch.device(device), find_paths(clip, ddpm, method)
     unet, ddpm_content = checkpoint.load_model(ddpm_path, tinyddpm.UNet, "ddpm", "decoder")
     size, drawn = unet.config.image_size, set(ddpm_content["captions"])
+    weak_unet, weak_content = (None, None) if METHODS[method].autoguidance == 1 else load_weak(
+        ddpm_content, weak, device)
     upsampler, found = load_fitting(
         "upsampler", unclip.Upsampler, lambda content: drawn <= set(content["captions"])
         and content["config"]["image_size"] == 4 * size, upsampler, device)
     models = Models(
-        unet=unet.to(device, memory_format=torch.channels_last), upsampler=upsampler,
+        unet=unet.to(device, memory_format=torch.channels_last), weak=weak_unet,
+        upsampler=upsampler,
         alpha_bar=tinyddpm.cosine_alpha_bar().to(device), data=ddpm_content["data"],
         captions=ddpm_content["captions"], is_decoder=ddpm_content["kind"] == "decoder",
         description=f"DDPM from {ddpm_path} ({ddpm_content['steps']:,} steps)"
+        + (f", weak one from {weak_content['path']}" if weak_unet else "")
         + (f", upsampler from {found['path']}" if upsampler else ""))
     if method == "none":
         return models
@@ -147,6 +155,18 @@ def load_models(clip=None, ddpm=None, prior=None, upsampler=None, device="cpu",
             "captions", "templates", "partial", "partial_true_of", "words")},
         text_features=features[:K], partial_features=features[K:],
         description=f"CLIP from {clip_path}{steps}, {models.description}")
+
+
+def load_weak(ddpm_content, path, device):
+    """Load a weak DDPM for autoguidance, of the same data -> unet, content, or None, None
+
+    Unless it is given it was trained for fewer steps: the training of the other may just have begun
+    """
+    unet, content = load_fitting("weak", tinyddpm.UNet, lambda content: (
+        content["captions"] == ddpm_content["captions"]
+        and content["config"]["image_size"] == ddpm_content["config"]["image_size"]
+        and (path or content["steps"] < ddpm_content["steps"])), path, device)
+    return unet and unet.to(memory_format=torch.channels_last), content
 
 
 def load_clip(path, ddpm_content):
@@ -315,6 +335,7 @@ class SamplingConfig:
     steps: int = None
     eta: float = None             # 0 is deterministic as DDIM, 1 as noisy as DDPM
     recurrence: int = None        # times that each step but the last is taken
+    autoguidance: float = None    # its scale, 1 is none
     seed: int = 0
     batch: int = 64               # images at a time
     size: int = None              # pixels, H and W; None: as large as there is an upsampler for
@@ -324,8 +345,10 @@ class SamplingConfig:
         if self.method not in METHODS:
             raise cli.UserError(f"method must be one of {', '.join(METHODS)}, not "
                                 f"{self.method!r}")
-        cli.check_ranges(self, n=(1, 10_000), scale=(-1e6, 1e6), steps=(1, tinyddpm.T), eta=(0, 1),
-                         recurrence=(1, 100), batch=(1, 10_000), seed=(0, 2 ** 63 - 1), vary=(0, 1))
+        cli.check_ranges(
+            self, n=(1, 10_000), scale=(-1e6, 1e6), steps=(1, tinyddpm.T), eta=(0, 1),
+            recurrence=(1, 100), autoguidance=(-1e6, 1e6), batch=(1, 10_000),
+            seed=(0, 2 ** 63 - 1), vary=(0, 1))
         lo, hi = self.interval or (1, tinyddpm.T)
         if not 1 <= lo <= hi <= tinyddpm.T:
             raise cli.UserError(f"--interval must be LO <= HI in 1 to {tinyddpm.T}, not {lo} {hi}")
@@ -333,7 +356,8 @@ class SamplingConfig:
 
 def fill_in(config, models):
     """Fill in what is left open, the size and the method's OWN; replace a method that needs
-    noise-aware CLIP if this one, like the published ones, was trained on clean images only"""
+    noise-aware CLIP if this one, like the published ones, was trained on clean images only.
+    UserError for a size or an autoguidance that these models do not have"""
     clip, native = models.clip, models.unet.config.image_size
     sizes = [native] + [2 * native, 4 * native] * bool(models.upsampler)
     if config.size not in (None, *sizes):
@@ -343,6 +367,12 @@ def fill_in(config, models):
             "lookahead", "noise-aware", "spherical"):
         print(f"this CLIP was trained on clean images: method x0-fast instead of {config.method}")
         config = replace(config, method="x0-fast")
+    if not models.weak or METHODS[config.method].autoguidance == 1:
+        if config.autoguidance not in (None, 1):
+            raise cli.UserError(
+                "--autoguidance is for an unconditional DDPM with a weak one beside it; train that "
+                "with: python train.py ddpm --channels 16 --steps 2000 --out runs/weak")
+        config = replace(config, autoguidance=1.)
     own = {name: getattr(METHODS[config.method], name)
            for name in OWN if getattr(config, name) is None}
     return replace(config, size=config.size or sizes[-1], **own)
@@ -382,11 +412,12 @@ def sample_images(models, caption_ids, config, callback=None):
     config = replace(fill_in(config, models), n=len(caption_ids))
     caption_ids = caption_ids.to(models.alpha_bar.device)
     make_denoise = lambda part, generators: build_denoiser(
-        config.method, models, caption_ids[part], config.scale, config.interval, generators)
+        config.method, models, caption_ids[part], config.scale, config.interval,
+        config.autoguidance, generators)
     return sample_batches(models, make_denoise, config, callback)
 
 
-def build_denoiser(method, models, targets, scale, interval, generators):
+def build_denoiser(method, models, targets, scale, interval, autoguidance, generators):
     """guide.build_denoiser, and "unclip": decode what the prior draws for the captions.
 
     targets: (B,) int64; B generators, for the prior's noise. UserError without what it needs
@@ -395,7 +426,7 @@ def build_denoiser(method, models, targets, scale, interval, generators):
         raise cli.UserError("this DDPM knows no texts; train a conditional one with: python "
                             "train.py ddpm --clip FILE --out runs/conditional")
     if method != "unclip":
-        return guide.build_denoiser(method, models, targets, scale, interval)
+        return guide.build_denoiser(method, models, targets, scale, interval, autoguidance)
     if not models.prior:
         raise cli.UserError("there is no prior for this CLIP; train one with: python train.py "
                             "prior --clip FILE" if models.is_decoder else
@@ -501,7 +532,7 @@ def parse(arguments):
     add("prompts", nargs="*", metavar="prompt", help="one file each; without a prompt: unguided")
     add("-n", type=int, default=default.n, help="how many images")
     add("--method", choices=METHODS, help=f"default with a prompt: {default.method}")
-    add("--scale", type=float, help="guidance scale; this and the next four: by default the "
+    add("--scale", type=float, help="guidance scale; this and the next five: by default the "
         "method's own (scale 1, that of the inversion, for --interpolate and --diff)")
     add("--interval", type=int, nargs=2, metavar=("LO", "HI"),
         help="guide only at these timesteps, 1 to 1000")
@@ -510,6 +541,7 @@ def parse(arguments):
         help="fresh noise in each step: 0 is none (DDIM), 1 as much as in DDPM")
     add("--recurrence", type=int,
         help="take each step but the last this many times, with fresh noise in between")
+    add("--autoguidance", type=float, help="scale of the guidance by a weak DDPM, 1 is none")
     add("--seed", type=int, default=default.seed)
     add("--batch", type=int, default=default.batch, help="images at a time")
     add("--out", help="the PNG to write, or the folder if there are several prompts; default out")
@@ -520,9 +552,10 @@ def parse(arguments):
     add("--interpolate", nargs=2, metavar=("IMAGE1", "IMAGE2"), help="from one image to another")
     add("--diff", nargs=3, metavar=("IMAGE", "TEXT1", "TEXT2"),
         help="change an image as TEXT2 differs from TEXT1")
-    other = {"clip": " (or OpenAI's weights beside their vocabulary)", "ddpm": " (or decoder)"}
-    for name in ("clip", "ddpm", "prior", "upsampler", "judge"):
-        add(f"--{name}", help=f"weights.pt of train.py {name}{other.get(name, '')}")
+    other = {"clip": "clip (or OpenAI's weights beside their vocabulary)",
+             "ddpm": "ddpm (or decoder)", "weak": "ddpm, for autoguidance"}
+    for name in ("clip", "ddpm", "weak", "prior", "upsampler", "judge"):
+        add(f"--{name}", help=f"weights.pt of train.py {other.get(name, name)}")
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
     args = parser.parse_intermixed_args(arguments)   # prompts and flags in any order
     resolve_mode(args)
@@ -544,6 +577,7 @@ def resolve_mode(args):
     guides, random = args.prompts or modes, args.mode not in ("interpolate", "diff")
     for flag, used in ((f"method {args.method}", fits), ("scale", guides), ("interval", guides),
                        ("clip", guides), ("prior", args.method == "unclip" and not modes),
+                       ("weak", METHODS[args.method].autoguidance != 1),
                        ("judge", args.prompts), ("seed", random), ("eta", random),
                        ("recurrence", random), ("gif", not modes),
                        ("vary", args.mode == "variations")):
@@ -629,13 +663,14 @@ def draw_from_images(models, args, config):
 def main(arguments=None):
     args, config = parse(arguments)
     device, paths = cli.pick_device(args.device), output_paths(args)
-    models = load_models(args.clip, args.ddpm, args.prior, args.upsampler, device, config.method)
+    models = load_models(args.clip, args.ddpm, args.weak, args.prior, args.upsampler, device,
+                         config.method)
     config = fill_in(config, models)   # for the metadata and the report
     judge_model, content = (None, None) if args.prompts == [None] else load_judge(
         models.captions, args.judge, device)
     print(f"{models.description}, on {device}")
-    parts = {"CLIP": models.clip, "DDPM": models.unet, "prior": models.prior,
-             "upsampler": models.upsampler}   # all that were loaded
+    parts = {"CLIP": models.clip, "DDPM": models.unet, "weak DDPM": models.weak,
+             "prior": models.prior, "upsampler": models.upsampler}   # all that were loaded
     metadata = {**{f"{name} checksum": checkpoint.weights_checksum(model)
                    for name, model in parts.items() if model}, **vars(config),
                 "torch": torch.__version__, "bf16": cli.bf16_is_fast(device)}

@@ -42,10 +42,10 @@ def parse_args(arguments):
     add("--prompts", default="all", choices=guidance.PROMPTS, help="tune on half of the captions")
     add("--each", type=int, default=1, help="samples of each caption")
     add("--interval", type=int, nargs=2, metavar=("LO", "HI"), help="timesteps with guidance")
-    for name, kind in (("steps", int), ("eta", float), ("recurrence", int), ("seed", int),
-                       ("batch", int)):
+    for name, kind in (("steps", int), ("eta", float), ("recurrence", int),
+                       ("autoguidance", float), ("seed", int), ("batch", int)):
         add(f"--{name}", type=kind, default=getattr(default, name), help="see sample.py")
-    for kind in ("clip", "ddpm", "prior", "upsampler", "judge"):
+    for kind in ("clip", "ddpm", "weak", "prior", "upsampler", "judge"):
         add(f"--{kind}", help="its weights.pt; default: as sample.py")
     add("--out", type=Path, default="out", help="folder for tables and images")
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
@@ -66,8 +66,8 @@ def main(arguments):
     device = cli.pick_device(args.device)
     with torch.no_grad(), cli.autocast(device):
         decodes = args.name in ("prior", "decoder") or "unclip" in args.methods
-        models = sample.load_models(args.clip, args.ddpm, args.prior, args.upsampler, device,
-                                    "unclip" if decodes else guide.DEFAULT)
+        models = sample.load_models(args.clip, args.ddpm, args.weak, args.prior, args.upsampler,
+                                    device, "unclip" if decodes else guide.DEFAULT)
         if args.name in ("prior", "upsampler") and not getattr(models, args.name):
             raise cli.UserError(f"{args.name} needs a trained one: python train.py {args.name} -h")
         print(models.description)

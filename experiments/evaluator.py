@@ -40,7 +40,7 @@ def normalized(texts):
 
 def sampling_config(args, **changes):
     """The flags of an experiment -> sample.SamplingConfig"""
-    names = "steps", "eta", "recurrence", "seed", "batch", "interval"
+    names = "steps", "eta", "recurrence", "autoguidance", "seed", "batch", "interval"
     return sample.SamplingConfig(**{name: getattr(args, name) for name in names}, **changes)
 
 
@@ -67,13 +67,14 @@ class Samples(NamedTuple):
     seconds: float          # for all images, without loading the models
 
 
-def build_denoiser(name, models, targets, scale, interval, generators=None):
+def build_denoiser(name, models, targets, scale, interval, autoguidance, generators):
     """sample.build_denoiser for METHODS."""
     if name in sample.METHODS:
-        return sample.build_denoiser(name, models, targets, scale, interval, generators)
+        return sample.build_denoiser(name, models, targets, scale, interval, autoguidance,
+                                     generators)
     log_p = METHODS[name].make_log_p(
         models.clip, models.text_features, targets, models.caption_labels)
-    denoise = tinyddpm.denoiser(models.unet, models.alpha_bar)
+    denoise = guide.autoguided(models.unet, models.weak, models.alpha_bar, autoguidance)
     return guide.guided(denoise, log_p, models.alpha_bar, scale, interval)
 
 
@@ -83,10 +84,11 @@ def sample_cached(method, indices, models, args, scale=None):
     From the cache if they were made before, with their seconds: an interrupted experiment resumes.
     """
     scale = METHODS[method].scale if scale is None else scale
-    guidance = method, scale, tuple(args.interval or METHODS[method].interval)
     args = Namespace(**{**vars(args), **{   # what is left open is the method's own
-        name: getattr(METHODS[method], name) for name in ("steps", "eta", "recurrence")
+        name: getattr(METHODS[method], name)
+        for name in ("interval", "steps", "eta", "recurrence", "autoguidance")
         if getattr(args, name) is None}})
+    guidance = method, scale, tuple(args.interval), args.autoguidance
     path = cache_path(guidance, indices, models, args)
     if not path.exists():
         samples = generate(guidance, indices, models, args)
@@ -103,21 +105,21 @@ def cache_path(guidance, indices, models, args):
                 args.eta, args.recurrence, args.seed, args.batch, indices.tolist(),
                 models.captions, models.caption_labels.tolist(), models.templates, SOURCE,
                 *((m.config, checkpoint.weights_checksum(m))
-                  for m in (models.clip, models.unet, models.prior) if m))
+                  for m in (models.clip, models.unet, models.weak, models.prior) if m))
     return data.CACHE / f"samples-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}.npz"
 
 
 def generate(guidance, indices, models, args):
-    """What sample_cached stores; guidance: method, scale, interval."""
+    """What sample_cached stores; guidance: method, scale, interval, autoguidance."""
     unet, size, device = models.unet, models.unet.config.image_size, models.alpha_bar.device
     calls, images, start = Counter(), [], time.perf_counter()
     hooks = [unet.register_forward_hook(lambda *_: calls.update(["forward"])),
              unet.conv_out.register_full_backward_hook(lambda *_: calls.update(["backward"]))]
-    method, *scale_and_interval = guidance
+    method, *settings = guidance
     for part in tqdm(indices.split(args.batch), desc=method, leave=False):
         generators = [data.generator("sampling", args.seed, i) for i in part.tolist()]
         x_T = tinyddpm.randn_per_image(generators, (3, size, size), device)
-        denoise = build_denoiser(method, models, part % len(models.captions), *scale_and_interval,
+        denoise = build_denoiser(method, models, part % len(models.captions), *settings,
                                  generators)
         images.append(data.to_uint8(tinyddpm.sample(   # waits for the device: the time is correct
             denoise, x_T, generators, models.alpha_bar, args.steps, args.eta,

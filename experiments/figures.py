@@ -350,8 +350,9 @@ def trajectory_gif(models, path):
 
 def figures(models, args):
     """Draw every figure, on the CPU -> a row for each: name, path"""
-    guided = sample.load_models(args.clip, args.ddpm, upsampler=args.upsampler)
-    decodes = sample.load_models(args.clip, None, args.prior, args.upsampler, method="unclip")
+    guided = sample.load_models(args.clip, args.ddpm, args.weak, upsampler=args.upsampler)
+    decodes = sample.load_models(args.clip, prior=args.prior, upsampler=args.upsampler,
+                                 method="unclip")
     by_unclip = unclip_parts, variations, interpolations, text_diffs
     for draw in (hero, forward, noising, unet, similarity, swiss_roll, scales, eta_recurrence,
                  guidance, prompts, trajectory_gif, *by_unclip):

@@ -307,18 +307,19 @@ def test_held_out_images_have_noise_of_their_own(here, models):
 
 
 @pytest.mark.parametrize("scale, interval, guidance", [
-    (3., (2, 9), (3., (2, 9))), (None, None, (32., (1, 950)))])
+    (3., (2, 9), (3., (2, 9), 1.5)), (None, None, (32., (1, 950), 1.5))])
 def test_all_settings_are_passed_on_to_sampling(models, tmp_path, monkeypatch, scale, interval,
                                                 guidance):
-    """Method, captions, scale and interval to the denoiser, steps, eta and recurrence to the loop,
-    the method's own unless given; from each image's own noise."""
+    """Method, captions, scale, interval and autoguidance to the denoiser, steps, eta and recurrence
+    to the loop, the method's own unless given; from each image's own noise."""
     built, sampled = [], []
     monkeypatch.setattr(data, "CACHE", tmp_path)
     monkeypatch.setattr(evaluator, "build_denoiser", lambda name, models, targets, *rest: (
         built.append((name, targets.tolist(), *rest))))
     monkeypatch.setattr(tinyddpm, "sample", lambda denoise, x_T, generators, alpha_bar, *a, **kw: (
         sampled.append((x_T, *a, kw)) or x_T.clamp(-1, 1)))
-    args = argparse.Namespace(steps=None, eta=0.5, recurrence=3, seed=4, batch=2, interval=interval)
+    args = argparse.Namespace(steps=None, eta=0.5, recurrence=3, autoguidance=1.5, seed=4, batch=2,
+                              interval=interval)
     indices = torch.tensor([5, 300, 7])
     samples = evaluator.sample_cached("x0", indices, models, args, scale)
     assert [given[:-1] for given in built] == [("x0", [5, 6], *guidance), ("x0", [7], *guidance)]
@@ -489,9 +490,10 @@ def test_the_cache_key_contains_all_that_determines_the_samples(models, monkeypa
     for p in (models.clip.log_scale, next(models.unet.conv_out.parameters())):
         p.data += 1
         paths.append(path())
+    paths.append(path(models._replace(weak=models.unet)))
     monkeypatch.setattr(evaluator, "SOURCE", evaluator.SOURCE[:-1])
     paths.append(path())
-    assert len(set(paths)) == len(paths) == 15
+    assert len(set(paths)) == len(paths) == 16
 
 
 def test_plain_net_learns():
@@ -626,7 +628,7 @@ def test_the_ddpm_is_sampled_with_each_number_of_steps_and_eta(here, models, mon
     monkeypatch.setattr(evaluator, "unguided", lambda models, args, count: called.append(
         (args.eta, args.steps, args.recurrence, count)) or unguided(models, args, count))
     args = argparse.Namespace(steps=9, eta=0.5, recurrence=2, seed=0, batch=8, judge=None,
-                              interval=None)
+                              interval=None, autoguidance=None)
     with torch.no_grad():
         rows = list(ddpm.unguided_quality(models, args))[-4:]
     assert called == [(eta, steps, 1, 8) for eta in (0., 1.) for steps in (1, 2)]
@@ -846,20 +848,22 @@ def test_predict_counts_a_class_folder(here, capsys):
 
 
 def test_each_setting_of_the_sweep_is_passed_on(here, models, monkeypatch):
-    """Method, scale, interval, eta, steps and recurrence of each row; all else as the flags say."""
+    """Method, scale, interval, eta, autoguidance, steps and recurrence of each row; all else as the
+    flags say."""
     given = []
     monkeypatch.setattr(guidance, "prepare", lambda models, args: (None, None, None))
     monkeypatch.setattr(evaluator, "score", lambda *args: {})
     monkeypatch.setattr(evaluator, "sample_cached", lambda method, indices, models, args, scale: (
         given.append((method, scale, args)) or evaluator.Samples(None, 0, 0, 0.)))
-    args = argparse.Namespace(steps=25, eta=1., recurrence=2, interval=None)
+    args = argparse.Namespace(steps=25, eta=1., recurrence=2, interval=None, autoguidance=None)
     rows = list(guidance.sweep(models, args))
     assert len(rows) == len(given) == len(guidance.SWEEPS) > 30
     for (name, value, *_), (method, scale, changed) in zip(guidance.SWEEPS, given):
         steps, n = value if name == "steps, recurrence" else (25, 2)
         assert changed == argparse.Namespace(
             steps=steps, recurrence=n, eta=value if name == "eta" else 1.,
-            interval=value if name == "interval" else None)
+            interval=value if name == "interval" else None,
+            autoguidance=value if name == "autoguidance" else None)
         assert scale == (value if name.startswith("scale of ") else None)
         if name in variants.PARTS:
             assert method == f"{name} {value}"

@@ -34,15 +34,22 @@ def gaussian_denoiser(alpha_bar, mean, var):
 
 @pytest.fixture
 def models(clip, unet, text_features, alpha_bar):
-    return SimpleNamespace(clip=clip, unet=unet, alpha_bar=alpha_bar, text_features=text_features,
-                           caption_labels=LABELS)
+    return SimpleNamespace(clip=clip, unet=unet, weak=None, alpha_bar=alpha_bar,
+                           text_features=text_features, caption_labels=LABELS)
 
 
-def build(name, models, targets, scale=None, interval=None):
+@pytest.fixture
+def weak():
+    """A smaller U-Net."""
+    torch.manual_seed(5)
+    return tinyddpm.UNet(tinyddpm.UNetConfig(channels=32, multipliers=(1,), attention=()))
+
+
+def build(name, models, targets, scale=None, interval=None, autoguidance=1.):
     """guide.build_denoiser, with the scale and interval of METHODS unless given."""
     own = guide.METHODS[name]
     return guide.build_denoiser(name, models, targets, own.scale if scale is None else scale,
-                                interval or own.interval)
+                                interval or own.interval, autoguidance)
 
 
 def generate(name, models, targets, scale, eta=1., steps=5, interval=None):
@@ -333,6 +340,54 @@ def test_the_condition_is_the_targets_text_feature(models):
         out = build("classifier-free", models, targets, scale=1.)(x, t)
         expected = tinyddpm.denoiser(models.unet, models.alpha_bar, cond[[3, 100]])(x, t)
     assert torch.isfinite(out).all() and torch.allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [1, 400, 990])
+def test_extrapolated_scores_are_those_of_a_quotient_of_densities(alpha_bar, t):
+    """Of two Gaussians p and q of the data: the score is that of p(x_t)^w q(x_t)^(1 - w)."""
+    alpha_bar, t, w = alpha_bar.double(), torch.tensor([t, t]), 2.5
+    a, (p, q) = extract(alpha_bar, t), ((0.3, 0.04), (0.1, 0.2))
+    x_t = torch.randn(2, 3, 4, 6).double().requires_grad_()
+    log_prob = lambda mean, var: torch.distributions.Normal(
+        a.sqrt() * mean, (a * var + 1 - a).sqrt()).log_prob(x_t).sum()
+    expected, = torch.autograd.grad(w * log_prob(*p) + (1 - w) * log_prob(*q), x_t)
+    denoise = guide.extrapolate(*(gaussian_denoiser(alpha_bar, *of) for of in (q, p)), scale=w)
+    score = (a.sqrt() * denoise(x_t.detach(), t) - x_t) / (1 - a)
+    assert torch.isfinite(score).all() and torch.allclose(score, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "none"])
+def test_autoguidance_is_a_line_through_two_unets(name, models, weak):
+    """What a method guides is the weak U-Net at 0, the U-Net itself at 1 and without a weak one,
+    and beyond it at 2; classifier-free guidance has a line of its own."""
+    x, t, targets = torch.randn(2, *SHAPE), torch.tensor([400, 400]), torch.tensor([5, 77])
+    out = {autoguidance: build(name, models, targets, 0., autoguidance=autoguidance)(x, t)
+           for autoguidance in (0., 1., 2.)}
+    assert torch.equal(out[0.], out[1.]) and torch.equal(out[1.], out[2.])   # there is no weak one
+    models.weak, strong = weak, tinyddpm.denoiser(models.unet, models.alpha_bar)(x, t)
+    for autoguidance in (0., 1., 2.):
+        used = 1. if name == "classifier-free" else autoguidance
+        with torch.no_grad():
+            weaker = tinyddpm.denoiser(weak, models.alpha_bar)(x, t)
+        expected = strong + (used - 1) * (strong - weaker)
+        out = build(name, models, targets, 0., autoguidance=autoguidance)(x, t)
+        assert torch.allclose(out, expected, atol=1e-5)
+        assert torch.allclose(out, strong, atol=1e-3) == (used == 1)
+
+
+def test_the_gradient_through_the_unet_goes_through_the_weak_one(models, weak):
+    """x0 differentiates the x_0_hat that it sees."""
+    models.weak, x, t = weak, torch.randn(1, *SHAPE), torch.tensor([400])
+    log_p = guide.x0(models.clip, models.text_features, torch.tensor([5]), LABELS)
+    strong, weaker = (tinyddpm.denoiser(unet, models.alpha_bar) for unet in (models.unet, weak))
+    unguided = lambda x, t: 2 * strong(x, t) - weaker(x, t)
+    out = build("x0", models, torch.tensor([5]), 100., autoguidance=2.)
+    x_in = x.clone().requires_grad_()
+    grad, = torch.autograd.grad(log_p(x_in, t, unguided(x_in, t)).sum(), x_in)
+    a = extract(models.alpha_bar, t)
+    expected = 100 * (1 - a) / a.sqrt() * grad
+    assert expected.abs().max() > 0.1
+    assert torch.allclose(out(x, t) - unguided(x, t), expected, atol=1e-3)
 
 
 # ---- cost and independence -----------------------------------------------------------------------

@@ -148,7 +148,7 @@ def test_the_judge_is_that_of_the_same_data(here, tmp_path, monkeypatch, capsys)
     refused."""
     assert sample.load_judge(cars.CAPTIONS)[0].config.width == 8
     assert capsys.readouterr().out == "" and sample.load_judge(["a cat"]) == (None, None)
-    assert "weights.pt is not used: it is for other models" in capsys.readouterr().out
+    assert "weights.pt is not used: it does not fit the other models" in capsys.readouterr().out
     with pytest.raises(cli.UserError, match="is for cars and does not fit"):
         sample.load_judge(["a cat"], "runs/judge/weights.pt")
     monkeypatch.chdir(tmp_path)
@@ -547,7 +547,7 @@ def test_flags_and_prompts_in_any_order():
 def with_clip(noise_aware):
     """Stands in for models of 16 x 16 pixels."""
     config = SimpleNamespace(noise_aware=noise_aware, image_size=16)
-    return SimpleNamespace(upsampler=None, clip=SimpleNamespace(config=config),
+    return SimpleNamespace(upsampler=None, clip=SimpleNamespace(config=config), weak="a U-Net",
                            unet=SimpleNamespace(config=config))
 
 
@@ -557,10 +557,10 @@ def test_a_method_has_its_own_settings_unless_given():
         config = sample.fill_in(sample.SamplingConfig(method=name, steps=5), with_clip(True))
         assert config == sample.SamplingConfig(
             method=name, steps=5, scale=method.scale, interval=method.interval, size=16,
-            eta=method.eta, recurrence=method.recurrence)
+            eta=method.eta, recurrence=method.recurrence, autoguidance=method.autoguidance)
         assert (method.scale > 0) == (name != "none")
         given = sample.SamplingConfig(method=name, scale=0., interval=(3, 7), size=16, steps=3,
-                                      eta=0.5, recurrence=9)
+                                      eta=0.5, recurrence=9, autoguidance=1.)
         assert sample.fill_in(given, with_clip(True)) == given
 
 
@@ -575,6 +575,64 @@ def test_a_clip_of_clean_images_guides_through_x_0_hat():
             assert sample.fill_in(config, with_clip(True)).method == name
             assert (sample.fill_in(config, with_clip(False))
                     == sample.fill_in(like, with_clip(True)))
+
+
+@pytest.fixture
+def weak(here):
+    """-> the path of a weak DDPM that is trained, of the same data"""
+    path = Path("weak/weights.pt")
+    if not path.exists():
+        train.main(f"ddpm --steps 2 {toys.FLAGS['ddpm']} --seed 1 --out weak".split())
+    return str(path)
+
+
+def test_autoguidance_by_a_weak_ddpm(weak, capsys):
+    """With and without a prompt, 1 is none; named, and in the metadata; not of decoders."""
+    options, images = ["--steps", "3", "-n", "2", "--device", "cpu", "--weak", weak], {}
+    for prompt in ([], ["red bus"]):
+        for scale in ("1", "2", "3"):
+            path = f"auto-{len(prompt)}-{scale}.png"
+            sample.main([*prompt, *options, "--autoguidance", scale, "--out", path])
+            assert f", weak one from {weak}" in capsys.readouterr().out
+            with Image.open(path) as image:
+                assert image.text["autoguidance"] == f"{scale}.0"
+                assert image.text["weak DDPM checksum"] != image.text["DDPM checksum"]
+                images[len(prompt), scale] = image.tobytes()
+        sample.main([*prompt, *options, "--out", "own.png"])
+        with Image.open("own.png") as image:
+            own = float(image.text["autoguidance"])
+            assert own == guide.METHODS[guide.DEFAULT].autoguidance > 1
+        sample.main([*prompt, *options[:-2], "--out", "plain.png"])
+        with Image.open("plain.png") as image:
+            assert image.text["autoguidance"] == "1.0" and "weak DDPM checksum" not in image.text
+            assert image.tobytes() == images[len(prompt), "1"]
+    assert len(set(images.values())) == 6
+    for flags in (["--weak", weak], ["--autoguidance", "2"]):
+        with pytest.raises(cli.UserError, match="is of no use to|is for an unconditional DDPM"):
+            sample.main(["red bus", "--method", "unclip", *FAST, *flags])
+    with pytest.raises(cli.UserError, match="train.py ddpm --channels 16 --steps 2000 --out runs/"):
+        sample.main(["red bus", *FAST, "--autoguidance", "2"])
+
+
+def test_the_weak_ddpm_is_weaker_and_of_the_same_data(weak, tmp_path, monkeypatch, capsys):
+    """The one of runs/ or the shipped one, if it was trained for fewer steps, on the same captions;
+    a given one has only to be of the same data."""
+    for folder in ("clip", "ddpm"):
+        shutil.copytree(f"runs/{folder}", tmp_path / "runs" / folder)
+    content = torch.load(weak, weights_only=True)
+    monkeypatch.chdir(tmp_path)
+    Path("runs/weak").mkdir()
+    for steps, captions, used in ((2, 294, True), (4, 294, False), (2, 200, False)):
+        torch.save({**content, "steps": steps, "captions": content["captions"][:captions]},
+                   "runs/weak/weights.pt")
+        models = sample.load_models()
+        assert bool(models.weak) == used == ("weak one from runs/weak" in models.description)
+        assert used != ("runs/weak/weights.pt is not used" in capsys.readouterr().out)
+        if captions == 294:
+            assert sample.load_models(weak="runs/weak/weights.pt").weak
+    with pytest.raises(cli.UserError, match="--weak runs/weak/weights.pt is for cars and does not"):
+        sample.load_models(weak="runs/weak/weights.pt")
+    assert sample.load_models(ddpm="runs/ddpm/weights.pt", method="none").weak is None
 
 
 def test_classifier_free_needs_a_conditional_ddpm(here, capsys, all_new):
