@@ -25,9 +25,9 @@ Tweedie's formula turns a score into a denoised image and back:
 
 (Why: for one x_0, log p(x_t | x_0) = -|x_t - sqrt(alpha_bar) x_0|^2 / (2 (1 - alpha_bar)) + const
 has the gradient (sqrt(alpha_bar) x_0 - x_t) / (1 - alpha_bar). p(x_t) is the mean of such densities
-over x_0: its gradient, divided by p(x_t), is the integral of p(x_0) p(x_t | x_0) / p(x_t) times
-these gradients, their mean over p(x_0 | x_t). And the mean of x_0 over p(x_0 | x_t) is what the
-network was trained to predict: x_0_hat.)
+over p(x_0), so its score, grad p(x_t) / p(x_t), is the integral of p(x_0) p(x_t | x_0) / p(x_t)
+times these gradients: their mean over p(x_0 | x_t). And the mean of x_0 over p(x_0 | x_t) is what
+the network was trained to predict: x_0_hat.)
 (2) holds for p(x_t | text) too, with the mean of x_0 given x_t and the text. Insert both into (1):
 
     guided x_0_hat = x_0_hat + (1 - alpha_bar) / sqrt(alpha_bar) grad log p(text | x_t).         (3)
@@ -42,7 +42,7 @@ a log_p from a CLIP and a target; METHODS at the end names them, with their scal
 Shapes: B images, K captions, E embedding width, A attributes; x_t, x_0_hat, grad (B, 3, H, W);
 t (B,) int in 1..T, the same for the whole batch; text_features (K, E) of all captions; targets (B,)
 int in 0..K-1, the caption that each image should have; labels (K, A) int, the attributes that each
-caption names, such as body and colours, -1 for none (A = 1, its own number, if none are known).
+caption names, such as body and colours, -1 for none (if none are known, A = 1: its index).
 """
 import functools
 import math
@@ -51,7 +51,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from tinyddpm import T, cosine_alpha_bar, denoiser, extract, predict_eps, q_sample
+from tinyddpm import cosine_alpha_bar, denoiser, extract, predict_eps, q_sample
 
 
 def guided(denoise, log_p, alpha_bar, scale, interval=(1, math.inf), through_unet=False):
@@ -68,7 +68,7 @@ def guided(denoise, log_p, alpha_bar, scale, interval=(1, math.inf), through_une
     batch. Near T the factor explodes (6 at t = 900, 13 at 950, 2e4 at 1000) and multiplies the
     errors of the gradient. (Kynkaanniemi et al. 2024, arXiv 2404.07724, on guiding in an interval.)
     through_unet: back-propagate through denoise too, where log_p depends on x_0_hat. denoise must
-    then be unguided: a guided denoiser is detached.
+    then not be one of this function, which are detached.
     Summing over the batch before the derivative is safe: no layer mixes images of a batch.
     """
     def guided_denoise(x_t, t):
@@ -86,8 +86,8 @@ def guided(denoise, log_p, alpha_bar, scale, interval=(1, math.inf), through_une
 
 # ---- log p(text | x_t), in six ways --------------------------------------------------------------
 
-# Tuned; from 5 to 20 it matters little: experiments/LOG.md. It softens what guidance follows; in
-# training CLIPConfig.max_logit_scale limits how certain CLIP may become in training.
+# Tuned; from 5 to 20 it matters little: experiments/LOG.md. It softens what guidance follows;
+# CLIPConfig.max_logit_scale limits how certain CLIP may become in training.
 TEMPERATURE = 5.
 
 
@@ -206,7 +206,7 @@ def lookahead(clip, text_features, targets, labels, t_fraction=T_FRACTION, tempe
     return lookahead_log_p(log_p, cosine_alpha_bar().to(text_features.device), t_fraction)
 
 
-# ---- guidance without a CLIP ---------------------------------------------------------------------
+# ---- guidance by a second denoiser ---------------------------------------------------------------
 
 def scale_features(features):
     """Scale CLIP's features to length sqrt(E), entries of unit size, as networks need their inputs.
@@ -217,19 +217,16 @@ def scale_features(features):
 
 
 def extrapolate(worse, better, scale, interval=(1, math.inf)):
-    """Guide by the difference of two denoisers: x_0_hat + scale (x_0_hat_better - x_0_hat)
+    """Guide by the difference of two denoisers: x_0_hat_worse + scale (x_0_hat - x_0_hat_worse)
 
-    -> a denoiser, which evaluates both in each step, at scale 1 only the better one; interval: see
-    guided, outside only the worse one
+    -> a denoiser; interval: see guided. Outside of it, and at scale 1, it is the better one alone.
     """
-    if scale == 1 and interval[0] <= 1 and interval[1] >= T:
-        return better
-
     def denoise(x_t, t):
-        x_0_hat = worse(x_t, t)
-        if not interval[0] <= int(t[0]) <= interval[1]:
+        x_0_hat = better(x_t, t)
+        if scale == 1 or not interval[0] <= int(t[0]) <= interval[1]:
             return x_0_hat
-        return x_0_hat + scale * (better(x_t, t) - x_0_hat)
+        x_0_hat_worse = worse(x_t, t)
+        return x_0_hat_worse + scale * (x_0_hat - x_0_hat_worse)
     return denoise
 
 
@@ -237,21 +234,22 @@ def classifier_free(unet, alpha_bar, cond, scale, interval=(1, math.inf)):
     """Guide by the difference that the condition makes; cond: (B, cond_dim) -> a denoiser
 
     Ho & Salimans 2022 eq. 6 with scale = 1 + w: 0 is unconditional, 1 conditional. By (2) and (1)
-    the difference is (1 - alpha_bar)/sqrt(alpha_bar) grad log p(cond | x_t): formula (3), with a
-    classifier that nobody had to train.
+    the difference is (1 - alpha_bar)/sqrt(alpha_bar) grad log p(cond | x_t): formula (3), with an
+    implicit classifier.
     """
     return extrapolate(denoiser(unet, alpha_bar), denoiser(unet, alpha_bar, cond), scale, interval)
 
 
 def autoguided(unet, weak, alpha_bar, scale):
-    """Guide a U-Net away from the mistakes of a weak one -> a denoiser, without any condition
+    """Autoguidance: extrapolate from a weak U-Net past a better one -> an unconditional denoiser
 
     weak: a smaller U-Net that was trained for a shorter time on the same images, or None: unet
     alone; scale: 1 is unet alone
 
-    Karras et al. 2024, sec. 4, where scale is w. A U-Net of limited capacity blurs x_0_hat between
-    the images that are possible; a weaker one does so more, in the same way. Their difference
-    points from such blends to what is likely: by (2) it is that of log p(x_t) in the two models.
+    Karras et al. 2024, sec. 4, where scale is w. The density that a U-Net has learned is too wide:
+    it finds blends of images likely, and a weaker one does so more. By (2) the difference of the
+    two is (1 - alpha_bar)/sqrt(alpha_bar) grad log(p_unet(x_t) / p_weak(x_t)): it points away from
+    what the weak one alone finds likely.
     """
     denoise = denoiser(unet, alpha_bar)
     return denoise if weak is None else extrapolate(denoiser(weak, alpha_bar), denoise, scale)
@@ -268,12 +266,12 @@ def autoguided(unet, weak, alpha_bar, scale):
 class Method(NamedTuple):
     make_log_p: Callable         # (clip, text_features, targets, labels) -> log_p; None: no CLIP
     scale: float                 # default, found by a sweep: experiments/LOG.md
-    interval: tuple              # likewise
+    interval: tuple              # default, from the same sweep
     through_unet: bool = False   # see guided
-    steps: int = 25              # of sampling, and how it samples by default: see tinyddpm.sample
+    steps: int = 25              # default of this and the next two: see tinyddpm.sample
     eta: float = 1.
     recurrence: int = 2
-    autoguidance: float = 2.      # scale, see autoguided; 1 is none
+    autoguidance: float = 2.     # default scale of autoguided, 1 is none
 
 
 METHODS = {
@@ -285,7 +283,7 @@ METHODS = {
     # CLIP applied to x_0_hat, as in x0, with r_t^2 in place of the U-Net's Jacobian
     "x0-fast": Method(functools.partial(lookahead, t_fraction=0.), 128., (1, 1000)),
     "classifier-free": Method(None, 2., (1, 1000), autoguidance=1.),
-    # Without guidance there are no errors of guidance for fresh noise to overwrite.
+    # Without CLIP's gradient there are no errors of it for fresh noise to overwrite.
     "none": Method(None, 0., (1, 1000), steps=50, eta=0., recurrence=1),
 }
 DEFAULT = "lookahead"

@@ -11,11 +11,12 @@
     python sample.py --diff car.png "a red car" "a blue car"   change it as the texts differ
 
 Uses runs/clip and runs/ddpm if both were trained (without a prompt runs/ddpm is enough; the last
-four need runs/decoder instead), else the models in weights/; images are enlarged if there is an
-upsampler for them. Writes a PNG for each prompt, with seed and settings in its metadata, prints how
-CLIP reads the prompt, CLIP's probability of it and the judge's prompt accuracy. With another -n or
---batch an image may differ a little on a CPU that computes in bf16, where sums are rounded in
-another order. From Python: load_models, then generate (see README.md).
+four need runs/decoder instead), else the models in weights/. Images are enlarged if there is an
+upsampler for them, and better if there is a weak DDPM (autoguidance). Writes a PNG for each prompt,
+with seed and settings in its metadata, prints how CLIP reads the prompt, CLIP's probability of it
+and the judge's prompt accuracy. With another -n or --batch an image may differ a little on a CPU
+that computes in bf16, where sums are rounded in another order. From Python: load_models, then
+generate (see README.md).
 """
 import argparse
 import difflib
@@ -43,7 +44,7 @@ from tinyclip import normalize_prompt
 SHIPPED = Path(__file__).resolve().parent / "weights"
 METHODS = {**guide.METHODS, "unclip": guide.METHODS["none"]._replace(
     scale=2., steps=25, autoguidance=1.)}
-# Settings that are each method's own.
+# Settings whose defaults depend on the method.
 OWN = "scale", "interval", "steps", "eta", "recurrence", "autoguidance"
 PUBLISHED_TEMPLATES = ("a photo of a {}.", "a rendering of a {}.", "a toy {}.")   # 3 of the 80
 
@@ -56,16 +57,16 @@ class Models(NamedTuple):
     alpha_bar: torch.Tensor                 # (T + 1,)
     data: str                               # the name of the data set
     captions: list                          # K, and behind them those that a new prompt adds
-    description: str                        # its files
+    description: str                        # the files that were loaded
     clip: tinyclip.CLIP = None
     caption_labels: torch.Tensor = None     # (K, A) int, the attributes that each names, or -1
     templates: list = None                  # S lists of K + P texts: see data.Dataset
     partial: list = None                    # P partial captions, such as "a bus"
     partial_true_of: torch.Tensor = None    # (P, K) bool, the captions that they are true of
-    words: list = None                      # all words of the training
+    words: list = None                      # of CLIP's training texts
     text_features: torch.Tensor = None      # (K, E), of the captions, and of those that are added
     partial_features: torch.Tensor = None   # (P, E)
-    is_decoder: bool = False                # whether the U-Net takes image embeddings, for unCLIP
+    condition: str = None                   # of the U-Net: this CLIP's "text" or "image" features
     prior: unclip.Prior = None
     upsampler: unclip.Upsampler = None
     weak: tinyddpm.UNet = None              # for autoguidance
@@ -87,7 +88,7 @@ def load_fitting(name, model_class, fits, path=None, device="cpu"):
             print(f"{candidate} is not used: it does not fit the other models")
     if path:
         raise cli.UserError(f"--{name} {path} is for {content['data']} and does not fit the other "
-                            "models; train all alike")
+                            "models; train all on the same images")
     return None, None
 
 
@@ -110,24 +111,21 @@ def load_models(clip=None, ddpm=None, weak=None, prior=None, upsampler=None, dev
     """Load what a method needs: as given, else all of runs/, else all of weights/ -> Models
 
     Arguments are files; clip may be one of published weights. Method "none" needs a DDPM alone,
-    "unclip" a decoder in its place. A prior is loaded if there is one for a decoder. UserError if
-    they do not fit together.
+    "unclip" a decoder in its place. A weak DDPM, a prior and an upsampler are loaded if there are
+    such that fit. UserError if what is given does not fit together.
     """
     device, (clip_path, ddpm_path) = torch.device(device), find_paths(clip, ddpm, method)
     unet, ddpm_content = checkpoint.load_model(ddpm_path, tinyddpm.UNet, "ddpm", "decoder")
-    size, drawn = unet.config.image_size, set(ddpm_content["captions"])
-    weak_unet, weak_content = (None, None) if METHODS[method].autoguidance == 1 else load_weak(
-        ddpm_content, weak, device)
-    upsampler, found = load_fitting(
-        "upsampler", unclip.Upsampler, lambda content: drawn <= set(content["captions"])
-        and content["config"]["image_size"] == 4 * size, upsampler, device)
+    weak, weak_content = load_weak(ddpm_content, method, weak, device)
+    upsampler, found = load_fitting("upsampler", unclip.Upsampler, lambda content: (
+        set(ddpm_content["captions"]) <= set(content["captions"])
+        and content["config"]["image_size"] == 4 * unet.config.image_size), upsampler, device)
     models = Models(
-        unet=unet.to(device, memory_format=torch.channels_last), weak=weak_unet,
-        upsampler=upsampler,
+        unet=unet.to(device, memory_format=torch.channels_last), weak=weak, upsampler=upsampler,
         alpha_bar=tinyddpm.cosine_alpha_bar().to(device), data=ddpm_content["data"],
-        captions=ddpm_content["captions"], is_decoder=ddpm_content["kind"] == "decoder",
+        captions=ddpm_content["captions"],
         description=f"DDPM from {ddpm_path} ({ddpm_content['steps']:,} steps)"
-        + (f", weak one from {weak_content['path']}" if weak_unet else "")
+        + (f", weak DDPM from {weak_content['path']}" if weak else "")
         + (f", upsampler from {found['path']}" if upsampler else ""))
     if method == "none":
         return models
@@ -136,7 +134,9 @@ def load_models(clip=None, ddpm=None, weak=None, prior=None, upsampler=None, dev
     if ddpm_content.get("clip", checksum) != checksum and method in ("classifier-free", "unclip"):
         raise cli.UserError(f"{ddpm_path} is conditional on the features of another CLIP; give "
                             "that one with --clip")
-    if models.is_decoder and ddpm_content["clip"] == checksum:
+    condition = None if ddpm_content.get("clip") != checksum else (
+        "image" if ddpm_content["kind"] == "decoder" else "text")
+    if condition == "image":
         prior, found = load_fitting("prior", unclip.Prior, lambda c: c["clip"] == checksum, prior,
                                   device)
         models = models._replace(prior=prior, description=models.description + (
@@ -150,18 +150,21 @@ def load_models(clip=None, ddpm=None, weak=None, prior=None, upsampler=None, dev
     K = len(content["captions"])
     steps = f" ({content['steps']:,} steps)" if "steps" in content else ""   # not if published
     return models._replace(
-        clip=clip, caption_labels=torch.tensor(content["caption_labels"], device=device),
+        clip=clip, condition=condition,
+        caption_labels=torch.tensor(content["caption_labels"], device=device),
         **{key: content[key] for key in (
             "captions", "templates", "partial", "partial_true_of", "words")},
         text_features=features[:K], partial_features=features[K:],
         description=f"CLIP from {clip_path}{steps}, {models.description}")
 
 
-def load_weak(ddpm_content, path, device):
+def load_weak(ddpm_content, method, path, device):
     """Load a weak DDPM for autoguidance, of the same data -> unet, content, or None, None
 
-    Unless it is given it was trained for fewer steps: the training of the other may just have begun
+    One that is found must have had fewer steps than the DDPM, whose training may just have begun.
     """
+    if METHODS[method].autoguidance == 1:
+        return None, None
     unet, content = load_fitting("weak", tinyddpm.UNet, lambda content: (
         content["captions"] == ddpm_content["captions"]
         and content["config"]["image_size"] == ddpm_content["config"]["image_size"]
@@ -330,7 +333,7 @@ def resolve_prompt(prompt, models):
 class SamplingConfig:
     n: int = 16                   # images
     method: str = guide.DEFAULT   # one of METHODS
-    scale: float = None           # guidance scale; None becomes the method's own, so for the next
+    scale: float = None           # of guidance; None: the method's own, down to autoguidance
     interval: tuple = None        # timesteps (lo, hi) at which to guide
     steps: int = None
     eta: float = None             # 0 is deterministic as DDIM, 1 as noisy as DDPM
@@ -355,9 +358,9 @@ class SamplingConfig:
 
 
 def fill_in(config, models):
-    """Fill in what is left open, the size and the method's OWN; replace a method that needs
+    """Fill in the size and the method's OWN where they are None; replace a method that needs a
     noise-aware CLIP if this one, like the published ones, was trained on clean images only.
-    UserError for a size or an autoguidance that these models do not have"""
+    UserError for a size or an autoguidance that these models lack"""
     clip, native = models.clip, models.unet.config.image_size
     sizes = [native] + [2 * native, 4 * native] * bool(models.upsampler)
     if config.size not in (None, *sizes):
@@ -370,8 +373,8 @@ def fill_in(config, models):
     if not models.weak or METHODS[config.method].autoguidance == 1:
         if config.autoguidance not in (None, 1):
             raise cli.UserError(
-                "--autoguidance is for an unconditional DDPM with a weak one beside it; train that "
-                "with: python train.py ddpm --channels 16 --steps 2000 --out runs/weak")
+                "--autoguidance needs a weak DDPM; train a smaller one on the same images, for "
+                "fewer steps: python train.py ddpm --channels 16 --steps 2000 --out runs/weak")
         config = replace(config, autoguidance=1.)
     own = {name: getattr(METHODS[config.method], name)
            for name in OWN if getattr(config, name) is None}
@@ -394,7 +397,7 @@ def generate(models, prompt=None, callback=None, **options):
 def draw_captions(allowed, config):
     """Draw a caption for each image from those that allowed, (K,) bool, marks -> (n,) int64
 
-    For p(x | text) is the sum over captions of p(caption | text) p(x | caption). (Guidance by the
+    Why: p(x | text) is the sum over captions of p(caption | text) p(x | caption). (Guidance by the
     summed probability of all allowed captions works too, but ends at the easiest one: "a car with a
     yellow roof" gives yellow cars.)
     """
@@ -422,14 +425,14 @@ def build_denoiser(method, models, targets, scale, interval, autoguidance, gener
 
     targets: (B,) int64; B generators, for the prior's noise. UserError without what it needs
     """
-    if method == "classifier-free" and (models.is_decoder or not models.unet.config.cond_dim):
-        raise cli.UserError("this DDPM knows no texts; train a conditional one with: python "
-                            "train.py ddpm --clip FILE --out runs/conditional")
+    if method == "classifier-free" and models.condition != "text":
+        raise cli.UserError("this DDPM knows no texts of this CLIP; train a conditional one with: "
+                            "python train.py ddpm --clip FILE --out runs/conditional")
     if method != "unclip":
         return guide.build_denoiser(method, models, targets, scale, interval, autoguidance)
     if not models.prior:
         raise cli.UserError("there is no prior for this CLIP; train one with: python train.py "
-                            "prior --clip FILE" if models.is_decoder else
+                            "prior --clip FILE" if models.condition == "image" else
                             'these models are not for unclip: load_models(method="unclip")')
     text = guide.scale_features(models.text_features[targets])                # (B, E)
     z = guide.scale_features(
@@ -472,10 +475,10 @@ def invert(models, x_0, z):
 def decode(models, z, x_T, config):
     """Decode n embeddings -> (n, 3, size, size)
 
-    z: (n, E), scaled; x_T: (n, 3, H, W), None: random; config: SamplingConfig of the method
-    "unclip", whose vary hides some of z
+    z: (n, E), scaled; x_T: (n, 3, H, W), None: random; config: SamplingConfig, whose method is
+    "unclip" whatever it says, and whose vary hides some of z
     """
-    config = replace(fill_in(config, models), n=len(z))
+    config = fill_in(replace(config, method="unclip", n=len(z)), models)
 
     def make_denoise(part, generators):
         noise = tinyddpm.randn_per_image(generators, z.shape[1:], z.device)
@@ -509,10 +512,9 @@ def diff(models, x_0, text_from, text_to, config):
 
     x_0: (1, 3, H, W). Its noise stays the same, and with it what the texts do not speak of.
     """
-    features = []
-    for text in (text_from, text_to):
-        extended, allowed = resolve_prompt(text, models)
-        features.append(extended.text_features[allowed].mean(dim=0, keepdim=True))
+    read = [resolve_prompt(text, models) for text in (text_from, text_to)]
+    features = [extended.text_features[allowed].mean(dim=0, keepdim=True)
+                for extended, allowed in read]
     if torch.equal(*features):
         raise cli.UserError(f"{text_from!r} and {text_to!r} are the same to CLIP; what should "
                             "change?")
@@ -572,12 +574,15 @@ def resolve_mode(args):
     args.files, args.texts = (given, []) if args.mode == "interpolate" else (given[:1], given[1:])
     default, where = ((guide.DEFAULT, "to a prompt") if args.prompts else
                       ("unclip", f"to --{args.mode}") if modes else ("none", "without a prompt"))
-    args.method = args.method or default   # without a prompt the only one that fits
-    fits = args.method != "none" if args.prompts else args.method == default
+    fits = args.method != "none" if args.prompts else args.method in (None, default)
+    args.method = args.method or default
+    if args.prompts and fits:
+        where = f"with --method {args.method}"
     guides, random = args.prompts or modes, args.mode not in ("interpolate", "diff")
+    autoguides = METHODS[args.method].autoguidance != 1
     for flag, used in ((f"method {args.method}", fits), ("scale", guides), ("interval", guides),
                        ("clip", guides), ("prior", args.method == "unclip" and not modes),
-                       ("weak", METHODS[args.method].autoguidance != 1),
+                       ("weak", autoguides), ("autoguidance", autoguides),
                        ("judge", args.prompts), ("seed", random), ("eta", random),
                        ("recurrence", random), ("gif", not modes),
                        ("vary", args.mode == "variations")):
@@ -614,7 +619,7 @@ def output_paths(args):
 def report(models, allowed, x_0, judge_model, content):
     """Print the judge's prompt accuracy and CLIP's mean probability, optimistic if CLIP guided.
 
-    An image is right if the judge's labels are those of one of the captions allowed, (K,) bool.
+    An image is right if the judge's labels are those of an allowed caption. allowed: (K,) bool
     """
     if allowed.all() or len(allowed) > models.partial_true_of.shape[1]:
         print("not judged: " + ("it names nothing" if allowed.all() else "the caption is new"))
@@ -692,15 +697,16 @@ def main(arguments=None):
                                 keep_frame if args.gif else None)
             images = data.to_uint8(x_0)   # waits for the device, so the time is right
             seconds = time.perf_counter() - start
-            texts = {} if prompt is None else {"prompt": prompt}
-            data.save_grid(path, images, min(8, round(config.n ** 0.5)), zoom, **metadata, **texts)
+            data.save_grid(path, images, min(8, round(config.n ** 0.5)), zoom, **metadata,
+                           **({"prompt": prompt} if prompt else {}))
             if frames:
                 data.save_gif(path.with_suffix(".gif"), frames, len(frames[0]) // 2,
                               max(1, 96 // frames[0].shape[1]))
             if prompt is not None:
                 report(extended, allowed, x_0, judge_model, content)
             print(f"{config.n} images in {seconds:.1f} s ({config.steps} x {config.recurrence} "
-                  f"steps, {config.method}, scale {config.scale:g}) -> {path}")
+                  f"steps, {config.method}, scale {config.scale:g}, autoguidance "
+                  f"{config.autoguidance:g}) -> {path}")
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def main(arguments):
         if args.name in ("prior", "upsampler") and not getattr(models, args.name):
             raise cli.UserError(f"{args.name} needs a trained one: python train.py {args.name} -h")
         print(models.description)
+        sample.fill_in(evaluator.sampling_config(args), models)   # UserError for what they lack
         tables.record(EXPERIMENTS[args.name](models, args), args.name, args, device)
 
 

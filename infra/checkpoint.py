@@ -63,7 +63,7 @@ def save(path, content):
 
 def load(path, *kinds):
     """Load what `save` wrote, on the CPU; UserError unless its kind is one of these."""
-    advice = f"train one with: python train.py {kinds[0].split()[0]} --fresh"
+    advice = "train one with: python train.py " + kinds[0].replace(" run", " --fresh")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -86,7 +86,7 @@ def load_model(path, model_class, *kinds):
         return model_class.from_checkpoint(content), content
     except KeyError as error:
         raise UserError(f"{path} holds no {error}, it is of another version; train one with: "
-                        f"python train.py {kinds[0]} --fresh") from None
+                        f"python train.py {kinds[0]}") from None
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]   # torch: headline, then details
         raise UserError(f"{path} does not fit its own config: {lines[-1].strip()}") from None

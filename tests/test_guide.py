@@ -176,8 +176,11 @@ def test_interval_is_when_to_guide(alpha_bar):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_has_its_own_interval_unless_given(name, models):
-    """Guided and unguided estimates differ inside a method's interval only."""
+    """Guided and unguided estimates differ inside a method's interval only; what is unguided of
+    classifier-free guidance is the conditional estimate."""
     unguided = build("none", models, None)
+    if name == "classifier-free":
+        unguided = build(name, models, torch.tensor([5]), scale=1.)
     x = torch.randn(1, *SHAPE)
     for interval in (None, (300, 400)):
         guided = build(name, models, torch.tensor([5]), interval=interval)

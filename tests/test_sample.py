@@ -401,7 +401,8 @@ def test_an_image_from_a_prompt(here, monkeypatch, capsys):
     assert "CLIP's mean probability of it: " in out and "among 294 captions" in out
     assert "prompt accuracy by the judge: " in out and " of 3 (body " in out
     assert "runs/judge/weights.pt, 4 steps" in out.replace("\\", "/")
-    assert "3 images in " in out and "(3 x 2 steps, lookahead, scale 128) -> out" in out
+    assert "3 images in " in out
+    assert "(3 x 2 steps, lookahead, scale 128, autoguidance 1) -> out" in out
     with Image.open("out/white-and-red-car.png") as image:
         metadata, pixels = image.text, np.asarray(image)
     assert metadata["prompt"] == "white and RED car" and metadata["seed"] == "0"
@@ -593,7 +594,7 @@ def test_autoguidance_by_a_weak_ddpm(weak, capsys):
         for scale in ("1", "2", "3"):
             path = f"auto-{len(prompt)}-{scale}.png"
             sample.main([*prompt, *options, "--autoguidance", scale, "--out", path])
-            assert f", weak one from {weak}" in capsys.readouterr().out
+            assert f", weak DDPM from {weak}" in capsys.readouterr().out
             with Image.open(path) as image:
                 assert image.text["autoguidance"] == f"{scale}.0"
                 assert image.text["weak DDPM checksum"] != image.text["DDPM checksum"]
@@ -608,8 +609,10 @@ def test_autoguidance_by_a_weak_ddpm(weak, capsys):
             assert image.tobytes() == images[len(prompt), "1"]
     assert len(set(images.values())) == 6
     for flags in (["--weak", weak], ["--autoguidance", "2"]):
-        with pytest.raises(cli.UserError, match="is of no use to|is for an unconditional DDPM"):
+        with pytest.raises(cli.UserError, match="is of no use with --method unclip"):
             sample.main(["red bus", "--method", "unclip", *FAST, *flags])
+        with pytest.raises(cli.UserError, match="is of no use to --variations"):
+            sample.main(["--variations", "car.png", *FAST, *flags])
     with pytest.raises(cli.UserError, match="train.py ddpm --channels 16 --steps 2000 --out runs/"):
         sample.main(["red bus", *FAST, "--autoguidance", "2"])
 
@@ -626,7 +629,7 @@ def test_the_weak_ddpm_is_weaker_and_of_the_same_data(weak, tmp_path, monkeypatc
         torch.save({**content, "steps": steps, "captions": content["captions"][:captions]},
                    "runs/weak/weights.pt")
         models = sample.load_models()
-        assert bool(models.weak) == used == ("weak one from runs/weak" in models.description)
+        assert bool(models.weak) == used == ("weak DDPM from runs/weak" in models.description)
         assert used != ("runs/weak/weights.pt is not used" in capsys.readouterr().out)
         if captions == 294:
             assert sample.load_models(weak="runs/weak/weights.pt").weak
@@ -638,7 +641,7 @@ def test_the_weak_ddpm_is_weaker_and_of_the_same_data(weak, tmp_path, monkeypatc
 def test_classifier_free_needs_a_conditional_ddpm(here, capsys, all_new):
     """Which takes any prompt, also one of a new caption."""
     flags = [*FAST, "--method", "classifier-free", "--out", "free.png"]
-    with pytest.raises(cli.UserError, match="knows no texts; .* train.py ddpm --clip FILE"):
+    with pytest.raises(cli.UserError, match="knows no texts of this .* train.py ddpm --clip FILE"):
         sample.main(["red bus", *flags])
     flags += ["--ddpm", "runs/conditional/weights.pt"]
     for prompt in ("red bus", "a bus of bus"):
@@ -722,7 +725,7 @@ def test_variations_hide_as_much_as_asked_for(here, monkeypatch):
     models = sample.load_models(method="unclip")
     conds, forward = [], models.unet.forward
     monkeypatch.setattr(models.unet, "forward", lambda x, t, cond: (
-        conds.append(cond) or forward(x, t, cond)))
+        conds.extend([] if cond is None else [cond]) or forward(x, t, cond)))
     x_0 = torch.rand(1, 3, 16, 16)
     config = sample.fill_in(sample.SamplingConfig(n=3, steps=1, method="unclip"), models)
     z = guide.scale_features(models.clip.encode_image(x_0))
@@ -799,11 +802,11 @@ def test_images_from_images(here, capsys):
     (["red bus", "--variations", "car.png"], "exclude each other"),
     (["--diff", "car.png", "a red bus", "the red bus"], "are the same to CLIP; what should change"),
     (["--diff", "car.png", "a bus", "a van", "--eta", "1"], "--eta is of no use to --diff"),
-    (["red bus", "--vary", "0.5"], "--vary is of no use to a prompt"),
+    (["red bus", "--vary", "0.5"], "--vary is of no use with --method lookahead"),
     (["--method", "lookahead"], "--method lookahead is of no use without a prompt"),
     (["red bus", "--method", "none"], "--method none is of no use to a prompt"),
     (["--scale", "3"], "--scale is of no use without a prompt"),
-    (["red bus", "--prior", "none.pt"], "--prior is of no use to a prompt"),
+    (["red bus", "--prior", "none.pt"], "--prior is of no use with --method lookahead"),
     (["--diff", "car.png", "a bus", "a van", "--seed", "1"], "--seed is of no use to --diff"),
     (["--variations", "car.png", "--method", "x0"], "--method x0 is of no use to --variations"),
     (["--variations", "car.png", "--gif"], "--gif is of no use to --variations"),
