@@ -153,7 +153,19 @@ def batch(dataset, seed, step, size, device="cpu", rank=0):
     return to_float(torch.from_numpy(dataset.images[indices]).to(device)), indices
 
 
-# ---- grids and GIFs ------------------------------------------------------------------------------
+# ---- image files ---------------------------------------------------------------------------------
+
+def read_images(paths, size):
+    """Read image files of any size and mode, cropped and area-averaged -> (N, 3, size, size)"""
+    images = []
+    for path in paths:
+        try:
+            images.append(image_folders.read_image(Path(path), size))
+        except Exception as error:   # Pillow raises a dozen types
+            reason = "no such file" if isinstance(error, FileNotFoundError) else error
+            raise cli.UserError(f"{path} is no image that can be read: {reason}") from None
+    return to_float(np.stack(images))
+
 
 def image_grid(images, columns=8, gap=2, zoom=1):
     """Arrange (N, H, W, 3) uint8 in rows on white -> PIL Image; gap in pixels before the zoom"""

@@ -271,7 +271,7 @@ class Method(NamedTuple):
     steps: int = 25              # default of this and the next two: see tinyddpm.sample
     eta: float = 1.
     recurrence: int = 2
-    autoguidance: float = 2.     # default scale of autoguided, 1 is none
+    autoguidance: float = 1.5    # default scale of autoguided, 1 is none
 
 
 METHODS = {

@@ -28,7 +28,6 @@ from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -38,7 +37,7 @@ import judge
 import tinyclip
 import tinyddpm
 import unclip
-from infra import checkpoint, cli, image_folders, published
+from infra import checkpoint, cli, published
 from tinyclip import normalize_prompt
 
 SHIPPED = Path(__file__).resolve().parent / "weights"
@@ -643,21 +642,9 @@ def report(models, allowed, x_0, judge_model, content):
     print(f"CLIP's mean probability of it: {p:.0%}, among {len(models.captions)} captions")
 
 
-def read_images(paths, size):
-    """Read image files of any size and mode, cropped and area-averaged -> (N, 3, size, size)"""
-    images = []
-    for path in paths:
-        try:
-            images.append(image_folders.read_image(Path(path), size))
-        except Exception as error:   # Pillow raises a dozen types
-            reason = "no such file" if isinstance(error, FileNotFoundError) else error
-            raise cli.UserError(f"{path} is no image that can be read: {reason}") from None
-    return data.to_float(np.stack(images))
-
-
 def draw_from_images(models, args, config):
     """--variations, --interpolate or --diff -> (N, 3, size, size), the given images included"""
-    x_0 = read_images(args.files, models.unet.config.image_size).to(models.alpha_bar.device)
+    x_0 = data.read_images(args.files, models.unet.config.image_size).to(models.alpha_bar.device)
     draw = {"variations": variations, "interpolate": interpolate, "diff": diff}[args.mode]
     drawn = draw(models, x_0, *args.texts, config)
     given = F.interpolate(x_0, drawn.shape[-2:])

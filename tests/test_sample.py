@@ -787,7 +787,7 @@ def test_images_from_images(here, capsys):
             pixels = np.asarray(image)
             assert image.size == (2 + 66 * number, 2 + 66)
             assert image.text[mode[0][2:]] == ", ".join(mode[1:])
-        given = sample.read_images(mode[1:2], 16)
+        given = data.read_images(mode[1:2], 16)
         assert (pixels[2:66:4, 2:66:4] == data.to_uint8(given)[0]).all()
     assert "'a red bus' is read as" in capsys.readouterr().out
 
