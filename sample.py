@@ -111,7 +111,7 @@ def load_models(clip=None, ddpm=None, weak=None, prior=None, upsampler=None, dev
 
     Arguments are files; clip may be one of published weights. Method "none" needs a DDPM alone,
     "unclip" a decoder in its place. A weak DDPM, a prior and an upsampler are loaded if there are
-    such that fit. UserError if what is given does not fit together.
+    such that fit. UserError if what is given does not fit together or is of no use.
     """
     device, (clip_path, ddpm_path) = torch.device(device), find_paths(clip, ddpm, method)
     unet, ddpm_content = checkpoint.load_model(ddpm_path, tinyddpm.UNet, "ddpm", "decoder")
@@ -163,6 +163,8 @@ def load_weak(ddpm_content, method, path, device):
     One that is found must have had fewer steps than the DDPM, whose training may just have begun.
     """
     if METHODS[method].autoguidance == 1:
+        if path:
+            raise cli.UserError(f"--weak is of no use with --method {method}")
         return None, None
     unet, content = load_fitting("weak", tinyddpm.UNet, lambda content: (
         content["captions"] == ddpm_content["captions"]
@@ -571,17 +573,15 @@ def resolve_mode(args):
         raise cli.UserError("a prompt, --variations, --interpolate and --diff exclude each other")
     args.mode, given = (modes[0], getattr(args, modes[0])) if modes else (None, [])
     args.files, args.texts = (given, []) if args.mode == "interpolate" else (given[:1], given[1:])
-    default, where = ((guide.DEFAULT, "to a prompt") if args.prompts else
-                      ("unclip", f"to --{args.mode}") if modes else ("none", "without a prompt"))
-    fits = args.method != "none" if args.prompts else args.method in (None, default)
-    args.method = args.method or default
-    if args.prompts and fits:
-        where = f"with --method {args.method}"
+    default = guide.DEFAULT if args.prompts else "unclip" if modes else "none"
+    args.method = args.method or default   # without a prompt the only one that fits
+    fits = args.method != "none" if args.prompts else args.method == default
+    where = (f"to --{args.mode}" if modes else "without a prompt" if not args.prompts else
+             f"with --method {args.method}" if fits else "to a prompt")
     guides, random = args.prompts or modes, args.mode not in ("interpolate", "diff")
-    autoguides = METHODS[args.method].autoguidance != 1
     for flag, used in ((f"method {args.method}", fits), ("scale", guides), ("interval", guides),
                        ("clip", guides), ("prior", args.method == "unclip" and not modes),
-                       ("weak", autoguides), ("autoguidance", autoguides),
+                       ("autoguidance", METHODS[args.method].autoguidance != 1),
                        ("judge", args.prompts), ("seed", random), ("eta", random),
                        ("recurrence", random), ("gif", not modes),
                        ("vary", args.mode == "variations")):

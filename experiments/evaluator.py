@@ -62,7 +62,7 @@ def images_and_noise(models, seed):
 class Samples(NamedTuple):
     """N images and their cost."""
     images: np.ndarray      # (N, H, W, 3) uint8
-    unet_evaluations: int   # forward passes of the U-Net for each image
+    unet_evaluations: int   # forward passes of the U-Net for each image, not of a weak one
     unet_backwards: int     # backward passes
     seconds: float          # for all images, without loading the models
 
@@ -83,12 +83,10 @@ def sample_cached(method, indices, models, args, scale=None):
 
     From the cache if they were made before, with their seconds: an interrupted experiment resumes.
     """
-    scale = METHODS[method].scale if scale is None else scale
-    args = Namespace(**{**vars(args), **{   # what is left open is the method's own
-        name: getattr(METHODS[method], name)
-        for name in ("interval", "steps", "eta", "recurrence", "autoguidance")
-        if getattr(args, name) is None}})
-    guidance = method, scale, tuple(args.interval), args.autoguidance
+    given = {**vars(args), "scale": scale}
+    own = {name: getattr(METHODS[method], name) for name in sample.OWN if given[name] is None}
+    args = Namespace(**{**given, **own})
+    guidance = method, args.scale, tuple(args.interval), args.autoguidance
     path = cache_path(guidance, indices, models, args)
     if not path.exists():
         samples = generate(guidance, indices, models, args)

@@ -1035,6 +1035,8 @@ def test_mistakes_are_answered_in_one_line(here):
             ("clip --steps 0", "--steps must be"), ("clip --clip none.pt", "none.pt"),
             ("guidance --methods classifier-free --prompts even", "ddpm --clip"),
             ("upsampler", "upsampler needs a trained one: python train.py upsampler -h"),
-            ("guidance --methods lookahead unclip", "a U-Net of its own")):
+            ("guidance --methods lookahead unclip", "a U-Net of its own"),
+            ("guidance --autoguidance 2", "--autoguidance needs a weak DDPM"),
+            ("decoder --weak weak.pt", "--weak is of no use with --method unclip")):
         with pytest.raises(cli.UserError, match=message):
             main.main(arguments.split())

@@ -154,6 +154,8 @@ def test_a_checkpoint_comes_back_and_is_checked(tmp_path):
     with pytest.raises(cli.UserError, match="there is no file .*none.pt; train one with: "
                                             "python train.py ddpm --fresh"):
         checkpoint.load(tmp_path / "none.pt", "ddpm run")
+    with pytest.raises(cli.UserError, match="train one with: python train.py ddpm$"):
+        checkpoint.load(tmp_path / "none.pt", "ddpm", "decoder")   # nothing is started over
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path):
@@ -254,7 +256,7 @@ def test_the_checksum_is_of_every_weight(content):
     (lambda c: c["weights"].update(more=torch.zeros(1)), "more"),
     (lambda c: c["weights"].update(bias=torch.zeros(4)), "bias"),
     (lambda c: c["config"].update(depth=1), "depth"),
-    (lambda c: c.pop("config"), "holds no 'config'.* train.py judge"),
+    (lambda c: c.pop("config"), "holds no 'config'.* train.py judge$"),
     (lambda c: c.update(weights=None), "does not fit")])
 def test_weights_that_do_not_fit_are_named(tmp_path, content, spoil, message):
     """A missing, an extra and a misshapen tensor, and what else can be wrong inside."""

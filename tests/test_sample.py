@@ -141,6 +141,8 @@ def test_models_that_do_not_fit_are_refused(here, capsys):
     sample.load_models(**conditional)   # without its condition it fits any CLIP of the same data
     with pytest.raises(cli.UserError, match="conditional/weights.pt is conditional on .* another"):
         sample.load_models(**conditional, method="classifier-free")
+    with pytest.raises(cli.UserError, match="this DDPM knows no texts of this CLIP"):
+        sample.generate(sample.load_models(**conditional), "red bus", method="classifier-free")
 
 
 def test_the_judge_is_that_of_the_same_data(here, tmp_path, monkeypatch, capsys):
@@ -609,10 +611,9 @@ def test_autoguidance_by_a_weak_ddpm(weak, capsys):
             assert image.tobytes() == images[len(prompt), "1"]
     assert len(set(images.values())) == 6
     for flags in (["--weak", weak], ["--autoguidance", "2"]):
-        with pytest.raises(cli.UserError, match="is of no use with --method unclip"):
-            sample.main(["red bus", "--method", "unclip", *FAST, *flags])
-        with pytest.raises(cli.UserError, match="is of no use to --variations"):
-            sample.main(["--variations", "car.png", *FAST, *flags])
+        for mode in (["red bus", "--method", "unclip"], ["--variations", "car.png"]):
+            with pytest.raises(cli.UserError, match=f"{flags[0]} is of no use (with|to) --"):
+                sample.main([*mode, *FAST, *flags])
     with pytest.raises(cli.UserError, match="train.py ddpm --channels 16 --steps 2000 --out runs/"):
         sample.main(["red bus", *FAST, "--autoguidance", "2"])
 
@@ -738,6 +739,14 @@ def test_variations_hide_as_much_as_asked_for(here, monkeypatch):
             assert 0.3 < left.std().item() / (.75 ** .5 * .5) < 3 and (left[0] != left[1]).all()
         else:
             assert torch.allclose(cond[:, :-1], (1 - vary) * z.expand(3, -1), atol=1e-4)
+
+
+def test_images_are_decoded_by_the_settings_of_unclip(here):
+    """Also if the config is that of another method."""
+    models, x_0 = sample.load_models(method="unclip"), torch.rand(1, 3, 16, 16)
+    images = [sample.variations(models, x_0, sample.SamplingConfig(n=2, steps=2, method=method))
+              for method in ("unclip", "lookahead")]
+    assert torch.equal(*images)
 
 
 def test_batches_start_from_the_given_noise(models):
