@@ -271,7 +271,7 @@ class Method(NamedTuple):
     steps: int = 25              # default of this and the next two: see tinyddpm.sample
     eta: float = 1.
     recurrence: int = 2
-    autoguidance: float = 1.5    # default scale of autoguided, 1 is none
+    autoguidance: float = 1.     # default scale of autoguided, 1 is none
 
 
 METHODS = {
@@ -282,9 +282,10 @@ METHODS = {
     "x0": Method(x0, 32., (1, 950), through_unet=True),
     # CLIP applied to x_0_hat, as in x0, with r_t^2 in place of the U-Net's Jacobian
     "x0-fast": Method(functools.partial(lookahead, t_fraction=0.), 128., (1, 1000)),
-    "classifier-free": Method(None, 2., (1, 1000), autoguidance=1.),
-    # Without CLIP's gradient there are no errors of it for fresh noise to overwrite.
-    "none": Method(None, 0., (1, 1000), steps=50, eta=0., recurrence=1),
+    "classifier-free": Method(None, 2., (1, 1000)),
+    # Without CLIP's gradient there are no errors of it for fresh noise to overwrite. (Autoguidance
+    # improves unguided images alone: experiments/LOG.md.)
+    "none": Method(None, 0., (1, 1000), steps=50, eta=0., recurrence=1, autoguidance=1.5),
 }
 DEFAULT = "lookahead"
 

@@ -12,7 +12,7 @@
 
 Uses runs/clip and runs/ddpm if both were trained (without a prompt runs/ddpm is enough; the last
 four need runs/decoder instead), else the models in weights/. Images are enlarged if there is an
-upsampler for them, and better if there is a weak DDPM (autoguidance). Writes a PNG for each prompt,
+upsampler for them; unguided ones are better if there is a weak DDPM. Writes a PNG for each prompt,
 with seed and settings in its metadata, prints how CLIP reads the prompt, CLIP's probability of it
 and the judge's prompt accuracy. With another -n or --batch an image may differ a little on a CPU
 that computes in bf16, where sums are rounded in another order. From Python: load_models, then
@@ -43,6 +43,7 @@ from tinyclip import normalize_prompt
 SHIPPED = Path(__file__).resolve().parent / "weights"
 METHODS = {**guide.METHODS, "unclip": guide.METHODS["none"]._replace(
     scale=2., steps=25, autoguidance=1.)}
+CONDITIONAL = "classifier-free", "unclip"   # methods whose U-Net has a condition: no autoguidance
 # Settings whose defaults depend on the method.
 OWN = "scale", "interval", "steps", "eta", "recurrence", "autoguidance"
 PUBLISHED_TEMPLATES = ("a photo of a {}.", "a rendering of a {}.", "a toy {}.")   # 3 of the 80
@@ -162,7 +163,7 @@ def load_weak(ddpm_content, method, path, device):
 
     One that is found must have had fewer steps than the DDPM, whose training may just have begun.
     """
-    if METHODS[method].autoguidance == 1:
+    if method in CONDITIONAL:
         if path:
             raise cli.UserError(f"--weak is of no use with --method {method}")
         return None, None
@@ -371,7 +372,7 @@ def fill_in(config, models):
             "lookahead", "noise-aware", "spherical"):
         print(f"this CLIP was trained on clean images: method x0-fast instead of {config.method}")
         config = replace(config, method="x0-fast")
-    if not models.weak or METHODS[config.method].autoguidance == 1:
+    if not models.weak or config.method in CONDITIONAL:
         if config.autoguidance not in (None, 1):
             raise cli.UserError(
                 "--autoguidance needs a weak DDPM; train a smaller one on the same images, for "
@@ -581,7 +582,8 @@ def resolve_mode(args):
     guides, random = args.prompts or modes, args.mode not in ("interpolate", "diff")
     for flag, used in ((f"method {args.method}", fits), ("scale", guides), ("interval", guides),
                        ("clip", guides), ("prior", args.method == "unclip" and not modes),
-                       ("autoguidance", METHODS[args.method].autoguidance != 1),
+                       ("autoguidance", args.method not in CONDITIONAL),
+                       ("weak", args.autoguidance or METHODS[args.method].autoguidance != 1),
                        ("judge", args.prompts), ("seed", random), ("eta", random),
                        ("recurrence", random), ("gif", not modes),
                        ("vary", args.mode == "variations")):

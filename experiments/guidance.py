@@ -24,7 +24,7 @@ SWEEPS = [   # what is changed, its value, the method, its scale if not its own,
       for low, high in ((1, 800), (1, 900), (1, 950), (200, 1000), (400, 1000))),
     *(("eta", eta, guide.DEFAULT, None, {"eta": eta}) for eta in (0., .5)),
     *(("autoguidance", scale, guide.DEFAULT, None, {"autoguidance": scale})
-      for scale in (1., 1.25, 2.)),
+      for scale in (1.25, 1.5)),
     *(("steps, recurrence", (steps, n), guide.DEFAULT, None, {"steps": steps, "recurrence": n})
       for steps, n in ((50, 1), (13, 4), (100, 1), (50, 2), (25, 4), (13, 8)))]
 

@@ -81,7 +81,7 @@ def encoded(monkeypatch):
 
 def test_the_weights_of_runs_come_before_those_that_ship(here, tmp_path, monkeypatch):
     """But only if both models were trained; what is given comes first."""
-    files = lambda **given: re.findall(r"(?:CLIP|DDPM) from (\S+)",
+    files = lambda **given: re.findall(r"(?<!weak )(?:CLIP|DDPM) from (\S+)",
                                        sample.load_models(**given).description)
     trained = ["runs/clip/weights.pt", "runs/ddpm/weights.pt"]
     assert files() == trained
@@ -601,15 +601,16 @@ def test_autoguidance_by_a_weak_ddpm(weak, capsys):
                 assert image.text["autoguidance"] == f"{scale}.0"
                 assert image.text["weak DDPM checksum"] != image.text["DDPM checksum"]
                 images[len(prompt), scale] = image.tobytes()
-        sample.main([*prompt, *options, "--out", "own.png"])
-        with Image.open("own.png") as image:
-            own = float(image.text["autoguidance"])
-            assert own == guide.METHODS[guide.DEFAULT].autoguidance > 1
         sample.main([*prompt, *options[:-2], "--out", "plain.png"])
         with Image.open("plain.png") as image:
             assert image.text["autoguidance"] == "1.0" and "weak DDPM checksum" not in image.text
             assert image.tobytes() == images[len(prompt), "1"]
     assert len(set(images.values())) == 6
+    sample.main([*options, "--out", "own.png"])
+    with Image.open("own.png") as image:
+        assert float(image.text["autoguidance"]) == guide.METHODS["none"].autoguidance > 1
+    with pytest.raises(cli.UserError, match="--weak is of no use with --method lookahead"):
+        sample.main(["red bus", *options])   # whose own scale is 1
     for flags in (["--weak", weak], ["--autoguidance", "2"]):
         for mode in (["red bus", "--method", "unclip"], ["--variations", "car.png"]):
             with pytest.raises(cli.UserError, match=f"{flags[0]} is of no use (with|to) --"):
