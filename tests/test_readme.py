@@ -274,29 +274,29 @@ def of_method(near, name, accuracy, bounds, second, kid, time):
 
 
 NUMBERS = [   # near this text, the README has this figure; results file, row, keys, format
-    *of_method("| unguided", "none", "0.0 %", "0.0 to 0.3", "0.1 %", ".182", "1.0"),
-    *of_method("| best of 64", "best-of-64", "14.5 %", "12.6 to 16.6", "14.9 %", ".114", "64.0"),
-    *of_method("| `noise-unaware`", "noise-unaware", "61.1 %", "58.3 to 63.9", "57.7 %", ".239",
-               "1.6"),
-    *of_method("| `noise-aware`", "noise-aware", "91.8 %", "90.1 to 93.3", "92.0 %", ".094",
-               "1.7"),
-    *of_method("| `x0`", "x0", "85.2 %", "83.1 to 87.1", "86.1 %", ".230", "2.7"),
+    *of_method("| unguided", "none", "0.4 %", "0.2 to 1.0", "0.3 %", ".017", "1.0"),
+    *of_method("| best of 64", "best-of-64", "17.3 %", "15.3 to 19.6", "17.3 %", ".020", "64.0"),
+    *of_method("| `noise-unaware`", "noise-unaware", "55.7 %", "52.8 to 58.5", "52.4 %", ".264",
+               "1.1"),
+    *of_method("| `noise-aware`", "noise-aware", "92.6 %", "91.0 to 94.0", "91.8 %", ".084",
+               "1.1"),
+    *of_method("| `x0`", "x0", "85.9 %", "83.8 to 87.8", "83.8 %", ".208", "1.9"),
     *of_method("| `classifier-free`", "classifier-free", "98.5 %", "97.6 to 99.0", "98.5 %", ".016",
-               "2.0"),
-    *of_method("| `unclip`", "unclip", "98.8 %", "98.0 to 99.3", "98.1 %", ".002", "1.3"),
-    *of_method("| **`lookahead`", "lookahead", "97.6 %", "96.6 to 98.3", "97.5 %", ".044", "1.6"),
-    ("best of 64 random samples", "14.5 %", "guidance", {"method": "best-of-64"},
+               "0.9"),
+    *of_method("| `unclip`", "unclip", "98.8 %", "98.0 to 99.3", "98.1 %", ".002", "0.6"),
+    *of_method("| **`lookahead`", "lookahead", "98.5 %", "97.6 to 99.0", "98.1 %", ".035", "1.1"),
+    ("best of 64 random samples", "17.3 %", "guidance", {"method": "best-of-64"},
      "prompt_accuracy", fraction),
     ("top-1", "99.5 %", "clip_accuracy", {"t": 0}, "top-1", fraction),
     ("at t = 500", "92.0 %", "clip_accuracy", {"t": 500}, "top-1", fraction),
     ("The judge", "99.8 %", "judge", {"camera": "all"}, "prompt_accuracy", fraction),
-    ("Bodies fail", "95.9 %", "failures", {"target": "body truck"}, "prompt_accuracy", fraction),
-    ("Bodies fail", "96.4 %", "failures", {"target": "body sports car"}, "prompt_accuracy",
-     fraction),
-    ("Guide by attributes", "96.6 %", "guidance", {"method": "joint"}, "prompt_accuracy", fraction),
+    *(("Trucks fail", text, "failures", {"target": target}, "prompt_accuracy", fraction)
+      for text, target in (("96.4 %", "body truck"), ("95.2 %", "main white"),
+                           ("97.4 %", "body sports car"))),
+    ("Guide by attributes", "97.3 %", "guidance", {"method": "joint"}, "prompt_accuracy", fraction),
     *(("are wrong", text, "failures", {"target": "all"}, key, "{:,}".format) for text, key in (
-        ("1,176", "samples"), ("28", "wrong"), ("19", "second_judge_accepts"),
-        ("21", "clip_prob_above_94_percent"))),
+        ("1,176", "samples"), ("18", "wrong"), ("13", "second_judge_accepts"),
+        ("12", "clip_prob_above_94_percent"))),
     ("English is", "99.2 %", "phrasings", {"phrasing": "mean"}, "t = 0", fraction),
     *(("held out of CLIP", text, "composition",
        {"held_out_from": held_out, "pairs": "held out", "guidance": "lookahead"},
@@ -313,6 +313,11 @@ NUMBERS = [   # near this text, the README has this figure; results file, row, k
      {"command": "python train.py judge --data photos --steps 1500"}, "accuracy", fraction),
     *(("`python train.py clip`", text, "training_loss", {"model": "clip"}, step, "{:.2f}".format)
       for text, step in (("6.73 at step 50", "50"), ("3.94 at 200", "200"), ("1.40", "2,100"))),
+    *(("Without a prompt guide", text, "guidance", {"method": method}, "kid", short)
+      for text, method in ((".017", "none"), (".124", "none, without autoguidance"))),
+    *(("--out runs/weak", text, "training_loss", {"model": "weak"}, step, form)
+      for text, step, form in (("2", "minutes", str), (".642 at step 50", "50", short),
+                               (".162 at 200", "200", short), (".095", "2,000", short))),
     *(("`python train.py ddpm`", text, "training_loss", {"model": "ddpm"}, step, short)
       for text, step in ((".641 at step 50", "50"), (".129 at 200", "200"), (".094", "1,000"),
                          (".074", "4,500"))),
@@ -378,9 +383,9 @@ CONSTANTS = [   # near this text, the README has this figure; what it has to be,
       for near in ("made the sixteen images", "`python train.py upsampler")),
     ("An unconditional diffusion model", "36 minutes", lambda: "{} minutes".format(minutes(
         ("training_loss", "model", "clip"), ("training_loss", "model", "ddpm")))),
-    ("An unconditional diffusion model", "88", lambda: str(minutes(
+    ("An unconditional diffusion model", "74", lambda: str(minutes(
         ("model_card", "file", "ddpm.pt")))),
-    ("The trained models come in", "(20 MB)", lambda: "({:.0f} MB)".format(
+    ("The trained models come in", "(28 MB)", lambda: "({:.0f} MB)".format(
         sum(path.stat().st_size for path in (ROOT / "weights").glob("*.pt")) / 1e6)),
     ("Nothing has to be downloaded", "50,000", lambda: f"{train.TrainConfig().images:,}"),
     ("top-1 among", "294 captions", lambda: f"{len(cars.CAPTIONS)} captions"),
