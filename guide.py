@@ -283,8 +283,8 @@ METHODS = {
     # CLIP applied to x_0_hat, as in x0, with r_t^2 in place of the U-Net's Jacobian
     "x0-fast": Method(functools.partial(lookahead, t_fraction=0.), 128., (1, 1000)),
     "classifier-free": Method(None, 2., (1, 1000)),
-    # Without CLIP's gradient there are no errors of it for fresh noise to overwrite. (Autoguidance
-    # improves unguided images alone: experiments/LOG.md.)
+    # Without CLIP's gradient there are no errors of it for fresh noise to overwrite. Guided images
+    # gain nothing by autoguidance: experiments/LOG.md.
     "none": Method(None, 0., (1, 1000), steps=50, eta=0., recurrence=1, autoguidance=1.5),
 }
 DEFAULT = "lookahead"

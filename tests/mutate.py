@@ -264,6 +264,7 @@ MUTANTS = {"tinyddpm.py": [
     ('content["captions"] == ddpm_content["captions"]', "True", "weak_ddpm_is"),
     ('content["steps"] < ddpm_content["steps"]', "True", "weak_ddpm_is"),
     ("config = replace(config, autoguidance=1.)", "pass", "by_a_weak"),
+    ("args.autoguidance or METHODS[args.method].autoguidance != 1", "True", "by_a_weak"),
     ("config.seed, i) for i in part", "config.seed, i - part[0]) for i in part",
      "function_of_prompt"),
     ("config.steps, config.eta,", "config.steps, 1.,", "function_of_prompt"),

@@ -290,9 +290,8 @@ NUMBERS = [   # near this text, the README has this figure; results file, row, k
     ("top-1", "99.5 %", "clip_accuracy", {"t": 0}, "top-1", fraction),
     ("at t = 500", "92.0 %", "clip_accuracy", {"t": 500}, "top-1", fraction),
     ("The judge", "99.8 %", "judge", {"camera": "all"}, "prompt_accuracy", fraction),
-    *(("Trucks fail", text, "failures", {"target": target}, "prompt_accuracy", fraction)
-      for text, target in (("96.4 %", "body truck"), ("95.2 %", "main white"),
-                           ("97.4 %", "body sports car"))),
+    *(("then trucks", text, "failures", {"target": target}, "prompt_accuracy", fraction)
+      for text, target in (("96.4 %", "body truck"), ("95.2 %", "main white"))),
     ("Guide by attributes", "97.3 %", "guidance", {"method": "joint"}, "prompt_accuracy", fraction),
     *(("are wrong", text, "failures", {"target": "all"}, key, "{:,}".format) for text, key in (
         ("1,176", "samples"), ("18", "wrong"), ("13", "second_judge_accepts"),
@@ -396,8 +395,8 @@ CONSTANTS = [   # near this text, the README has this figure; what it has to be,
     ("must not grade", "25 steps", lambda: f"{guide.METHODS[guide.DEFAULT].steps} steps"),
     ("(`python -m experiments guidance", "25 steps once",
      lambda: f"{sample.METHODS['unclip'].steps} steps once"),
-    ("(`python -m experiments guidance", "`sample.py` 50",
-     lambda: f"`sample.py` {sample.METHODS['none'].steps}"),
+    ("(`python -m experiments guidance", "50 steps",
+     lambda: f"{sample.METHODS['none'].steps} steps"),
     ("stays below", "1/4", lambda: "1/{:g}".format(1 / 0.5 ** 2)),   # sigma_data^2
     ("rather than take more", "25 steps", lambda: f"{guide.METHODS[guide.DEFAULT].steps} steps"),
     ("English is", "20 phrasings", lambda: f"{len(clip.HELD_OUT_PHRASINGS)} phrasings"),
