@@ -12,6 +12,8 @@
         arxiv.org/abs/2406.02507
     Song et al. 2023, "Pseudoinverse-Guided Diffusion Models" (r_t)
         openreview.net/forum?id=9_gsMA8MRKQ
+    Wallace et al. 2023, "End-to-End Diffusion Latent Optimization" (x_T)
+        arxiv.org/abs/2303.13703
     Crowson 2021, notebooks for CLIP-guided diffusion (the spherical distance)
 
 The diffusion model has learned p(x), what cars look like; CLIP has learned p(text | x). By Bayes'
@@ -50,8 +52,10 @@ from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from tinyddpm import cosine_alpha_bar, denoiser, extract, predict_eps, q_sample
+from tinyddpm import (cosine_alpha_bar, denoiser, extract, predict_eps, q_sample, randn_per_image,
+                      sample)
 
 
 def guided(denoise, log_p, alpha_bar, scale, interval=(1, math.inf), through_unet=False):
@@ -255,6 +259,73 @@ def autoguided(unet, weak, alpha_bar, scale):
     return denoise if weak is None else extrapolate(denoiser(weak, alpha_bar), denoise, scale)
 
 
+# ---- optimising the noise ------------------------------------------------------------------------
+
+LIMIT = 3.                  # of Fourier coefficients: in white noise 1 in 8,000 is larger
+T_LATENT, COPIES = 700, 4   # CLIP gets so many copies of x_0, noised to this timestep
+LR, LR_EDIT = 0.1, 0.05     # from random noise; from inverted images, to keep more of their shape
+DECAY = 0.1                 # weight decay, towards the noise at the start
+
+
+def project_to_white_noise(x):
+    """Bring x_T back to what white noise looks like; x: (B, C, H, W) -> the same shape
+
+    In white noise all frequencies are equally strong: its Fourier coefficients are independent,
+    with a mean square of 1. Here none may exceed LIMIT, and the mean square of an image becomes 1.
+    That alone would not do: the mean of a channel, hence the colour, is one of 1024 coefficients,
+    so optimisation can drive it far out of the distribution while the norm hardly changes.
+    """
+    coefficients = torch.fft.fft2(x, norm="ortho")                            # (B, C, H, W)
+    coefficients = coefficients * (LIMIT / coefficients.abs().clamp(min=LIMIT))
+    x = torch.fft.ifft2(coefficients, norm="ortho").real
+    return x / x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+
+
+def optimize_x_T(denoise, log_p, x_start, generators, alpha_bar, steps=10, iterations=50, lr=LR,
+                 through_unet=False, callback=None):
+    """Optimise the noise from which deterministic sampling draws images -> x_T: (B, 3, H, W)
+
+    x_start: (B, 3, H, W) standard normal, or inverted images; generators: B CPU generators; steps:
+    of sampling, eta = 0; lr: of Adam, about how far a pixel of x_T moves in an iteration, and
+    DECAY how much of the way back to x_start it then goes; callback(x_0, value): called in each
+    iteration, value: (B,) is log_p
+
+    Guidance changes every x_t on its way to the image. Here the way is that of the unguided
+    denoiser, and only its start changes. log_p is averaged over noisy copies of x_0, by which CLIP
+    is harder to fool. The x_T with the highest average is returned.
+
+    through_unet: back-propagate through all steps, so that grad is that of x_T; each is evaluated
+    again on the way back (torch.utils.checkpoint), so memory does not grow with steps. But sampling
+    multiplies differences, and such a gradient is right for tiny changes of x_T only: a step of 1 %
+    of its length raises log_p, one of 10 % does not. Without it, the identity stands for
+    d x_0 / d x_T, as a number does in lookahead: what should be redder in x_0 becomes redder in
+    x_T. That holds for changes of 20 %, at a third of the cost (experiments/README.md).
+    """
+    x_T = x_start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([x_T], lr, maximize=True)
+    best, highest = x_start, x_T.new_full((len(x_T),), -torch.inf)
+    t = torch.full((len(x_T),), T_LATENT, device=x_T.device)
+    run = functools.partial(checkpoint, denoise, use_reentrant=False) if through_unet else denoise
+    for _ in range(iterations):
+        with torch.set_grad_enabled(through_unet):
+            x_0 = sample(run, x_T, None, alpha_bar, steps, eta=0.)
+        with torch.enable_grad():
+            if not through_unet:   # subtle: its value is x_0, its derivative that of x_T
+                x_0 = x_0 + x_T - x_T.detach()
+            value = sum(log_p(q_sample(x_0, t, randn_per_image(
+                generators, x_0.shape[1:], x_0.device), alpha_bar), t, x_0)
+                for _ in range(COPIES)) / COPIES                              # (B,)
+            x_T.grad, = torch.autograd.grad(value.sum(), x_T)
+        with torch.no_grad():
+            better = (value > highest)[:, None, None, None]
+            best, highest = torch.where(better, x_T, best), torch.maximum(value, highest)
+            if callback:
+                callback(x_0.detach(), value)
+            optimizer.step()
+            x_T.copy_(project_to_white_noise(x_T.lerp(x_start, DECAY)))
+    return best
+
+
 # ---- the methods by name -------------------------------------------------------------------------
 
 # Why CLIP's scales are far above 1: p(text | x)^scale asks for images that show the caption beyond
@@ -285,6 +356,7 @@ METHODS = {
     "classifier-free": Method(None, 2., (1, 1000)),
     # Without CLIP's gradient there are no errors of it for fresh noise to overwrite. Guided images
     # gain nothing by autoguidance: experiments/LOG.md.
+    "latent": Method(noise_aware, 0., (1, 1000), steps=10, eta=0., recurrence=1),   # optimize_x_T
     "none": Method(None, 0., (1, 1000), steps=50, eta=0., recurrence=1, autoguidance=1.5),
 }
 DEFAULT = "lookahead"
@@ -294,14 +366,14 @@ def build_denoiser(name, models, targets, scale, interval, autoguidance):
     """Build the denoiser of one of METHODS.
 
     models: a sample.Models, or anything with clip, unet, weak, alpha_bar, text_features,
-    caption_labels; targets: (B,) int, unused by "none"; scale, interval: see guided; autoguidance:
-    the scale of autoguided, unused by "classifier-free"
+    caption_labels; targets: (B,) int, unused by "none", and by "latent", which changes x_T instead;
+    scale, interval: see guided; autoguidance: the scale of autoguided, not of "classifier-free"
     """
     if name == "classifier-free":
         cond = scale_features(models.text_features)[targets]
         return classifier_free(models.unet, models.alpha_bar, cond, scale, interval)
     denoise = autoguided(models.unet, models.weak, models.alpha_bar, autoguidance)
-    if name == "none":
+    if name in ("none", "latent"):
         return denoise
     method = METHODS[name]
     log_p = method.make_log_p(models.clip, models.text_features, targets, models.caption_labels)
@@ -309,8 +381,6 @@ def build_denoiser(name, models, targets, scale, interval, autoguidance):
 
 
 if __name__ == "__main__":   # a mixture of two Gaussians in the plane, where p(x | left) is known
-    from tinyddpm import randn_per_image, sample
-
     alpha_bar, means, var = cosine_alpha_bar(), torch.tensor([[-.4, 0.], [.4, 0.]]), 0.1
 
     def component_log_density(x_t, t):

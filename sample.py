@@ -8,15 +8,17 @@
     python sample.py "red bus" --method unclip    by way of an image embedding, from a prior
     python sample.py --variations car.png --vary 0.3           other cars like this one
     python sample.py --interpolate car.png bus.png             from one image to another
+    python sample.py --interpolate "red car" "blue bus"        from one prompt to another
     python sample.py --diff car.png "a red car" "a blue car"   change it as the texts differ
+    python sample.py --edit car.png "a blue car"               change it by optimising its noise
 
-Uses runs/clip and runs/ddpm if both were trained (without a prompt runs/ddpm is enough; the last
-four need runs/decoder instead), else the models in weights/. Images are enlarged if there is an
-upsampler for them; unguided ones are better if there is a weak DDPM. Writes a PNG for each prompt,
-with seed and settings in its metadata, prints how CLIP reads the prompt, CLIP's probability of it
-and the judge's prompt accuracy. With another -n or --batch an image may differ a little on a CPU
-that computes in bf16, where sums are rounded in another order. From Python: load_models, then
-generate (see README.md).
+Uses runs/clip and runs/ddpm if both were trained (without a prompt runs/ddpm is enough; unclip,
+--variations, --interpolate and --diff need runs/decoder instead), else the models in weights/.
+Images are enlarged if there is an upsampler for them; unguided ones are better if there is a weak
+DDPM. Writes a PNG for each prompt, with seed and settings in its metadata, prints how CLIP reads
+the prompt, CLIP's probability of it and the judge's prompt accuracy. With another -n or --batch an
+image may differ a little on a CPU that computes in bf16, where sums are rounded in another order.
+From Python: load_models, then generate (see README.md).
 """
 import argparse
 import difflib
@@ -46,6 +48,7 @@ METHODS = {**guide.METHODS, "unclip": guide.METHODS["none"]._replace(
 CONDITIONAL = "classifier-free", "unclip"   # methods whose U-Net has a condition: no autoguidance
 # Settings whose defaults depend on the method.
 OWN = "scale", "interval", "steps", "eta", "recurrence", "autoguidance"
+FOR_NOISY_IMAGES = "lookahead", "noise-aware", "spherical", "latent"   # what CLIP must know
 PUBLISHED_TEMPLATES = ("a photo of a {}.", "a rendering of a {}.", "a toy {}.")   # 3 of the 80
 
 
@@ -345,6 +348,7 @@ class SamplingConfig:
     batch: int = 64               # images at a time
     size: int = None              # pixels, H and W; None: as large as there is an upsampler for
     vary: float = 0.              # of decoded images: how much noise hides of their embeddings
+    iterations: int = 50          # of "latent", the optimisation of x_T
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -353,7 +357,7 @@ class SamplingConfig:
         cli.check_ranges(
             self, n=(1, 10_000), scale=(-1e6, 1e6), steps=(1, tinyddpm.T), eta=(0, 1),
             recurrence=(1, 100), autoguidance=(-1e6, 1e6), batch=(1, 10_000),
-            seed=(0, 2 ** 63 - 1), vary=(0, 1))
+            seed=(0, 2 ** 63 - 1), vary=(0, 1), iterations=(1, 10_000))
         lo, hi = self.interval or (1, tinyddpm.T)
         if not 1 <= lo <= hi <= tinyddpm.T:
             raise cli.UserError(f"--interval must be LO <= HI in 1 to {tinyddpm.T}, not {lo} {hi}")
@@ -368,8 +372,7 @@ def fill_in(config, models):
     if config.size not in (None, *sizes):
         raise cli.UserError(f"--size must be one of {', '.join(map(str, sizes))} with these "
                             f"models, not {config.size}")
-    if clip and not clip.config.noise_aware and config.method in (
-            "lookahead", "noise-aware", "spherical"):
+    if clip and not clip.config.noise_aware and config.method in FOR_NOISY_IMAGES:
         print(f"this CLIP was trained on clean images: method x0-fast instead of {config.method}")
         config = replace(config, method="x0-fast")
     if not models.weak or config.method in CONDITIONAL:
@@ -409,17 +412,21 @@ def draw_captions(allowed, config):
     return indices[torch.stack(drawn)]
 
 
-def sample_images(models, caption_ids, config, callback=None):
+def sample_images(models, caption_ids, config, callback=None, x_T=None):
     """Sample an image of each caption, (n,) int64 -> (n, 3, size, size) in [-1, 1]
 
-    method "none" ignores the captions. callback: see tinyddpm.sample
+    method "none" ignores the captions. callback: see tinyddpm.sample; x_T: (n, 3, H, W), None:
+    random
     """
     config = replace(fill_in(config, models), n=len(caption_ids))
     caption_ids = caption_ids.to(models.alpha_bar.device)
     make_denoise = lambda part, generators: build_denoiser(
         config.method, models, caption_ids[part], config.scale, config.interval,
         config.autoguidance, generators)
-    return sample_batches(models, make_denoise, config, callback)
+    make_log_p = lambda part: guide.METHODS["latent"].make_log_p(
+        models.clip, models.text_features, caption_ids[part], models.caption_labels)
+    return sample_batches(models, make_denoise, config, callback, x_T,
+                          make_log_p if config.method == "latent" else None)
 
 
 def build_denoiser(method, models, targets, scale, interval, autoguidance, generators):
@@ -432,46 +439,86 @@ def build_denoiser(method, models, targets, scale, interval, autoguidance, gener
                             "python train.py ddpm --clip FILE --out runs/conditional")
     if method != "unclip":
         return guide.build_denoiser(method, models, targets, scale, interval, autoguidance)
+    text = guide.scale_features(models.text_features[targets])                # (B, E)
+    z = guide.scale_features(
+        unclip.sample_prior(require_prior(models), text, generators, models.alpha_bar))
+    return unclip.decoder_denoiser(models.unet, models.alpha_bar, z, scale, interval)
+
+
+def require_prior(models):
+    """-> models.prior; UserError if there is none"""
     if not models.prior:
         raise cli.UserError("there is no prior for this CLIP; train one with: python train.py "
                             "prior --clip FILE" if models.condition == "image" else
                             'these models are not for unclip: load_models(method="unclip")')
-    text = guide.scale_features(models.text_features[targets])                # (B, E)
-    z = guide.scale_features(
-        unclip.sample_prior(models.prior, text, generators, models.alpha_bar))
-    return unclip.decoder_denoiser(models.unet, models.alpha_bar, z, scale, interval)
+    return models.prior
 
 
-def sample_batches(models, make_denoise, config, callback=None, x_T=None):
+def sample_batches(models, make_denoise, config, callback=None, x_T=None, make_log_p=None):
     """Sample n images, a batch at a time, and enlarge them -> (n, 3, size, size) in [-1, 1]
 
-    make_denoise: (indices, their generators) -> denoise; x_T: (n, 3, H, W), None: random
+    make_denoise: (indices, their generators) -> denoise; x_T: (n, 3, H, W), None: random;
+    make_log_p: indices -> log_p, by which x_T is optimised first
     """
     images, native, device = [], models.unet.config.image_size, models.alpha_bar.device
     for part in torch.arange(config.n).split(config.batch):
         generators = [data.generator("sampling", config.seed, i) for i in part.tolist()]
-        noise = tinyddpm.randn_per_image(generators, (3, native, native), device)
+        noise = (x_T[part] if x_T is not None else
+                 tinyddpm.randn_per_image(generators, (3, native, native), device))
+        denoise = make_denoise(part, generators)
+        if make_log_p:
+            noise = guide.optimize_x_T(
+                denoise, make_log_p(part), noise, generators, models.alpha_bar, config.steps,
+                config.iterations, lr=guide.LR if x_T is None else guide.LR_EDIT)
         x_0 = tinyddpm.sample(
-            make_denoise(part, generators), noise if x_T is None else x_T[part], generators,
-            models.alpha_bar, config.steps, config.eta, recurrence=config.recurrence,
-            callback=None if images else callback)
+            denoise, noise, generators, models.alpha_bar, config.steps, config.eta,
+            recurrence=config.recurrence, callback=None if images else callback)
         if config.size > native:
             x_0 = unclip.upsample(models.upsampler, x_0, config.size, unclip.SAMPLED)
         images.append(x_0)
     return torch.cat(images)
 
 
-# ---- from images to images (unCLIP) --------------------------------------------------------------
+# ---- from images to images -----------------------------------------------------------------------
+
+def invert(models, x_0, denoise, seeds):
+    """Find the x_T from which denoise draws x_0 -> (N, 3, H, W); seeds: (seed, index) of each"""
+    generators = [data.generator("sampling", *entropy) for entropy in seeds]
+    eps = tinyddpm.randn_per_image(generators, x_0.shape[1:], x_0.device)
+    return tinyddpm.invert(denoise, x_0, eps, models.alpha_bar)
+
+
+def edit(models, x_0, prompt, config):
+    """Change an image, by optimising its noise, to what a prompt says -> (n, 3, size, size)
+
+    x_0: (1, 3, H, W), inverted with n different noises
+    """
+    config = fill_in(replace(config, method="latent"), models)
+    if config.method != "latent":
+        raise cli.UserError("--edit needs a CLIP that was trained on noisy images")
+    models, allowed = resolve_prompt(prompt, models)
+    denoise = guide.autoguided(models.unet, models.weak, models.alpha_bar, config.autoguidance)
+    x_T = torch.cat([
+        invert(models, x_0.expand(len(part), -1, -1, -1), denoise,
+               [(config.seed, i) for i in part.tolist()])
+        for part in torch.arange(config.n).split(config.batch)])
+    return sample_images(models, draw_captions(allowed, config), config, x_T=x_T)
+
+
+# ---- from images to images by unCLIP -------------------------------------------------------------
 
 def embed(models, x_0):
     """Embed images x_0: (B, 3, H, W) in [-1, 1] -> z: (B, E), scaled"""
     return guide.scale_features(models.clip.encode_image(x_0))
 
 
-def invert(models, x_0, z):
-    """Find the x_T from which the decoder, given z, draws x_0 at scale 1 -> (N, 3, H, W)"""
+def invert_decoder(models, x_0, z, seed):
+    """Find the x_T from which the decoder, given z, draws x_0 at scale 1 -> (N, 3, H, W)
+
+    Noised alike, images that are alike have an x_T that is alike.
+    """
     denoise = unclip.decoder_denoiser(models.unet, models.alpha_bar, z, scale=1)
-    return tinyddpm.invert(denoise, x_0, models.alpha_bar)
+    return invert(models, x_0, denoise, [(seed, 0)] * len(x_0))
 
 
 def decode(models, z, x_T, config):
@@ -497,6 +544,11 @@ def variations(models, x_0, config):
     return decode(models, embed(models, x_0).repeat(config.n // len(x_0), 1), None, config)
 
 
+def on_the_way(x, n):
+    """x: (2, ...) -> n from x[0] to x[1], (n, ...), by spherical interpolation"""
+    return torch.cat([unclip.slerp(x[:1], x[1:], f) for f in torch.linspace(0, 1, n).tolist()])
+
+
 def interpolate(models, x_0, config):
     """Decode embeddings on the way from one image to another -> (n, 3, size, size)
 
@@ -504,9 +556,25 @@ def interpolate(models, x_0, config):
     another config.scale the ends are not the given images (so for `diff`).
     """
     z = embed(models, x_0)
-    x_T, fractions = invert(models, x_0, z), torch.linspace(0, 1, config.n).tolist()
-    between = lambda x: torch.cat([unclip.slerp(x[:1], x[1:], f) for f in fractions])
-    return decode(models, between(z), between(x_T), config)
+    x_T = on_the_way(invert_decoder(models, x_0, z, config.seed), config.n)
+    return decode(models, on_the_way(z, config.n), x_T, config)
+
+
+def interpolate_texts(models, texts, config):
+    """Decode embeddings on the way between those that the prior draws for two texts
+
+    -> (n, 3, size, size), all from one x_T
+    """
+    read = [resolve_prompt(text, models) for text in texts]
+    features = torch.cat([extended.text_features[draw_captions(allowed, replace(config, n=1))]
+                          for extended, allowed in read])                     # (2, E)
+    generators = [data.generator("sampling", config.seed, 0) for _ in range(2)]
+    z = unclip.sample_prior(require_prior(models), guide.scale_features(features), generators,
+                            models.alpha_bar)
+    native, device = models.unet.config.image_size, models.alpha_bar.device
+    x_T = tinyddpm.randn_per_image(generators[:1], (3, native, native), device)
+    return decode(models, on_the_way(guide.scale_features(z), config.n),
+                  x_T.expand(config.n, -1, -1, -1), config)
 
 
 def diff(models, x_0, text_from, text_to, config):
@@ -521,7 +589,7 @@ def diff(models, x_0, text_from, text_to, config):
         raise cli.UserError(f"{text_from!r} and {text_to!r} are the same to CLIP; what should "
                             "change?")
     z = embed(models, x_0)
-    x_T = invert(models, x_0, z).expand(config.n, -1, -1, -1)
+    x_T = invert_decoder(models, x_0, z, config.seed).expand(config.n, -1, -1, -1)
     z = torch.cat([unclip.text_diff(z, *features, fraction)
                    for fraction in torch.linspace(0, 0.5, config.n).tolist()])
     return decode(models, z, x_T, config)
@@ -537,7 +605,7 @@ def parse(arguments):
     add("-n", type=int, default=default.n, help="how many images")
     add("--method", choices=METHODS, help=f"default with a prompt: {default.method}")
     add("--scale", type=float, help="guidance scale; this and the next five: by default the "
-        "method's own (scale 1, that of the inversion, for --interpolate and --diff)")
+        "method's own (scale 1, that of the inversion, from images by --interpolate and --diff)")
     add("--interval", type=int, nargs=2, metavar=("LO", "HI"),
         help="guide only at these timesteps, 1 to 1000")
     add("--steps", type=int, help="sampling steps, 1 to 1000")
@@ -546,6 +614,8 @@ def parse(arguments):
     add("--recurrence", type=int,
         help="take each step but the last this many times, with fresh noise in between")
     add("--autoguidance", type=float, help="scale of the guidance by a weak DDPM, 1 is none")
+    add("--iterations", type=int, help="how often --method latent and --edit change the noise; "
+        f"default {default.iterations}")
     add("--seed", type=int, default=default.seed)
     add("--batch", type=int, default=default.batch, help="images at a time")
     add("--out", help="the PNG to write, or the folder if there are several prompts; default out")
@@ -553,9 +623,10 @@ def parse(arguments):
     add("--size", type=int, help="pixels, such as 32, 64 or 128; default: as large as possible")
     add("--variations", nargs=1, metavar="IMAGE", help="other images of what this one shows")
     add("--vary", type=float, default=0., help="hide so much of the image's embedding, 0 to 1")
-    add("--interpolate", nargs=2, metavar=("IMAGE1", "IMAGE2"), help="from one image to another")
+    add("--interpolate", nargs=2, metavar=("FROM", "TO"), help="two images, or two prompts")
     add("--diff", nargs=3, metavar=("IMAGE", "TEXT1", "TEXT2"),
         help="change an image as TEXT2 differs from TEXT1")
+    add("--edit", nargs=2, metavar=("IMAGE", "TEXT"), help="change an image to what TEXT says")
     other = {"clip": "clip (or OpenAI's weights beside their vocabulary)",
              "ddpm": "ddpm (or decoder)", "weak": "ddpm, for autoguidance"}
     for name in ("clip", "ddpm", "weak", "prior", "upsampler", "judge"):
@@ -569,27 +640,36 @@ def parse(arguments):
 def resolve_mode(args):
     """Set mode, files, texts, method, scale, prompts ([None] if there are none); UserError for a
     flag that would change nothing"""
-    modes = [name for name in ("variations", "interpolate", "diff") if getattr(args, name)]
+    modes = [name for name in ("variations", "interpolate", "diff", "edit") if getattr(args, name)]
     if len(modes) + bool(args.prompts) > 1:
-        raise cli.UserError("a prompt, --variations, --interpolate and --diff exclude each other")
+        raise cli.UserError("a prompt, --variations, --interpolate, --diff and --edit exclude each "
+                            "other")
     args.mode, given = (modes[0], getattr(args, modes[0])) if modes else (None, [])
-    args.files, args.texts = (given, []) if args.mode == "interpolate" else (given[:1], given[1:])
-    default = guide.DEFAULT if args.prompts else "unclip" if modes else "none"
+    args.files, args.texts = given[:1], given[1:]
+    if args.mode == "interpolate":
+        texts = not any(Path(name).exists() or Path(name).suffix for name in given)
+        args.files, args.texts = ([], given) if texts else (given, [])
+    default = (guide.DEFAULT if args.prompts else "latent" if args.mode == "edit" else
+               "unclip" if modes else "none")
     args.method = args.method or default   # without a prompt the only one that fits
     fits = args.method != "none" if args.prompts else args.method == default
     where = (f"to --{args.mode}" if modes else "without a prompt" if not args.prompts else
              f"with --method {args.method}" if fits else "to a prompt")
-    guides, random = args.prompts or modes, args.mode not in ("interpolate", "diff")
+    latent, inverts = args.method == "latent", args.mode in ("interpolate", "diff", "edit")
+    guides = (args.prompts or modes) and not latent
     for flag, used in ((f"method {args.method}", fits), ("scale", guides), ("interval", guides),
-                       ("clip", guides), ("prior", args.method == "unclip" and not modes),
+                       ("clip", args.prompts or modes),
+                       ("prior", args.method == "unclip" and not args.files),
                        ("autoguidance", args.method not in CONDITIONAL),
                        ("weak", args.autoguidance or METHODS[args.method].autoguidance != 1),
-                       ("judge", args.prompts), ("seed", random), ("eta", random),
-                       ("recurrence", random), ("gif", not modes),
-                       ("vary", args.mode == "variations")):
+                       ("judge", args.prompts), ("eta", not inverts and not latent),
+                       ("recurrence", not inverts and not latent), ("gif", not modes),
+                       ("vary", args.mode == "variations"), ("iterations", latent)):
         if getattr(args, flag.split()[0]) and not used:
             raise cli.UserError(f"--{flag} is of no use {where}")
-    if not random and args.scale is None:
+    if args.iterations is None:
+        args.iterations = SamplingConfig.iterations
+    if args.files and args.mode in ("interpolate", "diff") and args.scale is None:
         args.scale = 1.   # that of the inversion: at others they would not begin with the image
     args.prompts = args.prompts or [None]
 
@@ -645,9 +725,12 @@ def report(models, allowed, x_0, judge_model, content):
 
 
 def draw_from_images(models, args, config):
-    """--variations, --interpolate or --diff -> (N, 3, size, size), the given images included"""
+    """--variations, ..., --edit -> (N, 3, size, size), the given images included"""
+    if not args.files:
+        return interpolate_texts(models, args.texts, config)
     x_0 = data.read_images(args.files, models.unet.config.image_size).to(models.alpha_bar.device)
-    draw = {"variations": variations, "interpolate": interpolate, "diff": diff}[args.mode]
+    draw = {"variations": variations, "interpolate": interpolate, "diff": diff, "edit": edit}[
+        args.mode]
     drawn = draw(models, x_0, *args.texts, config)
     given = F.interpolate(x_0, drawn.shape[-2:])
     return torch.cat([given[:1], drawn, given[1:]])

@@ -470,25 +470,35 @@ def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, r
 
 # ---- inversion (skip at first) -------------------------------------------------------------------
 
-def invert(denoise, x_0, alpha_bar, steps=50):
-    """Find the noise that deterministic sampling turns into these images: plain DDIM run backwards.
+T_INVERT = 20   # its noise has a standard deviation of .04
 
-    x_0: (B, C, H, W) -> x_T: (B, C, H, W); sample(..., eta=0, clamp=False) leads back to about x_0
 
-    The ODE behind DDIM (Song et al. 2021 eq. 14): x_t / sqrt(alpha_bar) changes by eps_hat times
-    the change of sqrt((1 - alpha_bar) / alpha_bar).
-    differs from the paper: eps_hat is evaluated at (x_t, t_next), as if x_t were already x at
-    t_next, because that is the timestep at which sampling evaluated it, and at t = 0 there is no
-    noise to predict. The error falls with the number of steps.
+def invert(denoise, x_0, eps, alpha_bar, steps=25):
+    """Find the noise from which deterministic sampling draws these images -> x_T: (B, C, H, W)
+
+    x_0, eps: (B, C, H, W), eps standard normal; sample(..., eta=0) leads back to about x_0
+
+    As x_t = cos(phi) x_0 + sin(phi) eps with cos(phi) = sqrt(alpha_bar), an image turns into noise
+    by a rotation, whose velocity is what the network predicts (Salimans & Ho 2022, app. D):
+        dx_t / dphi = cos(phi) eps - sin(phi) x_0 = v = (cos(phi) x_t - x_0_hat) / sin(phi).
+    That is the ODE behind DDIM (Song et al. 2021 eq. 14). Heun's method follows it with the mean of
+    v before and after each step, so there are two evaluations of denoise in a step.
+    The way begins at t = 20, not at the image itself. Every x_t of training is noisy, so x_0 would
+    be none; a flat background would remain flat, and x_T have a standard deviation of .4. Most of
+    eps is found again in x_T; the image is in the rest.
     """
-    x_t = x_0
-    for t, t_next in itertools.pairwise(ddim_timesteps(len(alpha_bar) - 1, steps)[::-1]):
-        a, a_next = alpha_bar[t], alpha_bar[t_next]
-        x_0_hat = denoise(x_t, torch.full((len(x_t),), t_next, device=x_t.device))
-        eps_hat = predict_eps(x_t, x_0_hat, a_next)
-        # sqrt(a_next) (sqrt((1 - a_next) / a_next) - sqrt((1 - a) / a))
-        change = (1 - a_next).sqrt() - (a_next * (1 - a) / a).sqrt()
-        x_t = (a_next / a).sqrt() * x_t + change * eps_hat
+    phi = torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt())
+
+    def velocity(x_t, t):
+        t = torch.full((len(x_t),), t, device=x_t.device)
+        a = extract(alpha_bar, t)
+        return (a.sqrt() * x_t - denoise(x_t, t)) / (1 - a).sqrt()
+
+    x_t = q_sample(x_0, torch.full((len(x_0),), T_INVERT, device=x_0.device), eps, alpha_bar)
+    timesteps = torch.linspace(T_INVERT, len(alpha_bar) - 1, steps + 1).round().long().tolist()
+    for t, t_next in itertools.pairwise(timesteps):
+        step, v = phi[t_next] - phi[t], velocity(x_t, t)
+        x_t = x_t + step * (v + velocity(x_t + step * v, t_next)) / 2
     return x_t
 
 

@@ -119,6 +119,11 @@ def generate(guidance, indices, models, args):
         x_T = tinyddpm.randn_per_image(generators, (3, size, size), device)
         denoise = build_denoiser(method, models, part % len(models.captions), *settings,
                                  generators)
+        if method == "latent":
+            log_p = guide.METHODS[method].make_log_p(
+                models.clip, models.text_features, part % len(models.captions),
+                models.caption_labels)
+            x_T = guide.optimize_x_T(denoise, log_p, x_T, generators, models.alpha_bar, args.steps)
         images.append(data.to_uint8(tinyddpm.sample(   # waits for the device: the time is correct
             denoise, x_T, generators, models.alpha_bar, args.steps, args.eta,
             recurrence=args.recurrence)))

@@ -17,7 +17,7 @@ from tinyddpm import extract, randn_per_image, sample
 
 SHAPE = (3, 8, 32)   # H != W, and as many patches as the clip fixture's 16 x 16
 LABELS = torch.from_numpy(cars.caption_labels(np.arange(294)))                # (294, 3)
-METHODS = [name for name in guide.METHODS if name != "none"]
+METHODS = [name for name in guide.METHODS if name not in ("none", "latent")]
 
 
 def generators(n):
@@ -391,6 +391,66 @@ def test_the_gradient_through_the_unet_goes_through_the_weak_one(models, weak):
     expected = 100 * (1 - a) / a.sqrt() * grad
     assert expected.abs().max() > 0.1
     assert torch.allclose(out(x, t) - unguided(x, t), expected, atol=1e-3)
+
+
+# ---- optimising the noise ------------------------------------------------------------------------
+
+def test_white_noise_stays_what_it_is_and_a_colour_does_not():
+    """Real noise hardly changes; the coefficient of a mean is cut to LIMIT, the power kept at 1."""
+    torch.manual_seed(0)
+    noise = torch.randn(4, 3, 32, 16)
+    projected = guide.project_to_white_noise(noise)
+    assert (projected * noise.std(dim=(1, 2, 3), keepdim=True) - noise).abs().max() < 0.1
+    tinted = guide.project_to_white_noise(noise + torch.tensor([1., 0, -1])[:, None, None])
+    for x in (projected, tinted, guide.project_to_white_noise(30 * noise)):
+        assert torch.allclose(x.square().mean(dim=(1, 2, 3)), torch.ones(4), atol=1e-5)
+        assert torch.fft.fft2(x, norm="ortho").abs().max() < 1.1 * guide.LIMIT
+    assert tinted.mean(dim=(2, 3)).abs().max() < 1.1 * guide.LIMIT / (32 * 16) ** 0.5
+
+
+def optimize(alpha_bar, denoise, log_p, x_start, **options):
+    """guide.optimize_x_T with 5 steps of sampling -> x_T and the images it leads to"""
+    x_T = guide.optimize_x_T(denoise, log_p, x_start, generators(len(x_start)), alpha_bar, 5,
+                             **options)
+    return x_T, sample(denoise, x_T, None, alpha_bar, 5, eta=0.)
+
+
+@pytest.mark.parametrize("through_unet", [False, True])
+def test_optimising_the_noise_raises_log_p(through_unet, alpha_bar, monkeypatch):
+    """The image comes nearer to the target; the best of all iterations is returned; weight decay
+    keeps x_T near its start."""
+    torch.manual_seed(0)
+    x_start, target = torch.randn(2, *SHAPE), 0.5 * torch.randn(2, *SHAPE).clamp(-1, 1)
+    denoise, seen = gaussian_denoiser(alpha_bar, 0., 0.25), []
+    log_p = lambda x_t, t, x_0: -(x_0 - target).square().sum(dim=(1, 2, 3))
+    run = lambda **options: optimize(alpha_bar, denoise, log_p, x_start, through_unet=through_unet,
+                                     **options)
+    _, before = run(iterations=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(guide, "DECAY", 0.)
+        x_T, after = run(callback=lambda x_0, value: seen.append(value))
+    assert torch.equal(before, sample(denoise, x_start, None, alpha_bar, 5, eta=0.))
+    value = log_p(None, None, after)
+    assert (value > 0.4 * log_p(None, None, before)).all() and len(seen) == 50
+    assert torch.allclose(value, torch.stack(seen).amax(dim=0), atol=1e-3)
+    kept, _ = run()
+    assert 0.1 < (kept - x_start).norm() / (x_T - x_start).norm() < 0.8
+
+
+def test_only_through_the_unet_is_the_gradient_that_of_x_T(alpha_bar):
+    """Where an image is the negative of its noise, the identity in place of d x_0 / d x_T leads
+    away; back-propagation, which evaluates each step twice, does not. The best is returned."""
+    torch.manual_seed(0)
+    x_start, values, calls = torch.randn(1, *SHAPE), [], []
+    denoise = lambda x_t, t: calls.append(t) or -0.5 * x_t.tanh()
+    log_p = lambda x_t, t, x_0: x_0.sum(dim=(1, 2, 3))
+    for through_unet, sign in ((False, -1), (True, 1)):
+        values.clear(), calls.clear()
+        x_T = guide.optimize_x_T(denoise, log_p, x_start, generators(1), alpha_bar, 1, 3,
+                                 through_unet=through_unet,
+                                 callback=lambda x_0, value: values.append(value.item()))
+        assert (np.diff(values) * sign > 0).all() and len(calls) == 3 * (1 + through_unet)
+        assert torch.equal(x_T, x_start) != through_unet
 
 
 # ---- cost and independence -----------------------------------------------------------------------

@@ -555,13 +555,13 @@ def with_clip(noise_aware):
 
 
 def test_a_method_has_its_own_settings_unless_given():
-    """Those of METHODS; no scale that CLIP needs is zero."""
+    """Those of METHODS; no scale of guidance is zero."""
     for name, method in sample.METHODS.items():
         config = sample.fill_in(sample.SamplingConfig(method=name, steps=5), with_clip(True))
         assert config == sample.SamplingConfig(
             method=name, steps=5, scale=method.scale, interval=method.interval, size=16,
             eta=method.eta, recurrence=method.recurrence, autoguidance=method.autoguidance)
-        assert (method.scale > 0) == (name != "none")
+        assert (method.scale > 0) == (name not in ("none", "latent"))
         given = sample.SamplingConfig(method=name, scale=0., interval=(3, 7), size=16, steps=3,
                                       eta=0.5, recurrence=9, autoguidance=1.)
         assert sample.fill_in(given, with_clip(True)) == given
@@ -572,7 +572,7 @@ def test_a_clip_of_clean_images_guides_through_x_0_hat():
     all others stay, as all do with a noise-aware CLIP."""
     for name in sample.METHODS:
         for scale in (None, 7.):
-            other = "x0-fast" if name in ("lookahead", "noise-aware", "spherical") else name
+            other = "x0-fast" if name in sample.FOR_NOISY_IMAGES else name
             config, like = (sample.SamplingConfig(method=method, scale=scale, steps=5)
                             for method in (name, other))
             assert sample.fill_in(config, with_clip(True)).method == name
@@ -768,8 +768,8 @@ def test_ways_between_images_begin_and_end_at_them(here, monkeypatch):
     x_0 = torch.rand(2, 3, 16, 16)
     config = sample.fill_in(sample.SamplingConfig(n=5, method="unclip"), models)
     z = sample.embed(models, x_0)
-    x_T = sample.invert(models, x_0, z)
-    monkeypatch.setattr(sample, "invert", lambda models, x, its_z: x_T[:len(x)])
+    x_T = sample.invert_decoder(models, x_0, z, seed=0)
+    monkeypatch.setattr(sample, "invert_decoder", lambda models, x, its_z, seed: x_T[:len(x)])
     monkeypatch.setattr(sample, "sample_batches", lambda models, make, config, x_T: seen.append(
         (make(slice(0, config.n), [torch.Generator()] * config.n), x_T)))
     monkeypatch.setattr(sample.unclip, "decoder_denoiser", lambda unet, ab, z, *others: z)
@@ -791,15 +791,67 @@ def test_images_from_images(here, capsys):
     render("b.png", 2, size=50)
     Image.open("a.png").convert("L").save("gray.png")
     for number, *mode in ((5, "--variations", "gray.png"), (6, "--interpolate", "a.png", "b.png"),
-                          (5, "--diff", "a.png", "a red bus", "a blue bus")):
+                          (5, "--diff", "a.png", "a red bus", "a blue bus"),
+                          (5, "--edit", "a.png", "a blue bus", "--iterations", "2")):
         sample.main([*mode, "-n", "4", *UNCLIP])
         with Image.open("drawn.png") as image:
             pixels = np.asarray(image)
             assert image.size == (2 + 66 * number, 2 + 66)
-            assert image.text[mode[0][2:]] == ", ".join(mode[1:])
+            assert image.text[mode[0][2:]] == ", ".join(mode[1:]).partition(", --")[0]
         given = data.read_images(mode[1:2], 16)
         assert (pixels[2:66:4, 2:66:4] == data.to_uint8(given)[0]).all()
     assert "'a red bus' is read as" in capsys.readouterr().out
+
+
+def test_the_way_from_one_prompt_to_another(here, monkeypatch):
+    """Begins and ends at embeddings that the prior draws from the same noise; one x_T for all."""
+    models, seen = sample.load_models(method="unclip"), []
+    config = sample.SamplingConfig(n=5, seed=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "decode", lambda models, z, x_T, config: seen.append((z, x_T)))
+        sample.interpolate_texts(models, ["a red bus", "the blue bus"], config)
+    (z, x_T), = seen
+    k = [models.captions.index(f"a {colour} bus") for colour in ("red", "blue")]
+    generators = [data.generator("sampling", 3, 0) for _ in k]
+    ends = unclip.sample_prior(models.prior, guide.scale_features(models.text_features[k]),
+                               generators, models.alpha_bar)
+    assert torch.allclose(z[[0, -1]], guide.scale_features(ends), atol=1e-4)
+    assert not torch.allclose(z[0], z[1], atol=1e-2)
+    assert x_T.shape == (5, 3, 16, 16) and (x_T == x_T[0]).all() and 0.9 < x_T[0].std() < 1.1
+    sample.main(["--interpolate", "a red bus", "a blue bus", "-n", "4", *UNCLIP])
+    with Image.open("drawn.png") as image:
+        assert image.size == (2 + 4 * 66, 2 + 66)
+        assert image.text["interpolate"] == "a red bus, a blue bus"
+
+
+def test_an_edit_begins_with_the_inverted_image(here, monkeypatch):
+    """Of the unguided U-Net, noised in as many ways as there are images; so does no other method
+    than latent, which is optimised for the prompt's caption and sampled with its own steps."""
+    models, seen = sample.load_models(), []
+    x_0 = torch.rand(1, 3, 16, 16)
+
+    def optimize_x_T(denoise, log_p, x_start, generators, alpha_bar, steps, iterations, lr):
+        seen.append((x_start, steps, iterations, lr))
+        t = torch.ones(len(x_start), dtype=torch.long)
+        assert torch.equal(denoise(x_0, t[:1]), plain(x_0, t[:1]))
+        assert log_p(x_start, t, x_start).shape == (len(x_start),)
+        return x_start + 1
+    monkeypatch.setattr(guide, "optimize_x_T", optimize_x_T)
+    plain = tinyddpm.denoiser(models.unet, models.alpha_bar)
+    config = sample.SamplingConfig(n=3, batch=2, iterations=7)
+    images = sample.edit(models, x_0, "a blue bus", config)
+    x_T = torch.cat([x_start for x_start, *_ in seen])
+    assert [(len(x), *others) for x, *others in seen] == [
+        (2, 10, 7, guide.LR_EDIT), (1, 10, 7, guide.LR_EDIT)]
+    for i in range(3):
+        eps = torch.randn(1, 3, 16, 16, generator=data.generator("sampling", 0, i))
+        inverted = tinyddpm.invert(plain, x_0, eps, models.alpha_bar)
+        assert torch.allclose(x_T[i:i + 1], inverted, atol=1e-3)
+    drawn = tinyddpm.sample(plain, x_T + 1, None, models.alpha_bar, 10, eta=0.)
+    assert torch.allclose(images, drawn, atol=1e-3)
+    models.clip.config.noise_aware = False
+    with pytest.raises(cli.UserError, match="--edit needs a CLIP that was trained on noisy images"):
+        sample.edit(models, x_0, "a blue bus", config)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -817,7 +869,13 @@ def test_images_from_images(here, capsys):
     (["red bus", "--method", "none"], "--method none is of no use to a prompt"),
     (["--scale", "3"], "--scale is of no use without a prompt"),
     (["red bus", "--prior", "none.pt"], "--prior is of no use with --method lookahead"),
-    (["--diff", "car.png", "a bus", "a van", "--seed", "1"], "--seed is of no use to --diff"),
+    (["--edit", "car.png", "a bus", "--scale", "1"], "--scale is of no use to --edit"),
+    (["--edit", "car.png", "a bus", "--method", "x0"], "--method x0 is of no use to --edit"),
+    (["red bus", "--method", "latent", "--eta", "1"], "--eta is of no use with --method latent"),
+    (["red bus", "--iterations", "9"], "--iterations is of no use with --method lookahead"),
+    (["--interpolate", "red bus", "car.png"], "red bus is no image that can be read: no such file"),
+    (["--interpolate", "red bus", "?!"], "has no letters or digits"),
+    (["red bus", "--method", "latent", "--iterations", "0"], "--iterations must be from 1"),
     (["--variations", "car.png", "--method", "x0"], "--method x0 is of no use to --variations"),
     (["--variations", "car.png", "--gif"], "--gif is of no use to --variations"),
     (["red bus", "--size", "17"], "--size must be one of 16 with these models, not 17"),
