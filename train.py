@@ -48,6 +48,7 @@ class TrainConfig:
     warmup: float = 0.03         # fraction of the run in which the learning rate rises from zero
     weight_decay: float = 0.05   # of Muon's matrices; AdamW's parameters do not decay
     images: int = 50_000         # built-in cars to render; of a folder all images are used
+    flips: float = 0.            # of the images of a batch, mirrored left to right
 
 
 # ---- what each model is trained for --------------------------------------------------------------
@@ -392,6 +393,11 @@ TASKS = {   # kind -> what makes its Task; default configs of the model and of i
     "upsampler": (upsampler_task, unclip.UpsamplerConfig(),
                   TrainConfig(steps=1500, batch=16, lr=3e-3, weight_decay=0.01, images=6000)),
     "judge": (judge_task, judge.JudgeConfig(), TrainConfig(steps=800))}
+# What photographs of class folders need beyond that, such as CIFAR-10's 50,000: --preset photos
+PRESETS = {"photos": {
+    "clip": {"steps": 6000, "flips": 0.5},
+    "ddpm": {"channels": 64, "batch": 64, "steps": 24_000, "flips": 0.5},
+    "judge": {"width": 64, "steps": 3000, "flips": 0.5, "shift": 4, "cutout": 12}}}
 
 
 # ---- a run ---------------------------------------------------------------------------------------
@@ -476,6 +482,9 @@ def train_step(run, step):
     indices = torch.from_numpy(indices).to(device)
     generator = data.generator("training", seed, step, rank, device=device)
     torch.manual_seed(data.generator("dropout", seed, step, rank).initial_seed())
+    if options.flips:
+        mirrored = torch.rand(size, 1, 1, 1, generator=generator, device=device) < options.flips
+        x_0 = torch.where(mirrored, x_0.flip(3), x_0)
     total = 0.
     for x, part in zip(x_0.chunk(options.accumulate), indices.chunk(options.accumulate)):
         with cli.autocast(device, run.bf16):
@@ -575,24 +584,29 @@ def parse(arguments):
         if kind == "upsampler":
             add("--ddpm", required=True, help="a DDPM's weights.pt, which draws half of the small "
                 "images again, to learn to mend what it draws")
+        if presets := [name for name, of_kind in PRESETS.items() if kind in of_kind]:
+            add("--preset", choices=presets, help="other defaults")
         for name, value in {**vars(config), **vars(options)}.items():
             several = isinstance(value, tuple)
-            # These are not for users to set.
-            if name not in ("cond_dim", "in_channels", "noise_aware", "clip_dim"):
-                add("--" + name.replace("_", "-"), default=value, nargs="+" if several else None,
-                    type=type(value[0] if several else value), help=f"default: {value}")
+            # These are not for users to set; of a mirrored image the embedding would be another.
+            if name not in ("cond_dim", "in_channels", "noise_aware", "clip_dim") and (
+                    name != "flips" or kind not in ("decoder", "prior")):
+                add("--" + name.replace("_", "-"), nargs="+" if several else None,
+                    default=argparse.SUPPRESS, type=type(value[0] if several else value),
+                    help=f"default: {value}")
     args = parser.parse_args(arguments)
+    given = {**PRESETS.get(vars(args).get("preset"), {}).get(args.kind, {}), **vars(args)}
     changed = lambda default: dataclasses.replace(default, **{
-        name: type(value)(getattr(args, name))   # argparse makes lists of tuples
-        for name, value in vars(default).items() if name in args})
+        name: type(value)(given[name])   # argparse makes lists of tuples
+        for name, value in vars(default).items() if name in given})
     try:
         config, options = map(changed, TASKS[args.kind][1:])
     except ValueError as error:   # a config refuses what cannot be built
         raise cli.UserError(str(error)) from None
     cli.check_ranges(
-        args, steps=(1, math.inf), batch=(1, math.inf), accumulate=(1, math.inf), warmup=(0, 1),
-        images=(1, 10_000_000), seed=(0, 2 ** 63 - 1), lr=(0, 1), weight_decay=(0, 1),
-        minutes=(0, math.inf), save_every=(0, math.inf))
+        options, steps=(1, math.inf), batch=(1, math.inf), accumulate=(1, math.inf),
+        images=(1, 10_000_000), warmup=(0, 1), lr=(0, 1), weight_decay=(0, 1), flips=(0, 1))
+    cli.check_ranges(args, seed=(0, 2 ** 63 - 1), minutes=(0, math.inf), save_every=(0, math.inf))
     ranks = distributed.world_size()
     if options.batch % (ranks * options.accumulate):
         raise cli.UserError(f"--batch {options.batch} is not a multiple of {ranks} ranks x "

@@ -35,7 +35,7 @@ MAX_PIXELS = 90_000_000   # to hold in memory at a time; of a JPEG, after it is 
 PARTS = "train training val valid validation dev eval test testing".split()   # are no classes
 TEMPLATES = ("a photo of {}", "{}", "a picture of {}", "a blurry photo of {}",
              "a close-up photo of {}", "a small photo of {}")   # of class names
-SPLITS = {"train": range(5, 20), "validation": [0], "judge": range(2, 5), "judge-test": [1]}
+SPLITS = {"train": range(8, 20), "validation": [0], "judge": range(2, 8), "judge-test": [1]}
 TRANSIENT = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM}
 # These are the machine's or the owner's: what cannot be read today may be readable tomorrow.
 

@@ -330,7 +330,7 @@ MUTANTS = {"tinyddpm.py": [
     ("\n    if local_rank():\n        any", "\n    if False:\n        any", "infra: two_ranks"),
     ("grad.copy_(mean.view(grad.shape))", "pass", "infra: two_ranks")],
 "infra/image_folders.py": [
-    ('"train": range(5, 20)', '"train": range(0, 20)', "split; data: disjoint"),
+    ('"train": range(8, 20)', '"train": range(0, 20)', "split; data: disjoint"),
     ('"validation": [0]', '"validation": [5]', "split; data: disjoint"),
     ('"judge-test": [1]', '"judge-test": [2]', "split; data: disjoint"),
     ("(image_folder.objects) if part", "(image_folder.files) if part", "never_split"),
