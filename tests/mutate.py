@@ -127,7 +127,7 @@ MUTANTS = {"tinyddpm.py": [
     ("x_0 = x_0 + x_T - x_T.detach()", "x_0 = x_0 - x_T + x_T.detach()", "optimising"),
     ("if through_unet else denoise", "if False else denoise", "through_the_unet"),
     ("x_T.lerp(x_start, DECAY)", "x_T", "optimising"),
-    ("(LIMIT / coefficients", "(9 * LIMIT / coefficients", "white_noise"),
+    ("abs().clamp(min=LIMIT))", "abs().clamp(min=9 * LIMIT))", "white_noise"),
     ("return x / x.square()", "return 2 * x / x.square()", "white_noise"),
     ("value > highest", "value < highest", "optimising, through_the_unet"),
     ("TEMPERATURE = 5.", "TEMPERATURE = 1.", "each_log_p"),
@@ -183,6 +183,9 @@ MUTANTS = {"tinyddpm.py": [
     ("default_rng([seed, index])", "default_rng([index])", "function_of_seed"),
     ("rng.uniform(-spread, spread, 3), 0, 1)", "0, 0, 1)", "weights_were_trained_on")],
 "judge.py": [
+    ("(2, B, 1, 1), device", "(2, 1, 1, 1), device", "augmented"),
+    ("judge.config.shift, judge.config.cutout", "0, 0", "augmented"),
+    ("+ 1).abs() <= cutout", "+ 1).abs() < cutout", "augmented"),
     ("labels[:, i]) for i, logits", "labels[:, 0]) for i, logits", "sum_of_the_heads"),
     ("self.config.dropout, self.training)", "self.config.dropout, True)", "dropout"),
     ("self.config.dropout, self.training)", "0., self.training)", "dropout"),

@@ -769,6 +769,8 @@ def test_ways_between_images_begin_and_end_at_them(here, monkeypatch):
     config = sample.fill_in(sample.SamplingConfig(n=5, method="unclip"), models)
     z = sample.embed(models, x_0)
     x_T = sample.invert_decoder(models, x_0, z, seed=0)
+    alike = sample.invert_decoder(models, x_0[[0, 0]], z[[0, 0]], seed=0)
+    assert torch.allclose(alike, x_T[[0, 0]], atol=1e-3)   # from the same noise
     monkeypatch.setattr(sample, "invert_decoder", lambda models, x, its_z, seed: x_T[:len(x)])
     monkeypatch.setattr(sample, "sample_batches", lambda models, make, config, x_T: seen.append(
         (make(slice(0, config.n), [torch.Generator()] * config.n), x_T)))

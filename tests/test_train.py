@@ -622,6 +622,23 @@ def test_steps_follow_the_gradients_of_their_batches(monkeypatch, steps):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and grad.any()
 
 
+def test_some_images_are_mirrored(monkeypatch):
+    """A step's own choice of them; all others are as they were."""
+    run, seen = start("judge", batch=64, flips=0.25), []
+    monkeypatch.setattr(judge, "judge_loss", lambda model, x, labels: seen.append(x) or sum(
+        p.sum() for p in model.parameters()))
+    for step in (1, 2, 1):
+        train.train_step(run, step)
+    mirrored = []
+    for step, x in zip((1, 2), seen):
+        x_0, _ = data.batch(run.dataset, 0, step, 64)
+        same, other = (((x - given).abs().amax(dim=(1, 2, 3)) < 1e-6)
+                       for given in (x_0, x_0.flip(3)))
+        assert (same | other).all() and 4 < other.sum() < 32
+        mirrored.append(other)
+    assert torch.equal(seen[0], seen[2]) and not torch.equal(*mirrored)
+
+
 def test_each_step_has_the_learning_rate_of_the_schedule():
     """Both optimizers, in every step."""
     run = start("judge", batch=4, steps=10, warmup=0.3)
@@ -969,6 +986,17 @@ def test_flags_change_the_defaults(capsys):
     assert "--cond-dim" not in out and "--in-channels" not in out   # they follow from others
 
 
+@pytest.mark.parametrize("kind", train.PRESETS["photos"])
+def test_a_preset_is_other_defaults(kind):
+    """Given flags replace them, too."""
+    preset = train.PRESETS["photos"][kind]
+    _, *default = train.TASKS[kind]
+    _, config, options = train.parse(f"{kind} --preset photos --steps 7 --batch 5".split())
+    for made, before in ((config, default[0]), (options, default[1])):
+        for name, value in vars(before).items():
+            assert getattr(made, name) == {**preset, "steps": 7, "batch": 5}.get(name, value)
+
+
 @pytest.mark.parametrize("flags, message", [
     ("clip --minutes -1", "--minutes must be from 0 to inf, not -1.0"),
     ("clip --minutes nan", "--minutes must be"), ("clip --save-every -1", "--save-every must"),
@@ -979,7 +1007,9 @@ def test_flags_change_the_defaults(capsys):
     ("clip --lr nan", "--lr must be"), ("clip --lr inf", "--lr must be"),
     ("clip --seed -1", "--seed must be"), ("clip --images 20000000", "--images must be"),
     ("clip --max-logit-scale inf", "finite"), ("clip --max-logit-scale nan", "finite"),
-    ("clip --preset small", "--preset"), ("clip --steps many", "'many'"),
+    ("clip --preset small", "--preset"), ("prior --clip c.pt --preset photos", "--preset"),
+    ("clip --flips 2", "--flips must be from 0 to 1"), ("decoder --clip c.pt --flips 1", "--flips"),
+    ("judge --shift 32", "shift must be"), ("clip --steps many", "'many'"),
     ("clip --hold-out white", "--hold-out"), ("clip --clip clip.pt", "--clip"),
     ("clip --stem foo", "stem must be"), ("clip --heads 3", "multiple of heads"),
     ("clip --heads 0", "at least 1"), ("clip --image-size 30", "not a multiple of patch"),
