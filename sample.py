@@ -481,13 +481,6 @@ def sample_batches(models, make_denoise, config, callback=None, x_T=None, make_l
 
 # ---- from images to images -----------------------------------------------------------------------
 
-def invert(models, x_0, denoise, seeds):
-    """Find the x_T from which denoise draws x_0 -> (N, 3, H, W); seeds: (seed, index) of each"""
-    generators = [data.generator("sampling", *entropy) for entropy in seeds]
-    eps = tinyddpm.randn_per_image(generators, x_0.shape[1:], x_0.device)
-    return tinyddpm.invert(denoise, x_0, eps, models.alpha_bar)
-
-
 def edit(models, x_0, prompt, config):
     """Change an image, by optimising its noise, to what a prompt says -> (n, 3, size, size)
 
@@ -498,10 +491,10 @@ def edit(models, x_0, prompt, config):
         raise cli.UserError("--edit needs a CLIP that was trained on noisy images")
     models, allowed = resolve_prompt(prompt, models)
     denoise = guide.autoguided(models.unet, models.weak, models.alpha_bar, config.autoguidance)
-    x_T = torch.cat([
-        invert(models, x_0.expand(len(part), -1, -1, -1), denoise,
-               [(config.seed, i) for i in part.tolist()])
-        for part in torch.arange(config.n).split(config.batch)])
+    generators = [data.generator("sampling", config.seed, i) for i in range(config.n)]
+    eps = tinyddpm.randn_per_image(generators, x_0.shape[1:], x_0.device)
+    x_T = torch.cat([tinyddpm.invert(denoise, x_0.expand_as(part), part, models.alpha_bar)
+                     for part in eps.split(config.batch)])
     return sample_images(models, draw_captions(allowed, config), config, x_T=x_T)
 
 
@@ -512,13 +505,13 @@ def embed(models, x_0):
     return guide.scale_features(models.clip.encode_image(x_0))
 
 
-def invert_decoder(models, x_0, z, seed):
+def invert(models, x_0, z):
     """Find the x_T from which the decoder, given z, draws x_0 at scale 1 -> (N, 3, H, W)
 
-    Noised alike, images that are alike have an x_T that is alike.
+    Without noise at the start: more of the image is then in x_T, less in z.
     """
     denoise = unclip.decoder_denoiser(models.unet, models.alpha_bar, z, scale=1)
-    return invert(models, x_0, denoise, [(seed, 0)] * len(x_0))
+    return tinyddpm.invert(denoise, x_0, torch.zeros_like(x_0), models.alpha_bar)
 
 
 def decode(models, z, x_T, config):
@@ -556,7 +549,7 @@ def interpolate(models, x_0, config):
     another config.scale the ends are not the given images (so for `diff`).
     """
     z = embed(models, x_0)
-    x_T = on_the_way(invert_decoder(models, x_0, z, config.seed), config.n)
+    x_T = on_the_way(invert(models, x_0, z), config.n)
     return decode(models, on_the_way(z, config.n), x_T, config)
 
 
@@ -589,7 +582,7 @@ def diff(models, x_0, text_from, text_to, config):
         raise cli.UserError(f"{text_from!r} and {text_to!r} are the same to CLIP; what should "
                             "change?")
     z = embed(models, x_0)
-    x_T = invert_decoder(models, x_0, z, config.seed).expand(config.n, -1, -1, -1)
+    x_T = invert(models, x_0, z).expand(config.n, -1, -1, -1)
     z = torch.cat([unclip.text_diff(z, *features, fraction)
                    for fraction in torch.linspace(0, 0.5, config.n).tolist()])
     return decode(models, z, x_T, config)
@@ -655,21 +648,23 @@ def resolve_mode(args):
     fits = args.method != "none" if args.prompts else args.method == default
     where = (f"to --{args.mode}" if modes else "without a prompt" if not args.prompts else
              f"with --method {args.method}" if fits else "to a prompt")
-    latent, inverts = args.method == "latent", args.mode in ("interpolate", "diff", "edit")
+    latent, inverts = args.method == "latent", args.mode in ("interpolate", "diff")
+    random = not (inverts and args.files)   # x_T
     guides = (args.prompts or modes) and not latent
     for flag, used in ((f"method {args.method}", fits), ("scale", guides), ("interval", guides),
                        ("clip", args.prompts or modes),
                        ("prior", args.method == "unclip" and not args.files),
                        ("autoguidance", args.method not in CONDITIONAL),
                        ("weak", args.autoguidance or METHODS[args.method].autoguidance != 1),
-                       ("judge", args.prompts), ("eta", not inverts and not latent),
+                       ("judge", args.prompts), ("seed", random),
+                       ("eta", not inverts and not latent),
                        ("recurrence", not inverts and not latent), ("gif", not modes),
                        ("vary", args.mode == "variations"), ("iterations", latent)):
         if getattr(args, flag.split()[0]) and not used:
             raise cli.UserError(f"--{flag} is of no use {where}")
     if args.iterations is None:
         args.iterations = SamplingConfig.iterations
-    if args.files and args.mode in ("interpolate", "diff") and args.scale is None:
+    if not random and args.scale is None:
         args.scale = 1.   # that of the inversion: at others they would not begin with the image
     args.prompts = args.prompts or [None]
 

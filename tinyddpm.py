@@ -476,16 +476,17 @@ T_INVERT = 20   # its noise has a standard deviation of .04
 def invert(denoise, x_0, eps, alpha_bar, steps=25):
     """Find the noise from which deterministic sampling draws these images -> x_T: (B, C, H, W)
 
-    x_0, eps: (B, C, H, W), eps standard normal; sample(..., eta=0) leads back to about x_0
+    x_0, eps: (B, C, H, W), eps standard normal (or zero, see below); sample(..., eta=0) leads back
+    to about x_0
 
     As x_t = cos(phi) x_0 + sin(phi) eps with cos(phi) = sqrt(alpha_bar), an image turns into noise
     by a rotation, whose velocity is what the network predicts (Salimans & Ho 2022, app. D):
         dx_t / dphi = cos(phi) eps - sin(phi) x_0 = v = (cos(phi) x_t - x_0_hat) / sin(phi).
     That is the ODE behind DDIM (Song et al. 2021 eq. 14). Heun's method follows it with the mean of
     v before and after each step, so there are two evaluations of denoise in a step.
-    The way begins at t = 20, not at the image itself. Every x_t of training is noisy, so x_0 would
-    be none; a flat background would remain flat, and x_T have a standard deviation of .4. Most of
-    eps is found again in x_T; the image is in the rest.
+    The way begins at t = 20, with the image noised by eps. Every x_t of training is noisy, and x_0
+    is not: from x_0 itself, or with eps = 0, a flat background stays flat, and x_T has a standard
+    deviation of about .5, not 1. Most of eps is found again in x_T, and the image in the rest.
     """
     phi = torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt())
 
