@@ -1,4 +1,4 @@
-"""The tables of record: experiments/results/*.json, printed into README.md and UNCLIP.md.
+"""The tables of record: experiments/results/*.json, printed into the pages of this folder.
 
     python -m experiments tables      after a change of a JSON file
 
@@ -17,7 +17,7 @@ import torch
 from infra import cli
 
 HERE = Path(__file__).parent
-PAGES = "README.md", "UNCLIP.md"
+PAGES = "README.md", "UNCLIP.md", "LATENTS.md"
 SECTION = re.compile(r"(<!-- table (\w+)(?: (\w+)=(.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 FRACTIONS = {"prompt_accuracy", "low", "body", "main", "second", "second_judge", "disagree",

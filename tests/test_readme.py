@@ -36,7 +36,7 @@ def read(name):
 # ---- sizes ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["README.md", "experiments/README.md", "experiments/UNCLIP.md",
-                                  "experiments/LOG.md"])
+                                  "experiments/LATENTS.md", "experiments/LOG.md"])
 def test_a_page_is_short(name):
     """At most 12 KB."""
     assert len(read(name).encode()) <= 12_288
@@ -54,7 +54,8 @@ def test_the_readme_can_be_skimmed():
 
 # ---- commands ------------------------------------------------------------------------------------
 
-PAGES = ["README.md", "weights/README.md", "experiments/README.md", "experiments/UNCLIP.md"]
+PAGES = ["README.md", "weights/README.md", "experiments/README.md", "experiments/UNCLIP.md",
+         "experiments/LATENTS.md"]
 DOCSTRINGS = ["train.py", "sample.py", "infra/distributed.py", "experiments/__main__.py",
               "experiments/tables.py", "experiments/interruptions.py"]
 PROGRAMS = "python", "torchrun", "pip"
@@ -372,7 +373,7 @@ def minutes(*rows):
 
 
 def scales():
-    return [method.scale for name, method in guide.METHODS.items() if method.make_log_p]
+    return [method.scale for method in guide.METHODS.values() if method.make_log_p and method.scale]
 
 
 CONSTANTS = [   # near this text, the README has this figure; what it has to be, by the code
