@@ -270,9 +270,9 @@ DECAY = 0.1                 # weight decay, towards the noise at the start
 def project_to_white_noise(x):
     """Bring x_T back to what white noise looks like; x: (B, C, H, W) -> the same shape
 
-    In white noise all frequencies are equally strong: its Fourier coefficients are independent,
-    with a mean square of 1. Here none may exceed LIMIT, and the mean square of an image becomes 1.
-    That alone would not do: the mean of a channel, hence the colour, is one of 1024 coefficients,
+    In white noise all frequencies are equally strong: its Fourier coefficients have a mean square
+    of 1. Here they are limited to about LIMIT, and the mean square of an image becomes 1. Fixing
+    that alone would not do: the mean of a channel, hence the colour, is one of 1024 coefficients,
     so optimisation can drive it far out of the distribution while the norm hardly changes.
     """
     coefficients = torch.fft.fft2(x, norm="ortho")                            # (B, C, H, W)
@@ -286,20 +286,20 @@ def optimize_x_T(denoise, log_p, x_start, generators, alpha_bar, steps=10, itera
     """Optimise the noise from which deterministic sampling draws images -> x_T: (B, 3, H, W)
 
     x_start: (B, 3, H, W) standard normal, or inverted images; generators: B CPU generators; steps:
-    of sampling, eta = 0; lr: of Adam, about how far a pixel of x_T moves in an iteration, and
-    DECAY how much of the way back to x_start it then goes; callback(x_0, value): called in each
-    iteration, value: (B,) is log_p
+    of sampling, eta = 0; iterations: how often CLIP is asked; lr: of Adam, about how far a pixel of
+    x_T moves in an iteration, before it goes a fraction DECAY of the way back to x_start;
+    callback(x_0, value): called in each iteration, value: (B,) is log_p
 
     Guidance changes every x_t on its way to the image. Here the way is that of the unguided
     denoiser, and only its start changes. log_p is averaged over noisy copies of x_0, by which CLIP
     is harder to fool. The x_T with the highest average is returned.
 
-    through_unet: back-propagate through all steps, so that grad is that of x_T; each is evaluated
-    again on the way back (torch.utils.checkpoint), so memory does not grow with steps. But sampling
-    multiplies differences, and such a gradient is right for tiny changes of x_T only: a step of 1 %
-    of its length raises log_p, one of 10 % does not. Without it, the identity stands for
-    d x_0 / d x_T, as a number does in lookahead: what should be redder in x_0 becomes redder in
-    x_T. That holds for changes of 20 %, at a third of the cost (experiments/README.md).
+    through_unet: back-propagate through all steps, as the paper does (Wallace et al. 2023). Each is
+    evaluated again on the way back (torch.utils.checkpoint), so that memory grows by no more than
+    one x_t a step.
+    differs from the paper: by default the identity stands for d x_0 / d x_T, as a number does in
+    lookahead: what should be redder in x_0 becomes redder in x_T. Sampling multiplies differences,
+    so the exact gradient holds for tiny changes of x_T only (experiments/LATENTS.md).
     """
     x_T = x_start.clone().requires_grad_()
     optimizer = torch.optim.Adam([x_T], lr, maximize=True)
@@ -310,7 +310,7 @@ def optimize_x_T(denoise, log_p, x_start, generators, alpha_bar, steps=10, itera
         with torch.set_grad_enabled(through_unet):
             x_0 = sample(run, x_T, None, alpha_bar, steps, eta=0.)
         with torch.enable_grad():
-            if not through_unet:   # subtle: its value is x_0, its derivative that of x_T
+            if not through_unet:   # subtle: its value is x_0, its derivative by x_T the identity
                 x_0 = x_0 + x_T - x_T.detach()
             value = sum(log_p(q_sample(x_0, t, randn_per_image(
                 generators, x_0.shape[1:], x_0.device), alpha_bar), t, x_0)
@@ -354,9 +354,9 @@ METHODS = {
     # CLIP applied to x_0_hat, as in x0, with r_t^2 in place of the U-Net's Jacobian
     "x0-fast": Method(functools.partial(lookahead, t_fraction=0.), 128., (1, 1000)),
     "classifier-free": Method(None, 2., (1, 1000)),
+    "latent": Method(noise_aware, 0., (1, 1000), steps=10, eta=0., recurrence=1),   # optimize_x_T
     # Without CLIP's gradient there are no errors of it for fresh noise to overwrite. Guided images
     # gain nothing by autoguidance: experiments/LOG.md.
-    "latent": Method(noise_aware, 0., (1, 1000), steps=10, eta=0., recurrence=1),   # optimize_x_T
     "none": Method(None, 0., (1, 1000), steps=50, eta=0., recurrence=1, autoguidance=1.5),
 }
 DEFAULT = "lookahead"

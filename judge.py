@@ -114,9 +114,10 @@ def augment(x, shift, cutout):
         image = torch.arange(B, device=x.device)[:, None, None]
         x = padded[image, corner[0] + i, corner[1] + j].permute(0, 3, 1, 2)
     if cutout:
-        near = lambda n: (2 * (torch.arange(n, device=x.device) - torch.randint(
-            n, (B, 1), device=x.device)) + 1).abs() <= cutout   # of a random row or column: (B, n)
-        x = x.masked_fill(near(H)[:, None, :, None] & near(W)[:, None, None], 0.)
+        rows, columns = (torch.arange(n, device=x.device) - torch.randint(
+            n, (B, 1), device=x.device) + cutout // 2 for n in (H, W))        # (B, H), (B, W)
+        inside = lambda offset: (0 <= offset) & (offset < cutout)
+        x = x.masked_fill(inside(rows)[:, None, :, None] & inside(columns)[:, None, None], 0.)
     return x
 
 

@@ -381,6 +381,8 @@ def fill_in(config, models):
                 "--autoguidance needs a weak DDPM; train a smaller one on the same images, for "
                 "fewer steps: python train.py ddpm --channels 16 --steps 2000 --out runs/weak")
         config = replace(config, autoguidance=1.)
+    if config.method == "latent" and (config.eta or config.recurrence not in (None, 1)):
+        raise cli.UserError("method latent optimises x_T for sampling with eta 0 and recurrence 1")
     own = {name: getattr(METHODS[config.method], name)
            for name in OWN if getattr(config, name) is None}
     return replace(config, size=config.size or sizes[-1], **own)
@@ -458,7 +460,7 @@ def sample_batches(models, make_denoise, config, callback=None, x_T=None, make_l
     """Sample n images, a batch at a time, and enlarge them -> (n, 3, size, size) in [-1, 1]
 
     make_denoise: (indices, their generators) -> denoise; x_T: (n, 3, H, W), None: random;
-    make_log_p: indices -> log_p, by which x_T is optimised first
+    make_log_p: indices -> log_p, by which x_T is optimised first, a given one in smaller steps
     """
     images, native, device = [], models.unet.config.image_size, models.alpha_bar.device
     for part in torch.arange(config.n).split(config.batch):
@@ -486,9 +488,9 @@ def edit(models, x_0, prompt, config):
 
     x_0: (1, 3, H, W), inverted with n different noises
     """
-    config = fill_in(replace(config, method="latent"), models)
-    if config.method != "latent":
+    if not models.clip.config.noise_aware:
         raise cli.UserError("--edit needs a CLIP that was trained on noisy images")
+    config = fill_in(replace(config, method="latent"), models)
     models, allowed = resolve_prompt(prompt, models)
     denoise = guide.autoguided(models.unet, models.weak, models.alpha_bar, config.autoguidance)
     generators = [data.generator("sampling", config.seed, i) for i in range(config.n)]
@@ -508,7 +510,7 @@ def embed(models, x_0):
 def invert(models, x_0, z):
     """Find the x_T from which the decoder, given z, draws x_0 at scale 1 -> (N, 3, H, W)
 
-    Without noise at the start: more of the image is then in x_T, less in z.
+    eps = 0: x_T is no white noise then, but has more of the image in it.
     """
     denoise = unclip.decoder_denoiser(models.unet, models.alpha_bar, z, scale=1)
     return tinyddpm.invert(denoise, x_0, torch.zeros_like(x_0), models.alpha_bar)
@@ -607,7 +609,7 @@ def parse(arguments):
     add("--recurrence", type=int,
         help="take each step but the last this many times, with fresh noise in between")
     add("--autoguidance", type=float, help="scale of the guidance by a weak DDPM, 1 is none")
-    add("--iterations", type=int, help="how often --method latent and --edit change the noise; "
+    add("--iterations", type=int, help="how often --method latent and --edit ask CLIP; "
         f"default {default.iterations}")
     add("--seed", type=int, default=default.seed)
     add("--batch", type=int, default=default.batch, help="images at a time")
@@ -626,11 +628,11 @@ def parse(arguments):
         add(f"--{name}", help=f"weights.pt of train.py {other.get(name, name)}")
     add("--device", default="auto", help="auto is the first of cuda, mps, cpu")
     args = parser.parse_intermixed_args(arguments)   # prompts and flags in any order
-    resolve_mode(args)
+    resolve_mode(args, parser)
     return args, SamplingConfig(**{name: getattr(args, name) for name in vars(default)})
 
 
-def resolve_mode(args):
+def resolve_mode(args, parser):
     """Set mode, files, texts, method, scale, prompts ([None] if there are none); UserError for a
     flag that would change nothing"""
     modes = [name for name in ("variations", "interpolate", "diff", "edit") if getattr(args, name)]
@@ -648,8 +650,8 @@ def resolve_mode(args):
     fits = args.method != "none" if args.prompts else args.method == default
     where = (f"to --{args.mode}" if modes else "without a prompt" if not args.prompts else
              f"with --method {args.method}" if fits else "to a prompt")
-    latent, inverts = args.method == "latent", args.mode in ("interpolate", "diff")
-    random = not (inverts and args.files)   # x_T
+    latent = args.method == "latent"
+    random = args.mode not in ("interpolate", "diff") or not args.files   # x_T, else inverted
     guides = (args.prompts or modes) and not latent
     for flag, used in ((f"method {args.method}", fits), ("scale", guides), ("interval", guides),
                        ("clip", args.prompts or modes),
@@ -657,10 +659,11 @@ def resolve_mode(args):
                        ("autoguidance", args.method not in CONDITIONAL),
                        ("weak", args.autoguidance or METHODS[args.method].autoguidance != 1),
                        ("judge", args.prompts), ("seed", random),
-                       ("eta", not inverts and not latent),
-                       ("recurrence", not inverts and not latent), ("gif", not modes),
+                       ("eta", random and not latent), ("recurrence", random and not latent),
+                       ("gif", not modes),
                        ("vary", args.mode == "variations"), ("iterations", latent)):
-        if getattr(args, flag.split()[0]) and not used:
+        name = flag.split()[0]
+        if getattr(args, name) != parser.get_default(name) and not used:
             raise cli.UserError(f"--{flag} is of no use {where}")
     if args.iterations is None:
         args.iterations = SamplingConfig.iterations

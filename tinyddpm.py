@@ -470,7 +470,7 @@ def sample(denoise, x_T, generators, alpha_bar, steps=50, eta=1.0, clamp=True, r
 
 # ---- inversion (skip at first) -------------------------------------------------------------------
 
-T_INVERT = 20   # its noise has a standard deviation of .04
+T_INVERT = 20   # where inversion starts; the noise of x_t has a standard deviation of .04
 
 
 def invert(denoise, x_0, eps, alpha_bar, steps=25):
@@ -481,19 +481,18 @@ def invert(denoise, x_0, eps, alpha_bar, steps=25):
 
     As x_t = cos(phi) x_0 + sin(phi) eps with cos(phi) = sqrt(alpha_bar), an image turns into noise
     by a rotation, whose velocity is what the network predicts (Salimans & Ho 2022, app. D):
-        dx_t / dphi = cos(phi) eps - sin(phi) x_0 = v = (cos(phi) x_t - x_0_hat) / sin(phi).
-    That is the ODE behind DDIM (Song et al. 2021 eq. 14). Heun's method follows it with the mean of
-    v before and after each step, so there are two evaluations of denoise in a step.
-    The way begins at t = 20, with the image noised by eps. Every x_t of training is noisy, and x_0
+        dx_t / dphi = cos(phi) eps - sin(phi) x_0 = v = (cos(phi) x_t - x_0) / sin(phi).
+    With x_0_hat for x_0, that is the ODE behind DDIM (Song et al. 2021 eq. 14). Heun's method
+    follows it with the mean of v before and after each step, so a step evaluates denoise twice.
+    Inversion begins at t = 20, with the image noised by eps. Every x_t of training is noisy, and x_0
     is not: from x_0 itself, or with eps = 0, a flat background stays flat, and x_T has a standard
     deviation of about .5, not 1. Most of eps is found again in x_T, and the image in the rest.
     """
     phi = torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt())
 
     def velocity(x_t, t):
-        t = torch.full((len(x_t),), t, device=x_t.device)
-        a = extract(alpha_bar, t)
-        return (a.sqrt() * x_t - denoise(x_t, t)) / (1 - a).sqrt()
+        x_0_hat = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device))
+        return (phi[t].cos() * x_t - x_0_hat) / phi[t].sin()
 
     x_t = q_sample(x_0, torch.full((len(x_0),), T_INVERT, device=x_0.device), eps, alpha_bar)
     timesteps = torch.linspace(T_INVERT, len(alpha_bar) - 1, steps + 1).round().long().tolist()

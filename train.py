@@ -48,7 +48,7 @@ class TrainConfig:
     warmup: float = 0.03         # fraction of the run in which the learning rate rises from zero
     weight_decay: float = 0.05   # of Muon's matrices; AdamW's parameters do not decay
     images: int = 50_000         # built-in cars to render; of a folder all images are used
-    flips: float = 0.            # of the images of a batch, mirrored left to right
+    flips: float = 0.            # probability that an image is mirrored left to right
 
 
 # ---- what each model is trained for --------------------------------------------------------------
@@ -393,7 +393,7 @@ TASKS = {   # kind -> what makes its Task; default configs of the model and of i
     "upsampler": (upsampler_task, unclip.UpsamplerConfig(),
                   TrainConfig(steps=1500, batch=16, lr=3e-3, weight_decay=0.01, images=6000)),
     "judge": (judge_task, judge.JudgeConfig(), TrainConfig(steps=800))}
-# What photographs of class folders need beyond that, such as CIFAR-10's 50,000: --preset photos
+# Other defaults, such as for photographs in class folders like CIFAR-10's 50,000: --preset photos
 PRESETS = {"photos": {
     "clip": {"steps": 6000, "flips": 0.5},
     "ddpm": {"channels": 64, "batch": 64, "steps": 24_000, "flips": 0.5},
@@ -585,7 +585,9 @@ def parse(arguments):
             add("--ddpm", required=True, help="a DDPM's weights.pt, which draws half of the small "
                 "images again, to learn to mend what it draws")
         if presets := [name for name, of_kind in PRESETS.items() if kind in of_kind]:
-            add("--preset", choices=presets, help="other defaults")
+            add("--preset", choices=presets, help="other defaults: " + "; ".join(
+                " ".join(f"--{flag} {value}" for flag, value in PRESETS[name][kind].items())
+                for name in presets))
         for name, value in {**vars(config), **vars(options)}.items():
             several = isinstance(value, tuple)
             # These are not for users to set; of a mirrored image the embedding would be another.

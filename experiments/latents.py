@@ -108,6 +108,33 @@ def optimised(models, args):
                "seconds": seconds / len(x_T)}
 
 
+def gradients(models, args):
+    """How far a gradient holds: what steps of x_T along it add to log p.
+
+    step: its length relative to that of x_T; log p: on noisy copies, as optimize_x_T takes it.
+    """
+    targets = torch.arange(0, len(models.captions), 18)
+    generators, x_T = start_noise(models, torch.arange(len(targets)), args)
+    t, noise = torch.full((len(targets),), guide.T_LATENT), [
+        tinyddpm.randn_per_image(generators, x_T.shape[1:]) for _ in range(8)]
+    log_p = guide.noise_aware(models.clip, models.text_features, targets, models.caption_labels)
+    value = lambda x_0: sum(log_p(tinyddpm.q_sample(x_0, t, eps, models.alpha_bar), t, x_0)
+                            for eps in noise) / len(noise)
+    draw = lambda x: tinyddpm.sample(tinyddpm.denoiser(models.unet, models.alpha_bar), x, None,
+                                     models.alpha_bar, STEPS, eta=0.)
+    before = value(draw(x_T))
+    for way in ("of x_T, through all steps", "of x_0"):
+        with torch.enable_grad():
+            x = (x_T if way.startswith("of x_T") else draw(x_T)).detach().requires_grad_()
+            grad, = torch.autograd.grad(
+                value(draw(x) if way.startswith("of x_T") else x).sum(), x)
+        step = grad / grad.flatten(1).norm(dim=1)[:, None, None, None] * x[0].numel() ** 0.5
+        moved = {f"step {share:.0%}": x_T + share * step for share in (.01, .03, .1, .2, .4)}
+        norm = lambda x: x / x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+        yield {"gradient": way, **{name: (value(draw(norm(x))) - before).mean().item()
+                                   for name, x in moved.items()}}
+
+
 # ---- memory --------------------------------------------------------------------------------------
 
 def peak_memory(steps, checkpointed):
@@ -389,5 +416,6 @@ def draw_figures(models, args):
 
 def latents(models, args):
     """x_T optimised by CLIP, held-out cars edited; inverted, shared and interpolated latents."""
-    for task in (draw_figures, inverted, shared, interpolated, edited, memory, optimised):
+    for task in (draw_figures, gradients, inverted, shared, interpolated, edited, memory,
+                 optimised):
         yield from task(models, args)

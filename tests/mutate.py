@@ -185,7 +185,7 @@ MUTANTS = {"tinyddpm.py": [
 "judge.py": [
     ("(2, B, 1, 1), device", "(2, 1, 1, 1), device", "augmented"),
     ("judge.config.shift, judge.config.cutout", "0, 0", "augmented"),
-    ("+ 1).abs() <= cutout", "+ 1).abs() < cutout", "augmented"),
+    ("(offset < cutout)", "(offset <= cutout)", "augmented"),
     ("labels[:, i]) for i, logits", "labels[:, 0]) for i, logits", "sum_of_the_heads"),
     ("self.config.dropout, self.training)", "self.config.dropout, True)", "dropout"),
     ("self.config.dropout, self.training)", "0., self.training)", "dropout"),
