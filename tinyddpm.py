@@ -484,9 +484,10 @@ def invert(denoise, x_0, eps, alpha_bar, steps=25):
         dx_t / dphi = cos(phi) eps - sin(phi) x_0 = v = (cos(phi) x_t - x_0) / sin(phi).
     With x_0_hat for x_0, that is the ODE behind DDIM (Song et al. 2021 eq. 14). Heun's method
     follows it with the mean of v before and after each step, so a step evaluates denoise twice.
-    Inversion begins at t = 20, with the image noised by eps. Every x_t of training is noisy, and x_0
-    is not: from x_0 itself, or with eps = 0, a flat background stays flat, and x_T has a standard
-    deviation of about .5, not 1. Most of eps is found again in x_T, and the image in the rest.
+    Inversion begins at t = 20, with the image noised by eps. Every x_t of training is noisy, and
+    x_0 is not: from x_0 itself, or with eps = 0, a flat background stays flat, and x_T has a
+    standard deviation of about .5, not 1. Most of eps is found again in x_T, and the image in the
+    rest.
     """
     phi = torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt())
 
