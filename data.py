@@ -6,6 +6,7 @@ Images are uint8 (N, H, W, 3) in storage and float (N, 3, H, W) in [-1, 1] every
 
 Shapes: N images (B in a batch), K captions, S templates, P partial captions, A attributes.
 """
+import functools
 import math
 import os
 import zlib
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 
 import cars
@@ -151,6 +153,30 @@ def batch(dataset, seed, step, size, device="cpu", rank=0):
     """
     indices = np.random.default_rng([seed, step, rank]).integers(len(dataset.images), size=size)
     return to_float(torch.from_numpy(dataset.images[indices]).to(device)), indices
+
+
+def augment(x, flips, shift, cutout, generator):
+    """Change training images at random, against overfitting; x: (B, 3, H, W) -> the same shape
+
+    flips: probability that an image is mirrored left to right; shift: pixels by which it is moved
+    at most, to all sides, what is missing is mirrored in; cutout: side of a square that becomes
+    gray, 0 (DeVries & Taylor 2017, arXiv 1708.04552); generator: on the device of x
+    """
+    B, _, H, W = x.shape
+    if flips:
+        mirrored = torch.rand(B, 1, 1, 1, generator=generator, device=x.device) < flips
+        x = torch.where(mirrored, x.flip(3), x)
+    randint = functools.partial(torch.randint, generator=generator, device=x.device)
+    i, j, image = (torch.arange(n, device=x.device) for n in (H, W, B))
+    if shift:
+        padded = F.pad(x, (shift,) * 4, mode="reflect").permute(0, 2, 3, 1)   # (B, H', W', 3)
+        corner = randint(2 * shift + 1, (2, B, 1, 1))
+        x = padded[image[:, None, None], corner[0] + i[:, None], corner[1] + j].permute(0, 3, 1, 2)
+    if cutout:
+        rows, columns = (a - randint(len(a), (B, 1)) + cutout // 2 for a in (i, j))   # (B, H or W)
+        inside = lambda offset: (0 <= offset) & (offset < cutout)
+        x = x.masked_fill(inside(rows)[:, None, :, None] & inside(columns)[:, None, None], 0.)
+    return x
 
 
 # ---- image files ---------------------------------------------------------------------------------

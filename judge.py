@@ -21,8 +21,6 @@ class JudgeConfig:
     width: int = 32        # channels of the first stage; the later ones have 2 and 4 times that
     image_size: int = 32   # pixels, H and W; images of other sizes are area-averaged to this
     dropout: float = 0.1   # of the features, before the heads
-    shift: int = 0         # pixels by which training images are shifted at most, to all sides
-    cutout: int = 0        # side of a gray square in each training image
 
     def __post_init__(self):
         fits = self.width == 8 or (self.width > 0 and self.width % 16 == 0)   # see group_norm
@@ -30,8 +28,6 @@ class JudgeConfig:
             raise ValueError("width must be 8 or a multiple of 16, and image_size at least 8")
         if not 0 <= self.dropout < 1:
             raise ValueError("dropout must be from 0 to less than 1")
-        if not (0 <= self.shift < self.image_size and 0 <= self.cutout <= self.image_size):
-            raise ValueError("shift must be from 0 to less than image_size, cutout at most that")
 
 
 def group_norm(channels):
@@ -100,34 +96,13 @@ class Judge(nn.Module):
         return {name: head(h) for name, head in self.heads.items()}
 
 
-def augment(x, shift, cutout):
-    """Shift images at random and hide a square of each, against overfitting.
-
-    x: (B, 3, H, W) -> the same shape; shift: pixels at most, what is missing is mirrored in;
-    cutout: side of the square, which becomes gray, 0 (DeVries & Taylor 2017, arXiv 1708.04552)
-    """
-    B, _, H, W = x.shape
-    if shift:
-        padded = F.pad(x, (shift,) * 4, mode="reflect").permute(0, 2, 3, 1)   # (B, H', W', 3)
-        corner = torch.randint(2 * shift + 1, (2, B, 1, 1), device=x.device)
-        i, j = torch.arange(H, device=x.device)[:, None], torch.arange(W, device=x.device)
-        image = torch.arange(B, device=x.device)[:, None, None]
-        x = padded[image, corner[0] + i, corner[1] + j].permute(0, 3, 1, 2)
-    if cutout:
-        rows, columns = (torch.arange(n, device=x.device) - torch.randint(
-            n, (B, 1), device=x.device) + cutout // 2 for n in (H, W))        # (B, H), (B, W)
-        inside = lambda offset: (0 <= offset) & (offset < cutout)
-        x = x.masked_fill(inside(rows)[:, None, :, None] & inside(columns)[:, None, None], 0.)
-    return x
-
-
 def judge_loss(judge, x, labels):
-    """Compute the cross-entropy of augmented images, summed over the attributes -> scalar
+    """Compute the cross-entropy, summed over the attributes -> scalar
 
     x: (B, 3, H, W) in [-1, 1], labels: (B, A) int, one column per attribute
     """
-    heads = judge(augment(x, judge.config.shift, judge.config.cutout)).values()
-    return sum(F.cross_entropy(logits.float(), labels[:, i]) for i, logits in enumerate(heads))
+    return sum(F.cross_entropy(logits.float(), labels[:, i])
+               for i, logits in enumerate(judge(x).values()))
 
 
 @torch.no_grad()

@@ -48,7 +48,9 @@ class TrainConfig:
     warmup: float = 0.03         # fraction of the run in which the learning rate rises from zero
     weight_decay: float = 0.05   # of Muon's matrices; AdamW's parameters do not decay
     images: int = 50_000         # built-in cars to render; of a folder all images are used
-    flips: float = 0.            # probability that an image is mirrored left to right
+    flips: float = 0.            # this and the next two: see data.augment
+    shift: int = 0
+    cutout: int = 0
 
 
 # ---- what each model is trained for --------------------------------------------------------------
@@ -395,7 +397,7 @@ TASKS = {   # kind -> what makes its Task; default configs of the model and of i
     "judge": (judge_task, judge.JudgeConfig(), TrainConfig(steps=800))}
 # Other defaults, such as for photographs in class folders like CIFAR-10's 50,000: --preset photos
 PRESETS = {"photos": {
-    "clip": {"steps": 6000, "flips": 0.5},
+    "clip": {"steps": 6000, "flips": 0.5, "shift": 4},
     "ddpm": {"channels": 64, "batch": 64, "steps": 24_000, "flips": 0.5},
     "judge": {"width": 64, "steps": 3000, "flips": 0.5, "shift": 4, "cutout": 12}}}
 
@@ -482,9 +484,7 @@ def train_step(run, step):
     indices = torch.from_numpy(indices).to(device)
     generator = data.generator("training", seed, step, rank, device=device)
     torch.manual_seed(data.generator("dropout", seed, step, rank).initial_seed())
-    if options.flips:
-        mirrored = torch.rand(size, 1, 1, 1, generator=generator, device=device) < options.flips
-        x_0 = torch.where(mirrored, x_0.flip(3), x_0)
+    x_0 = data.augment(x_0, options.flips, options.shift, options.cutout, generator)
     total = 0.
     for x, part in zip(x_0.chunk(options.accumulate), indices.chunk(options.accumulate)):
         with cli.autocast(device, run.bf16):
@@ -565,6 +565,13 @@ def train(task, options, dataset, folder, seed=0, device=torch.device("cpu"),
 
 # ---- the command line ----------------------------------------------------------------------------
 
+NOT_FLAGS = "cond_dim", "in_channels", "noise_aware", "clip_dim"   # these are not for users to set
+# A diffusion model would draw what shifts and cutout add, and the embedding of a mirrored image is
+# another one.
+ALL = "flips", "shift", "cutout"
+NO_AUGMENTATION = {"ddpm": ALL[1:], "upsampler": ALL[1:], "decoder": ALL, "prior": ALL}
+
+
 def parse(arguments):
     """-> args, the model's config and the training's: the defaults of TASKS, changed by flags"""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -590,9 +597,7 @@ def parse(arguments):
                 for name in presets))
         for name, value in {**vars(config), **vars(options)}.items():
             several = isinstance(value, tuple)
-            # These are not for users to set; of a mirrored image the embedding would be another.
-            if name not in ("cond_dim", "in_channels", "noise_aware", "clip_dim") and (
-                    name != "flips" or kind not in ("decoder", "prior")):
+            if name not in (*NOT_FLAGS, *NO_AUGMENTATION.get(kind, ())):
                 add("--" + name.replace("_", "-"), nargs="+" if several else None,
                     default=argparse.SUPPRESS, type=type(value[0] if several else value),
                     help=f"default: {value}")
@@ -605,9 +610,11 @@ def parse(arguments):
         config, options = map(changed, TASKS[args.kind][1:])
     except ValueError as error:   # a config refuses what cannot be built
         raise cli.UserError(str(error)) from None
+    side = getattr(config, "image_size", 1)
     cli.check_ranges(
         options, steps=(1, math.inf), batch=(1, math.inf), accumulate=(1, math.inf),
-        images=(1, 10_000_000), warmup=(0, 1), lr=(0, 1), weight_decay=(0, 1), flips=(0, 1))
+        images=(1, 10_000_000), warmup=(0, 1), lr=(0, 1), weight_decay=(0, 1), flips=(0, 1),
+        shift=(0, side - 1), cutout=(0, side))
     cli.check_ranges(args, seed=(0, 2 ** 63 - 1), minutes=(0, math.inf), save_every=(0, math.inf))
     ranks = distributed.world_size()
     if options.batch % (ranks * options.accumulate):

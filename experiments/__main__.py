@@ -12,7 +12,8 @@ import torch
 import guide
 import sample
 from experiments import (ablations, benchmark, clip, ddpm, english, evaluator, figures, guidance,
-                         interruptions, latents, second_judge, tables, unclip, zeroshot)
+                         interruptions, latents, photographs, second_judge, tables, unclip,
+                         zeroshot)
 from infra import cli
 
 EXPERIMENTS = {   # (models, args) -> rows of a table
@@ -20,7 +21,8 @@ EXPERIMENTS = {   # (models, args) -> rows of a table
     "guidance": guidance.compare_methods, "sweep": guidance.sweep, "failures": guidance.failures,
     "english": english.english, "zeroshot": zeroshot.zero_shot,
     "prior": unclip.priors, "decoder": unclip.decoder, "embeddings": unclip.embeddings,
-    "upsampler": unclip.upsamplers, "latents": latents.latents, "ablations": ablations.ablations,
+    "upsampler": unclip.upsamplers, "latents": latents.latents, "poster": photographs.poster,
+    "curve": photographs.curve, "ablations": ablations.ablations,
     "composition": ablations.composition,
     "figures": figures.figures}
 STANDALONE = {   # list of arguments -> None

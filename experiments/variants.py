@@ -27,6 +27,8 @@ PARTS = {"t_fraction": [0., .25, .5, .9, 1.], "temperature": [1., 2., 10., 20.]}
 LIKE_DEFAULT = guide.METHODS[guide.DEFAULT]
 VARIANTS = {   # name -> guide.Method
     "joint": LIKE_DEFAULT._replace(make_log_p=joint),
+    "contrastive": guide.Method(   # log p(caption | x_t) as it is
+        functools.partial(guide.noise_aware, temperature=1.), 8., (1, 1000)),
     "dot product, scale 0.1": guide.Method(dot_product, 0.1, (1, 950)),
     **{f"{part} {value}": LIKE_DEFAULT._replace(
         make_log_p=functools.partial(guide.lookahead, **{part: value}))

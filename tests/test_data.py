@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import cars
@@ -212,6 +213,28 @@ def test_every_image_is_drawn_equally_often():
     dataset = toys.squares(8, seed=0)
     counts = np.bincount(data.batch(dataset, 0, 1, 8000)[1], minlength=8)
     assert len(counts) == 8 and abs(counts - 1000).max() < 5 * 30
+
+
+def test_augmented_images_are_shifted_and_have_a_hole():
+    """Each by its own shift, of at most as much as was asked for, in both directions; the hole is a
+    square, which the edges may cut. Without either nothing changes."""
+    augment = lambda x, *options: data.augment(x, *options, torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    x = torch.rand(64, 3, 10, 14) + 1
+    assert torch.equal(augment(x, 0., 0, 0), x)
+    padded, found = F.pad(x, (2, 2, 2, 2), mode="reflect"), []
+    for image, shifted in zip(padded, augment(x, 0., 2, 0)):
+        fits = [(i, j) for i in range(5) for j in range(5)
+                if torch.equal(image[:, i:i + 10, j:j + 14], shifted)]
+        assert len(fits) == 1
+        found += fits
+    assert {i for i, _ in found} == {j for _, j in found} == set(range(5))
+    hidden = augment(x, 0., 0, 4) == 0
+    assert torch.equal(hidden.all(dim=1), hidden.any(dim=1))   # in all channels
+    rows, columns = hidden[:, 0].any(dim=2).sum(dim=1), hidden[:, 0].any(dim=1).sum(dim=1)
+    assert torch.equal(hidden[:, 0].sum(dim=(1, 2)), rows * columns)
+    assert {int(n) for n in rows} == {int(n) for n in columns} == {2, 3, 4}
+    assert len({tuple(mask.nonzero()[0].tolist()) for mask in hidden[:, 0]}) > 32
 
 
 # ---- grids and GIFs ------------------------------------------------------------------------------

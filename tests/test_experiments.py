@@ -30,7 +30,7 @@ import train
 import unclip
 from experiments import __main__ as main
 from experiments import (ablations, benchmark, clip, ddpm, english, evaluator, figures, guidance,
-                         metrics, second_judge, variants, zeroshot)
+                         metrics, photographs, second_judge, variants, zeroshot)
 from experiments import unclip as unclip_experiments
 from infra import checkpoint, cli
 
@@ -989,6 +989,50 @@ def test_other_data_sets(here, tmp_path, monkeypatch):
         run(command)
     with pytest.raises(cli.UserError, match="built-in cars"):
         run("ablations")
+
+
+@pytest.fixture
+def class_folders(tmp_path, monkeypatch):
+    """Run in a folder with models of two classes in runs/."""
+    monkeypatch.chdir(tmp_path)
+    toys.write_class_folders(tmp_path / "classes", 100)
+    write_models(tmp_path, data.load("classes", 16, 0))
+    monkeypatch.setattr(photographs, "SIZES", (3, 6))
+    monkeypatch.setattr(photographs, "SAMPLER", {"steps": 2, "eta": 1., "recurrence": 1})
+    monkeypatch.setattr(photographs, "CURVES", {"default": (1., 2.), "classifier-free": (1.,)})
+
+
+def test_the_poster_has_its_class_and_all_classes(class_folders):
+    """Each n has a row of real images and one of each way that this DDPM allows."""
+    rows = run("poster", steps=1)
+    ways = ["real", *(way for way in photographs.ROWS if way != "classifier-free")]
+    assert [(row["captions"], row["n"], row["way"]) for row in rows] == [
+        (captions, n, way) for captions in ("airplane", "all") for n in (3, 6) for way in ways]
+    assert [row["relative_time"] for row in rows if row["way"] == "unconditional"] == [1.] * 4
+
+
+def test_a_curve_has_a_row_for_each_scale(class_folders):
+    with pytest.raises(cli.UserError, match="--each 50"):
+        run("curve --each 49")
+    assert [(row["method"], row["scale"]) for row in run("curve --each 50", steps=1)] == [
+        ("default", 1.), ("default", 2.)]
+    assert Path("out/accuracy_kid.png").exists()
+
+
+def test_photographs_to_compare_with_are_of_their_class_and_distinct(class_folders):
+    args = argparse.Namespace(seed=0, judge=None)
+    real = photographs.Photographs(sample.load_models(), args)
+    targets = torch.tensor([0, 1, 1, 0, 1])
+    x, others = (real.of(targets, skip) for skip in (0, 3))
+    assert ((x[:, 2] < x[:, 0]).flatten(1).all(1) == targets).all()   # airplanes, 0, are blue
+    assert len(torch.cat([x, others]).unique(dim=0)) == 10
+    assert len(real.any(20).unique(dim=0)) == 20
+
+
+def test_pixel_features_by_hand():
+    x = torch.zeros(1, 3, 4, 4)
+    x[0, 1, :2] = 1.   # half of the block
+    assert photographs.pixel_features(x).tolist() == [[0, .5, 0, 0, .5, 0]]
 
 
 def test_the_second_judge_is_trained(here, tmp_path, monkeypatch):

@@ -82,40 +82,7 @@ def test_dropout_is_of_training_only():
         assert torch.equal(model(x)["body"], model(x)["body"])
 
 
-def test_augmented_images_are_shifted_and_have_a_hole():
-    """Each by its own shift, of at most as much as was asked for, in both directions; the hole is a
-    square, which the edges may cut. Without either nothing changes."""
-    torch.manual_seed(0)
-    x = torch.rand(64, 3, 10, 14) + 1
-    assert torch.equal(judge.augment(x, 0, 0), x)
-    padded, found = F.pad(x, (2, 2, 2, 2), mode="reflect"), []
-    for image, shifted in zip(padded, judge.augment(x, 2, 0)):
-        fits = [(i, j) for i in range(5) for j in range(5)
-                if torch.equal(image[:, i:i + 10, j:j + 14], shifted)]
-        assert len(fits) == 1
-        found += fits
-    assert {i for i, _ in found} == {j for _, j in found} == set(range(5))
-    hidden = judge.augment(x, 0, 4) == 0
-    assert torch.equal(hidden.all(dim=1), hidden.any(dim=1))   # in all channels
-    rows, columns = hidden[:, 0].any(dim=2).sum(dim=1), hidden[:, 0].any(dim=1).sum(dim=1)
-    assert torch.equal(hidden[:, 0].sum(dim=(1, 2)), rows * columns)
-    assert {int(n) for n in rows} == {int(n) for n in columns} == {2, 3, 4}
-    assert len({tuple(mask.nonzero()[0].tolist()) for mask in hidden[:, 0]}) > 32
-
-
-def test_the_loss_is_of_augmented_images(model, monkeypatch):
-    """As the config says; predictions are not."""
-    seen = []
-    monkeypatch.setattr(judge, "augment", lambda x, *sizes: seen.append(sizes) or x)
-    model.config = dataclasses.replace(model.config, shift=3, cutout=5)
-    x = torch.rand(2, 3, 32, 32)
-    judge.judge_loss(model, x, torch.zeros(2, 3, dtype=torch.long))
-    judge.predict(model, x)
-    assert seen == [(3, 5)]
-
-
-@pytest.mark.parametrize("options", [dict(width=24), dict(width=0), dict(image_size=4),
-                                     dict(shift=32), dict(shift=-1), dict(cutout=33)])
+@pytest.mark.parametrize("options", [dict(width=24), dict(width=0), dict(image_size=4)])
 def test_sizes_that_do_not_fit_are_refused(options):
     """Widths that GroupNorm cannot divide, and images too small to be halved three times."""
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -622,6 +622,17 @@ def test_steps_follow_the_gradients_of_their_batches(monkeypatch, steps):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and grad.any()
 
 
+def test_training_images_are_augmented(monkeypatch):
+    """As the options say, with random numbers of the step."""
+    calls = []
+    monkeypatch.setattr(data, "augment", lambda x, *rest: calls.append(rest) or x)
+    train.train_step(start("judge", flips=0.1, shift=2, cutout=3), 1)
+    (*options, generator), = calls
+    assert options == [0.1, 2, 3]
+    expected = data.generator("training", 0, 1, 0).initial_seed()
+    assert generator.initial_seed() == expected
+
+
 def test_some_images_are_mirrored(monkeypatch):
     """A step's own choice of them; all others are as they were."""
     run, seen = start("judge", batch=64, flips=0.25), []
@@ -1009,7 +1020,8 @@ def test_a_preset_is_other_defaults(kind):
     ("clip --max-logit-scale inf", "finite"), ("clip --max-logit-scale nan", "finite"),
     ("clip --preset small", "--preset"), ("prior --clip c.pt --preset photos", "--preset"),
     ("clip --flips 2", "--flips must be from 0 to 1"), ("decoder --clip c.pt --flips 1", "--flips"),
-    ("judge --shift 32", "shift must be"), ("clip --steps many", "'many'"),
+    ("judge --shift 32", "--shift must be"), ("ddpm --shift 1", "--shift"),
+    ("upsampler --ddpm d.pt --cutout 1", "--cutout"), ("clip --steps many", "'many'"),
     ("clip --hold-out white", "--hold-out"), ("clip --clip clip.pt", "--clip"),
     ("clip --stem foo", "stem must be"), ("clip --heads 3", "multiple of heads"),
     ("clip --heads 0", "at least 1"), ("clip --image-size 30", "not a multiple of patch"),

@@ -1,0 +1,134 @@
+"""Photographs in class folders: a class poster's comparison, and prompt accuracy against KID.
+
+The poster compared, on CIFAR-10's airplanes with the other classes as distractors, unconditional
+sampling, the spherical distance to one caption, and the softmax over all captions (contrastive).
+N images, K captions, F features; models is a sample.Models, args the flags.
+"""
+import math
+from argparse import Namespace
+
+import torch
+import torch.nn.functional as F
+
+import data
+import guide
+import sample
+from experiments import evaluator, metrics
+from infra import cli, plot
+from judge import predict
+
+CLASS = "airplane"                # the poster's
+SIZES = 100, 2000                 # n
+SAMPLER = {"steps": 50, "eta": 1., "recurrence": 1, "autoguidance": 1.}   # of the poster's three
+ROWS = {   # -> method, flags other than its own
+    "unconditional": ("none", SAMPLER), "spherical": ("spherical", SAMPLER),
+    "contrastive": ("contrastive", SAMPLER), "default": (guide.DEFAULT, {}),
+    "classifier-free": ("classifier-free", {}), "latent": ("latent", {})}
+CURVES = {   # one of ROWS -> scales
+    "contrastive": (1, 2, 4, 8, 16, 32), "default": (16, 32, 64, 128, 256, 512),
+    "classifier-free": (1, 1.5, 2, 3, 5, 8)}
+
+
+def pixel_features(x):
+    """Mean and standard deviation of each 4 x 4 block of each channel; (N, 3, H, W) -> (N, F)"""
+    mean = F.avg_pool2d(x, 4)
+    std = (F.avg_pool2d(x.square(), 4) - mean.square()).clamp(min=0).sqrt()
+    return torch.cat([mean, std], dim=1).flatten(1)
+
+
+class Photographs:
+    """Training images, with which generated ones are compared, and a judge of their classes."""
+
+    def __init__(self, models, args):
+        self.dataset = data.load(models.data, models.unet.config.image_size, 0, "train")
+        self.judge, content = sample.load_judge(models.captions, args.judge)
+        if self.judge is None or len(content["attributes"]) != 1:
+            raise cli.UserError("this compares the classes of class folders; give --clip, --ddpm "
+                                "and --judge that were trained on such")
+        label_of = dict(zip(content["captions"], content["caption_labels"]))
+        self.labels = torch.tensor([label_of[text][0] for text in models.captions])     # (K,)
+        generator = data.generator("evaluation", args.seed)
+        self.order = torch.randperm(len(self.dataset.images), generator=generator).numpy()
+        ids = self.dataset.caption_ids[self.order]
+        self.indices = [self.order[ids == self.dataset.captions.index(text)]
+                        for text in models.captions]
+
+    def of(self, targets, skip=0):
+        """Random images of captions targets (N,), all different, without the first `skip` of each
+
+        -> (N, 3, H, W)
+        """
+        used, chosen = [skip] * len(self.indices), []
+        for k in targets.tolist():
+            chosen.append(self.indices[k][used[k]])
+            used[k] += 1
+        return data.to_float(self.dataset.images[chosen])
+
+    def any(self, count):
+        """Random images of any caption -> (count, 3, H, W)"""
+        return data.to_float(self.dataset.images[self.order[:count]])
+
+    def score(self, x, targets, real):
+        """x, real: (N, 3, H, W), targets: (N,) -> a row: the judge's accuracy, KID in two ways"""
+        correct = predict(self.judge, x)[:, 0] == self.labels[targets]
+        row, order = metrics.accuracy_row(correct), torch.randperm(
+            len(x), generator=data.generator("evaluation", 0))   # they may be in order of captions
+        for name, features in (("kid", lambda x: metrics.judge_features(self.judge, x)),
+                               ("pixel_kid", pixel_features)):
+            row[name], row[f"{name}_error"] = metrics.kid(features(real)[order], features(x)[order])
+        return row
+
+
+def ways(models, names):
+    """Without those that need another DDPM"""
+    return [way for way in names if way != "classifier-free" or models.condition == "text"]
+
+
+def draw(way, indices, models, args, scale=None):
+    """Samples by one of ROWS, from the cache if they were made before -> evaluator.Samples"""
+    method, flags = ROWS[way]
+    return evaluator.sample_cached(method, indices, models, Namespace(**{**vars(args), **flags}),
+                                   scale)
+
+
+def poster(models, args):
+    """The poster's table: airplanes and all classes, n = 100 and 2,000, judge's accuracy, KID.
+
+    real: other photographs than those that all rows are compared with.
+    """
+    photographs, K = Photographs(models, args), len(models.captions)
+    names, every = [sample.class_name(text) for text in models.captions], torch.arange(SIZES[-1])
+    groups = {CLASS: names.index(CLASS) + K * every} if CLASS in names else {}
+    for group, indices in {**groups, "all": every}.items():
+        for n in SIZES:
+            targets = indices[:n] % K
+            real, unguided_seconds = photographs.of(targets), None
+            some = targets[:1000]   # there are 3,000 airplanes, 2,000 of which are `real`
+            yield {"captions": group, "n": n, "way": "real", **photographs.score(
+                photographs.of(some, skip=n), some, real[:1000])}
+            for way in ways(models, ROWS):
+                samples = draw(way, indices[:n], models, args)
+                unguided_seconds = unguided_seconds or samples.seconds
+                regardless = way == "unconditional" and group == "all"   # of captions
+                yield {"captions": group, "n": n, "way": way, **photographs.score(
+                    data.to_float(samples.images), targets,
+                    photographs.any(n) if regardless else real),
+                    "unet_evaluations": samples.unet_evaluations, "seconds": samples.seconds,
+                    "relative_time": samples.seconds / unguided_seconds}
+
+
+def curve(models, args):
+    """Prompt accuracy against KID by guidance scale, --each images of each class."""
+    photographs, K = Photographs(models, args), len(models.captions)
+    if K * args.each < 100:
+        raise cli.UserError(f"KID needs 100 images: --each {math.ceil(100 / K)} or more")
+    indices, curves = torch.arange(K * args.each), {}
+    real = photographs.of(indices % K)
+    for way in ways(models, CURVES):
+        for scale in CURVES[way]:
+            samples = draw(way, indices, models, args, scale)
+            row = photographs.score(data.to_float(samples.images), indices % K, real)
+            curves.setdefault(way, []).append((row["prompt_accuracy"], row["kid"]))
+            yield {"method": way, "scale": scale, **row}
+    plot.line_plot(args.out / "accuracy_kid.png", {
+        way: tuple(zip(*points)) for way, points in curves.items()}, "prompt accuracy", "KID")
