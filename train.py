@@ -51,6 +51,7 @@ class TrainConfig:
     flips: float = 0.            # this and the next two: see data.augment
     shift: int = 0
     cutout: int = 0
+    adversarial: float = 0.      # fraction of CLIP's images to perturb: see perturb
 
 
 # ---- what each model is trained for --------------------------------------------------------------
@@ -63,13 +64,14 @@ ENSEMBLE = 8             # templates that weights.pt holds, to average text feat
 
 
 def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, generator,
-                   clean_fraction=CLEAN_FRACTION):
+                   clean_fraction=CLEAN_FRACTION, adversarial=0.):
     """Compute the loss of matching noised images with texts -> scalar
 
     x_0: (B, 3, H, W), caption_ids: (B,) int in 0..K-1; tokens: (S, K + P, L), S ways to write the
     K captions and P partial captions; partial_true_of: (P, K) bool, which captions those are true
     of. N texts are compared with each image. clean_fraction of the images get t = 0, for guidance
-    by x_0_hat and for the text-to-image term of the loss, the others a timestep in 1..T.
+    by x_0_hat and for the text-to-image term of the loss, the others a timestep in 1..T. To a
+    fraction `adversarial` an adversarial perturbation is added.
     """
     (B, *_), S, (P, K) = x_0.shape, len(tokens), partial_true_of.shape
     t = tinyddpm.stratified_timesteps(B, generator)
@@ -84,6 +86,10 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     ids = torch.cat([torch.arange(K, device=x_0.device), K + partial]) if closed else caption_ids
     template = torch.randint(S, ids.shape, generator=generator, device=x_0.device)
     text_features = clip.encode_text(tokens[template, ids])                   # (N, E)
+    if adversarial:
+        some = torch.randperm(B, generator=generator, device=x_0.device)[:round(adversarial * B)]
+        correct = caption_ids if closed else torch.arange(B, device=x_0.device)
+        x_t[some] = perturb(clip, x_t[some], t[some], text_features[:K], correct[some], alpha_bar)
     logits = clip.logits(clip.encode_image(x_t, t), text_features, t)         # (B, N)
     if not closed:
         return tinyclip.contrastive_loss(logits, caption_ids)
@@ -93,6 +99,22 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     loss = tinyclip.closed_set_loss(logits[:, :K], is_true, clean)
     partial_is_true = partial_true_of[partial][:, caption_ids].T              # (B, N - K)
     return loss + PARTIAL_WEIGHT * tinyclip.closed_set_loss(logits[:, K:], partial_is_true, clean)
+
+
+def perturb(clip, x_t, t, text_features, correct, alpha_bar):
+    """Add an adversarial perturbation: one step of gradient ascent on CLIP's loss -> like x_t
+
+    x_t: (B, 3, H, W), t: (B,) int in 0..T, text_features: (K, E), correct: (B,) int in 0..K-1
+
+    Gradients of a network that withstands such perturbations are about what people see (Kawar et
+    al. 2023, arXiv 2208.08664): images guided by them look more like what the text says. The
+    perturbation's L2 norm, in an image of 3 H W numbers in [-1, 1], grows with the noise.
+    """
+    x = x_t.clone().requires_grad_()
+    logits = clip.logits(clip.encode_image(x, t), text_features.detach(), t)
+    grad, = torch.autograd.grad(F.cross_entropy(logits, correct, reduction="sum"), x)
+    norm = 0.5 + 1.5 * (1 - tinyddpm.extract(alpha_bar, t)).sqrt()            # (B, 1, 1, 1)
+    return x_t + norm * F.normalize(grad.flatten(1), dim=1).view_as(x_t)
 
 
 def ddpm_objective(unet, x_0, cond, alpha_bar, generator):
@@ -209,7 +231,8 @@ def clip_task(config, options, dataset, validation, device):
                           for texts in templates]).to(device)                 # (S, K + P, L)
     caption_ids = torch.from_numpy(dataset.caption_ids).to(device)            # (N,)
     objective = lambda model, x_0, indices, generator: clip_objective(
-        model, x_0, caption_ids[indices], tokens, partial_true_of, alpha_bar, generator)
+        model, x_0, caption_ids[indices], tokens, partial_true_of, alpha_bar, generator,
+        adversarial=options.adversarial)
 
     @torch.no_grad()
     def preview(model, folder):   # the same images and noise in each call
@@ -568,8 +591,9 @@ def train(task, options, dataset, folder, seed=0, device=torch.device("cpu"),
 NOT_FLAGS = "cond_dim", "in_channels", "noise_aware", "clip_dim"   # these are not for users to set
 # A diffusion model would draw what shifts and cutout add, and the embedding of a mirrored image is
 # another one.
-ALL = "flips", "shift", "cutout"
-NO_AUGMENTATION = {"ddpm": ALL[1:], "upsampler": ALL[1:], "decoder": ALL, "prior": ALL}
+ALL = "adversarial", "shift", "cutout", "flips"
+NO_AUGMENTATION = {"judge": ALL[:1], "ddpm": ALL[:3], "upsampler": ALL[:3], "decoder": ALL,
+                   "prior": ALL}
 
 
 def parse(arguments):
@@ -614,7 +638,7 @@ def parse(arguments):
     cli.check_ranges(
         options, steps=(1, math.inf), batch=(1, math.inf), accumulate=(1, math.inf),
         images=(1, 10_000_000), warmup=(0, 1), lr=(0, 1), weight_decay=(0, 1), flips=(0, 1),
-        shift=(0, side - 1), cutout=(0, side))
+        shift=(0, side - 1), cutout=(0, side), adversarial=(0, 1))
     cli.check_ranges(args, seed=(0, 2 ** 63 - 1), minutes=(0, math.inf), save_every=(0, math.inf))
     ranks = distributed.world_size()
     if options.batch % (ranks * options.accumulate):

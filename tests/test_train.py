@@ -132,6 +132,49 @@ def test_clip_objective_draws_a_template_for_each_text(alpha_bar, monkeypatch):
     assert 0.4 < first.float().mean() < 0.6 and len(first.unique(dim=0)) > 15
 
 
+class LinearCLIP:
+    """Stands in for a CLIP: the image features are the means of three channels."""
+
+    encode_image = staticmethod(lambda x, t: x.mean(dim=(2, 3)))
+    logits = staticmethod(lambda image_features, text_features, t: image_features @ text_features.T)
+
+
+def test_a_perturbation_by_hand(alpha_bar):
+    """Straight uphill on the loss of the correct text; longer, the more noise there is."""
+    x_t, t = torch.randn(3, 3, 2, 4), torch.tensor([0, 500, 1000])
+    features, correct = torch.randn(5, 3), torch.tensor([4, 0, 2])
+    moved = train.perturb(LinearCLIP, x_t, t, features, correct, alpha_bar) - x_t
+    p = (x_t.mean(dim=(2, 3)) @ features.T).softmax(dim=1)
+    uphill = (p - torch.eye(5)[correct]) @ features   # of the logits' cross-entropy, by channel
+    norm = torch.tensor([0.5, 0.5 + 1.5 * (1 - alpha_bar[500]).sqrt(), 2.])
+    assert torch.allclose(moved.flatten(1).norm(dim=1), norm, atol=1e-5)
+    expected = uphill / uphill.norm(dim=1, keepdim=True) * norm[:, None] / 8 ** 0.5
+    assert torch.allclose(moved, expected[:, :, None, None].expand_as(moved), atol=1e-5)
+
+
+def test_a_fraction_of_clips_images_is_perturbed(alpha_bar, monkeypatch):
+    """Random ones, each with its own timestep and caption; the others stay as they are."""
+    clip, x_0, caption_ids = RecordingCLIP(), torch.randn(32, 3, 4, 6), torch.arange(32) % 5
+    calls, moved = [], []
+    monkeypatch.setattr(train, "perturb", lambda clip, x_t, t, texts, correct, alpha_bar: (
+        calls.append((x_t, t, texts, correct)) or x_t + 100))
+    objective = lambda seed, **options: torch.manual_seed(0) and train.clip_objective(
+        clip, x_0, caption_ids, TOKENS, PARTIAL_TRUE_OF, alpha_bar,
+        data.generator("training", seed), **options)
+    for seed in (1, 2):
+        objective(seed)
+        plain, t = clip.x_t, clip.t
+        objective(seed, adversarial=0.25)
+        which = (clip.x_t - plain).flatten(1).mean(dim=1) > 50
+        assert which.sum() == 8 and torch.equal(clip.x_t[~which], plain[~which])
+        x_t, t_given, texts, correct = calls[-1]
+        order = (plain - x_t[:, None]).abs().amax(dim=(2, 3, 4)).argmin(dim=1)
+        assert torch.equal(t_given, t[order]) and torch.equal(correct, caption_ids[order])
+        assert torch.equal(texts, clip.text_features[:5])
+        moved.append(which)
+    assert not torch.equal(*moved)
+
+
 def test_clip_objective_is_the_papers_loss_if_captions_are_many(alpha_bar):
     """Beyond CLOSED_SET captions each image is compared with the captions of its batch only, and
     with no partial caption."""
