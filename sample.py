@@ -774,8 +774,9 @@ def main(arguments=None):
                               max(1, 96 // frames[0].shape[1]))
             if prompt is not None:
                 report(extended, allowed, x_0, judge_model, content)
-            print(f"{config.n} images in {seconds:.1f} s ({config.steps} x {config.recurrence} "
-                  f"steps, {config.method}, scale {config.scale:g}, autoguidance "
+            how = (f"{config.recurrence} steps, {config.method}, scale {config.scale:g}"
+                   if config.method != "latent" else f"{config.iterations} steps, latent")
+            print(f"{config.n} images in {seconds:.1f} s ({config.steps} x {how}, autoguidance "
                   f"{config.autoguidance:g}) -> {path}")
 
 

@@ -828,6 +828,11 @@ def test_the_way_from_one_prompt_to_another(here, monkeypatch):
         assert image.text["interpolate"] == "a red bus, a blue bus"
 
 
+def test_the_report_of_latent_has_its_iterations(here, capsys):
+    sample.main("red bus|--method|latent|-n|1|--steps|2|--iterations|3|--device|cpu".split("|"))
+    assert "(2 x 3 steps, latent, autoguidance 1) -> " in capsys.readouterr().out
+
+
 def test_an_edit_begins_with_the_inverted_image(here, monkeypatch):
     """Of the unguided U-Net, noised in as many ways as there are images; so does no other method
     than latent, which is optimised for the prompt's caption and sampled with its own steps."""
