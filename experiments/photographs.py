@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import data
 import guide
 import sample
-from experiments import evaluator, metrics
+from experiments import evaluator, figures, metrics
 from infra import cli, plot
 from judge import predict
 
@@ -91,6 +91,13 @@ def draw(way, indices, models, args, scale=None):
                                    scale)
 
 
+def save_by_class(path, x, targets, names):
+    """Save images (N, 3, H, W) of captions targets (N,), a row of ten for each caption"""
+    rows = [x[targets == k][:10] for k in range(len(names))]
+    figures.labelled_grid([[figures.to_image(image, 64) for image in row] for row in rows],
+                          names).save(path)
+
+
 def poster(models, args):
     """The poster's table: airplanes and all classes, n = 100 and 2,000, judge's accuracy, KID.
 
@@ -109,10 +116,12 @@ def poster(models, args):
             for way in ways(models, ROWS):
                 samples = draw(way, indices[:n], models, args)
                 unguided_seconds = unguided_seconds or samples.seconds
+                x = data.to_float(samples.images)
+                if group == "all" and n == SIZES[0]:
+                    save_by_class(args.out / f"photographs-{way}.png", x, targets, names)
                 regardless = way == "unconditional" and group == "all"   # of captions
                 yield {"captions": group, "n": n, "way": way, **photographs.score(
-                    data.to_float(samples.images), targets,
-                    photographs.any(n) if regardless else real),
+                    x, targets, photographs.any(n) if regardless else real),
                     "unet_evaluations": samples.unet_evaluations, "seconds": samples.seconds,
                     "relative_time": samples.seconds / unguided_seconds}
 

@@ -1009,6 +1009,9 @@ def test_the_poster_has_its_class_and_all_classes(class_folders):
     assert [(row["captions"], row["n"], row["way"]) for row in rows] == [
         (captions, n, way) for captions in ("airplane", "all") for n in (3, 6) for way in ways]
     assert [row["relative_time"] for row in rows if row["way"] == "unconditional"] == [1.] * 4
+    for way in ways[1:]:
+        with Image.open(f"out/photographs-{way}.png") as image:
+            assert image.height > 2 * 64   # a row for each class
 
 
 def test_a_curve_has_a_row_for_each_scale(class_folders):
