@@ -51,27 +51,27 @@ class TrainConfig:
     flips: float = 0.            # this and the next two: see data.augment
     shift: int = 0
     cutout: int = 0
-    adversarial: float = 0.      # fraction of CLIP's images to perturb: see perturb
 
 
 # ---- what each model is trained for --------------------------------------------------------------
 
 CLOSED_SET = 1024        # captions, all encoded in each step; more would take longer than images
 CLEAN_FRACTION = 0.125   # of the images of a batch, shown to CLIP without noise
+PERTURBED_FRACTION = 0.5   # of them, shown to CLIP with an adversarial perturbation
 PARTIAL_PER_STEP = 32    # partial captions ("a bus"), drawn at random for each step
 PARTIAL_WEIGHT = 0.25    # of the loss among these; that among the captions has the weight 1
 ENSEMBLE = 8             # templates that weights.pt holds, to average text features
 
 
 def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, generator,
-                   clean_fraction=CLEAN_FRACTION, adversarial=0.):
+                   clean_fraction=CLEAN_FRACTION, perturbed_fraction=PERTURBED_FRACTION):
     """Compute the loss of matching noised images with texts -> scalar
 
     x_0: (B, 3, H, W), caption_ids: (B,) int in 0..K-1; tokens: (S, K + P, L), S ways to write the
     K captions and P partial captions; partial_true_of: (P, K) bool, which captions those are true
     of. N texts are compared with each image. clean_fraction of the images get t = 0, for guidance
-    by x_0_hat and for the text-to-image term of the loss, the others a timestep in 1..T. To a
-    fraction `adversarial` an adversarial perturbation is added.
+    by x_0_hat and for the text-to-image term of the loss, the others a timestep in 1..T.
+    perturbed_fraction get an adversarial perturbation.
     """
     (B, *_), S, (P, K) = x_0.shape, len(tokens), partial_true_of.shape
     t = tinyddpm.stratified_timesteps(B, generator)
@@ -86,10 +86,10 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     ids = torch.cat([torch.arange(K, device=x_0.device), K + partial]) if closed else caption_ids
     template = torch.randint(S, ids.shape, generator=generator, device=x_0.device)
     text_features = clip.encode_text(tokens[template, ids])                   # (N, E)
-    if adversarial:
-        some = torch.randperm(B, generator=generator, device=x_0.device)[:round(adversarial * B)]
-        correct = caption_ids if closed else torch.arange(B, device=x_0.device)
-        x_t[some] = perturb(clip, x_t[some], t[some], text_features[:K], correct[some], alpha_bar)
+    if perturbed_fraction:
+        n = round(perturbed_fraction * B)
+        some = torch.randperm(B, generator=generator, device=x_0.device)[:n]
+        x_t[some] = perturb(clip, x_t[some], t[some], text_features[:K], alpha_bar)
     logits = clip.logits(clip.encode_image(x_t, t), text_features, t)         # (B, N)
     if not closed:
         return tinyclip.contrastive_loss(logits, caption_ids)
@@ -101,19 +101,25 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     return loss + PARTIAL_WEIGHT * tinyclip.closed_set_loss(logits[:, K:], partial_is_true, clean)
 
 
-def perturb(clip, x_t, t, text_features, correct, alpha_bar):
-    """Add an adversarial perturbation: one step of gradient ascent on CLIP's loss -> like x_t
+def perturb(clip, x_t, t, text_features, alpha_bar):
+    """Add an adversarial perturbation: what makes CLIP doubt most what it finds -> like x_t
 
-    x_t: (B, 3, H, W), t: (B,) int in 0..T, text_features: (K, E), correct: (B,) int in 0..K-1
+    x_t: (B, 3, H, W), t: (B,) int in 0..T, text_features: (K, E)
+    It is one step along the gradient of the cross-entropy of the most probable text; its L2 norm
+    grows with the noise, at 32 x 32 pixels from 0.5 at t = 0 to 2 at T.
 
-    Gradients of a network that withstands such perturbations are about what people see (Kawar et
-    al. 2023, arXiv 2208.08664): images guided by them look more like what the text says. The
-    perturbation's L2 norm, in an image of 3 H W numbers in [-1, 1], grows with the noise.
+    The gradients of a network that withstands such perturbations show what people see (Kawar et al.
+    2023, arXiv 2208.08664), so images guided by them do, too.
+    subtle: with the correct text in place of the most probable one, the perturbation would tell
+    which it is, and CLIP would learn to read that (label leaking: Kurakin et al. 2017, arXiv
+    1611.01236).
     """
     x = x_t.clone().requires_grad_()
-    logits = clip.logits(clip.encode_image(x, t), text_features.detach(), t)
-    grad, = torch.autograd.grad(F.cross_entropy(logits, correct, reduction="sum"), x)
-    norm = 0.5 + 1.5 * (1 - tinyddpm.extract(alpha_bar, t)).sqrt()            # (B, 1, 1, 1)
+    logits = clip.logits(clip.encode_image(x, t), text_features.detach(), t)              # (B, K)
+    loss = F.cross_entropy(logits, logits.argmax(dim=1), reduction="sum")
+    grad, = torch.autograd.grad(loss, x)
+    side = (x_t.shape[-2] * x_t.shape[-1]) ** 0.5
+    norm = side / 32 * (0.5 + 1.5 * (1 - tinyddpm.extract(alpha_bar, t)).sqrt())   # (B, 1, 1, 1)
     return x_t + norm * F.normalize(grad.flatten(1), dim=1).view_as(x_t)
 
 
@@ -231,8 +237,7 @@ def clip_task(config, options, dataset, validation, device):
                           for texts in templates]).to(device)                 # (S, K + P, L)
     caption_ids = torch.from_numpy(dataset.caption_ids).to(device)            # (N,)
     objective = lambda model, x_0, indices, generator: clip_objective(
-        model, x_0, caption_ids[indices], tokens, partial_true_of, alpha_bar, generator,
-        adversarial=options.adversarial)
+        model, x_0, caption_ids[indices], tokens, partial_true_of, alpha_bar, generator)
 
     @torch.no_grad()
     def preview(model, folder):   # the same images and noise in each call
@@ -589,11 +594,10 @@ def train(task, options, dataset, folder, seed=0, device=torch.device("cpu"),
 # ---- the command line ----------------------------------------------------------------------------
 
 NOT_FLAGS = "cond_dim", "in_channels", "noise_aware", "clip_dim"   # these are not for users to set
-# A diffusion model would draw what shifts and cutout add, and the embedding of a mirrored image is
-# another one.
-ALL = "adversarial", "shift", "cutout", "flips"
-NO_AUGMENTATION = {"judge": ALL[:1], "ddpm": ALL[:3], "upsampler": ALL[:3], "decoder": ALL,
-                   "prior": ALL}
+# What only some kinds take. Diffusion models would draw the traces of shift and cutout; and the
+# embedding of a mirrored image is another one.
+ONLY_OF = {"shift": ("clip", "judge"), "cutout": ("clip", "judge"),
+           "flips": ("clip", "judge", "ddpm", "upsampler")}
 
 
 def parse(arguments):
@@ -621,7 +625,7 @@ def parse(arguments):
                 for name in presets))
         for name, value in {**vars(config), **vars(options)}.items():
             several = isinstance(value, tuple)
-            if name not in (*NOT_FLAGS, *NO_AUGMENTATION.get(kind, ())):
+            if name not in NOT_FLAGS and kind in ONLY_OF.get(name, (kind,)):
                 add("--" + name.replace("_", "-"), nargs="+" if several else None,
                     default=argparse.SUPPRESS, type=type(value[0] if several else value),
                     help=f"default: {value}")
@@ -638,7 +642,7 @@ def parse(arguments):
     cli.check_ranges(
         options, steps=(1, math.inf), batch=(1, math.inf), accumulate=(1, math.inf),
         images=(1, 10_000_000), warmup=(0, 1), lr=(0, 1), weight_decay=(0, 1), flips=(0, 1),
-        shift=(0, side - 1), cutout=(0, side), adversarial=(0, 1))
+        shift=(0, side - 1), cutout=(0, side))
     cli.check_ranges(args, seed=(0, 2 ** 63 - 1), minutes=(0, math.inf), save_every=(0, math.inf))
     ranks = distributed.world_size()
     if options.batch % (ranks * options.accumulate):

@@ -4,6 +4,7 @@ The changed models are trained where they are missing, in runs/ablations/. Compa
 train.py's defaults (--ddpm runs/ddpm/weights.pt), or two things change.
 """
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +52,14 @@ def clip_inputs(clip, dataset, device):
     return inputs, torch.from_numpy(dataset.caption_ids).to(device)
 
 
-def clean_objective(clip, dataset, device):
-    """train.clip_objective on clean images only, as a Task has it."""
+FRACTIONS = {"clean": {"clean_fraction": 1.}, "unperturbed": {"perturbed_fraction": 0.}}
+
+
+def changed_objective(clip, dataset, device, fractions):
+    """train.clip_objective with other fractions of images, as a Task has it."""
     inputs, caption_ids = clip_inputs(clip, dataset, device)
     return lambda model, x_0, indices, generator: train.clip_objective(
-        model, x_0, caption_ids[indices], *inputs, generator, clean_fraction=1.)
+        model, x_0, caption_ids[indices], *inputs, generator, **fractions)
 
 
 def train_changed(kind, change, device, make_objective=None):
@@ -76,8 +80,8 @@ def train_changed(kind, change, device, make_objective=None):
         dataset, validation = hold_out_pairs(dataset), hold_out_pairs(validation)
     torch.manual_seed(0)   # for the initial weights
     task = make_task(config, options, dataset, validation, device)
-    if change == "clean":
-        make_objective = clean_objective
+    if change in FRACTIONS:
+        make_objective = functools.partial(changed_objective, fractions=FRACTIONS[change])
     if make_objective:
         task = task._replace(objective=make_objective(task.model, dataset, device))
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
@@ -90,6 +94,7 @@ ABLATIONS = [   # name, change, the models that are trained with it, method of g
     ("CLIP trained for a tenth of the steps", "tenth", ("clip",), guide.DEFAULT),
     ("DDPM trained for a tenth of the steps", "tenth", ("ddpm",), guide.DEFAULT),
     ("captions shuffled in CLIP's training", "shuffled", ("clip",), guide.DEFAULT),
+    ("CLIP trained without adversarial perturbations", "unperturbed", ("clip",), guide.DEFAULT),
     *((f"CLIP trained on clean images only: {method}", "clean", ("clip",), method)
       for method in (guide.DEFAULT, "noise-unaware", "x0-fast", "dot product, scale 0.1"))]
 
