@@ -66,6 +66,12 @@ class Samples(NamedTuple):
     unet_backwards: int     # backward passes
     seconds: float          # for all images, without loading the models
 
+    def cost_per_success(self, prompt_accuracy):
+        """U-Net evaluations for each image that is right; a backward pass costs about two"""
+        if self.unet_evaluations is None:
+            return None
+        return (self.unet_evaluations + 2 * self.unet_backwards) / max(prompt_accuracy, 1e-3)
+
 
 def build_denoiser(name, models, targets, scale, interval, autoguidance, generators):
     """sample.build_denoiser for METHODS."""

@@ -60,9 +60,8 @@ def compare_methods(models, args):
         preview = samples.images[::max(1, len(targets) // 48)][:48]   # evenly from all captions
         data.save_grid(args.out / f"guidance-{label}.png", preview, zoom=2)
         row = evaluator.score(samples.images, targets, models, scores, unguided_real)
-        cost = samples.unet_evaluations and samples.unet_evaluations + 2 * samples.unet_backwards
         yield {"method": name, "scale": scale, **row,
-               "cost_per_success": cost and cost / max(row["prompt_accuracy"], 1e-3),
+               "cost_per_success": samples.cost_per_success(row["prompt_accuracy"]),
                "unet_evaluations": samples.unet_evaluations,
                "unet_backwards": samples.unet_backwards, "seconds": samples.seconds,
                "relative_time": samples.seconds / first_seconds if first_seconds else None}

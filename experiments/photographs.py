@@ -120,10 +120,11 @@ def poster(models, args):
                 if group == "all" and n == SIZES[0]:
                     save_by_class(args.out / f"photographs-{way}.png", x, targets, names)
                 regardless = way == "unconditional" and group == "all"   # of captions
-                yield {"captions": group, "n": n, "way": way, **photographs.score(
-                    x, targets, photographs.any(n) if regardless else real),
-                    "unet_evaluations": samples.unet_evaluations, "seconds": samples.seconds,
-                    "relative_time": samples.seconds / unguided_seconds}
+                row = photographs.score(x, targets, photographs.any(n) if regardless else real)
+                yield {"captions": group, "n": n, "way": way, **row,
+                       "cost_per_success": samples.cost_per_success(row["prompt_accuracy"]),
+                       "unet_evaluations": samples.unet_evaluations, "seconds": samples.seconds,
+                       "relative_time": samples.seconds / unguided_seconds}
 
 
 def curve(models, args):

@@ -340,6 +340,12 @@ def test_unguided_samples_are_of_indices_that_nothing_else_uses(models, monkeypa
     assert not set(indices) & set(range(33 * len(models.captions)))
 
 
+def test_cost_per_success_by_hand():
+    """Two backward passes cost four evaluations; images that nobody sampled cost nothing."""
+    assert evaluator.Samples(None, 6, 2, 1.).cost_per_success(0.5) == 20
+    assert evaluator.Samples(None, None, None, 0.).cost_per_success(1.) is None
+
+
 def test_best_of_by_hand(models, monkeypatch):
     """For each caption the one of n images of the pool that CLIP finds most probable: of all of
     them, the one whose caption it is."""
