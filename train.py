@@ -426,7 +426,7 @@ TASKS = {   # kind -> what makes its Task; default configs of the model and of i
 # Other defaults, such as for photographs in class folders like CIFAR-10's 50,000: --preset photos
 PRESETS = {"photos": {
     "clip": {"steps": 6000, "flips": 0.5, "shift": 4},
-    "ddpm": {"channels": 64, "batch": 64, "steps": 24_000, "flips": 0.5},
+    "ddpm": {"channels": 48, "batch": 64, "steps": 30_000, "flips": 0.5},
     "judge": {"width": 64, "steps": 3000, "flips": 0.5, "shift": 4, "cutout": 12}}}
 
 
