@@ -156,7 +156,7 @@ def batch(dataset, seed, step, size, device="cpu", rank=0):
 
 
 def augment(x, flips, shift, cutout, generator):
-    """Change training images at random, against overfitting; x: (B, 3, H, W) -> the same shape
+    """Augment training images at random, against overfitting; x: (B, 3, H, W) -> the same shape
 
     flips: probability that an image is mirrored left to right; shift: pixels by which it is moved
     at most, to all sides, what is missing is mirrored in; cutout: side of a square that becomes

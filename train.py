@@ -48,19 +48,19 @@ class TrainConfig:
     warmup: float = 0.03         # fraction of the run in which the learning rate rises from zero
     weight_decay: float = 0.05   # of Muon's matrices; AdamW's parameters do not decay
     images: int = 50_000         # built-in cars to render; of a folder all images are used
-    flips: float = 0.            # this and the next two: see data.augment
-    shift: int = 0
-    cutout: int = 0
+    flips: float = 0.            # probability that an image is mirrored left to right
+    shift: int = 0               # pixels by which images are shifted at most, to all sides
+    cutout: int = 0              # side of a gray square in each image
 
 
 # ---- what each model is trained for --------------------------------------------------------------
 
-CLOSED_SET = 1024        # captions, all encoded in each step; more would take longer than images
-CLEAN_FRACTION = 0.125   # of the images of a batch, shown to CLIP without noise
-PERTURBED_FRACTION = 0.5   # of them, shown to CLIP with an adversarial perturbation
-PARTIAL_PER_STEP = 32    # partial captions ("a bus"), drawn at random for each step
-PARTIAL_WEIGHT = 0.25    # of the loss among these; that among the captions has the weight 1
-ENSEMBLE = 8             # templates that weights.pt holds, to average text features
+CLOSED_SET = 1024          # captions, all encoded in each step; more would take longer than images
+CLEAN_FRACTION = 0.125     # of the images of a batch, shown to CLIP without noise
+PERTURBED_FRACTION = 0.5   # of the images, clean ones too, with an adversarial perturbation
+PARTIAL_PER_STEP = 32      # partial captions ("a bus"), drawn at random for each step
+PARTIAL_WEIGHT = 0.25      # of the loss among these; that among the captions has the weight 1
+ENSEMBLE = 8               # templates that weights.pt holds, to average text features
 
 
 def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, generator,
@@ -86,8 +86,7 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     ids = torch.cat([torch.arange(K, device=x_0.device), K + partial]) if closed else caption_ids
     template = torch.randint(S, ids.shape, generator=generator, device=x_0.device)
     text_features = clip.encode_text(tokens[template, ids])                   # (N, E)
-    if perturbed_fraction:
-        n = round(perturbed_fraction * B)
+    if n := round(perturbed_fraction * B):
         some = torch.randperm(B, generator=generator, device=x_0.device)[:n]
         x_t[some] = perturb(clip, x_t[some], t[some], text_features[:K], alpha_bar)
     logits = clip.logits(clip.encode_image(x_t, t), text_features, t)         # (B, N)
@@ -102,17 +101,16 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
 
 
 def perturb(clip, x_t, t, text_features, alpha_bar):
-    """Add an adversarial perturbation: what makes CLIP doubt most what it finds -> like x_t
+    """Add an adversarial perturbation, one step of gradient ascent on a cross-entropy -> like x_t
 
     x_t: (B, 3, H, W), t: (B,) int in 0..T, text_features: (K, E)
-    It is one step along the gradient of the cross-entropy of the most probable text; its L2 norm
-    grows with the noise, at 32 x 32 pixels from 0.5 at t = 0 to 2 at T.
+    The cross-entropy is that of the most probable text, so the step makes it less probable. Its L2
+    norm grows with the noise, at 32 x 32 pixels from 0.5 at t = 0 to 2 at T.
 
-    The gradients of a network that withstands such perturbations show what people see (Kawar et al.
-    2023, arXiv 2208.08664), so images guided by them do, too.
-    subtle: with the correct text in place of the most probable one, the perturbation would tell
-    which it is, and CLIP would learn to read that (label leaking: Kurakin et al. 2017, arXiv
-    1611.01236).
+    Why: a network that is robust to such perturbations has perceptually aligned gradients, and
+    guides to what people recognise (Kawar et al. 2023, arXiv 2208.08664).
+    subtle: with the correct text in place of the most probable one, CLIP could learn to predict the
+    text from the perturbation (label leaking: Kurakin et al. 2017, arXiv 1611.01236).
     """
     x = x_t.clone().requires_grad_()
     logits = clip.logits(clip.encode_image(x, t), text_features.detach(), t)              # (B, K)

@@ -58,13 +58,15 @@ class Photographs:
 
         -> (N, 3, H, W)
         """
-        used, chosen = [skip] * len(self.indices), []
-        for k in targets.tolist():
-            chosen.append(self.indices[k][used[k]])
-            used[k] += 1
+        remaining = [iter(indices[skip:]) for indices in self.indices]
+        try:
+            chosen = [next(remaining[k]) for k in targets.tolist()]
+        except StopIteration:
+            raise cli.UserError(f"{self.dataset.name}: too few training images; it needs as many "
+                                "of each class as are generated") from None
         return data.to_float(self.dataset.images[chosen])
 
-    def any(self, count):
+    def random(self, count):
         """Random images of any caption -> (count, 3, H, W)"""
         return data.to_float(self.dataset.images[self.order[:count]])
 
@@ -110,9 +112,10 @@ def poster(models, args):
         for n in SIZES:
             targets = indices[:n] % K
             real, unguided_seconds = photographs.of(targets), None
-            some = targets[:1000]   # there are 3,000 airplanes, 2,000 of which are `real`
-            yield {"captions": group, "n": n, "way": "real", **photographs.score(
-                photographs.of(some, skip=n), some, real[:1000])}
+            some = targets[:500]   # of 2,969 airplanes 2,000 are `real`
+            others = photographs.of(some, skip=int(targets.bincount().max()))
+            yield {"captions": group, "n": n, "way": "real",
+                   **photographs.score(others, some, real[:500])}
             for way in ways(models, ROWS):
                 samples = draw(way, indices[:n], models, args)
                 unguided_seconds = unguided_seconds or samples.seconds
@@ -120,7 +123,7 @@ def poster(models, args):
                 if group == "all" and n == SIZES[0]:
                     save_by_class(args.out / f"photographs-{way}.png", x, targets, names)
                 regardless = way == "unconditional" and group == "all"   # of captions
-                row = photographs.score(x, targets, photographs.any(n) if regardless else real)
+                row = photographs.score(x, targets, photographs.random(n) if regardless else real)
                 yield {"captions": group, "n": n, "way": way, **row,
                        "cost_per_success": samples.cost_per_success(row["prompt_accuracy"]),
                        "unet_evaluations": samples.unet_evaluations, "seconds": samples.seconds,

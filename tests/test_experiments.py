@@ -1036,7 +1036,15 @@ def test_photographs_to_compare_with_are_of_their_class_and_distinct(class_folde
     x, others = (real.of(targets, skip) for skip in (0, 3))
     assert ((x[:, 2] < x[:, 0]).flatten(1).all(1) == targets).all()   # airplanes, 0, are blue
     assert len(torch.cat([x, others]).unique(dim=0)) == 10
-    assert len(real.any(20).unique(dim=0)) == 20
+    assert len(real.random(20).unique(dim=0)) == 20
+
+
+def test_too_few_photographs_to_compare_with_are_one_line(class_folders):
+    real = photographs.Photographs(sample.load_models(), argparse.Namespace(seed=0, judge=None))
+    count = len(real.indices[0])
+    assert len(real.of(torch.zeros(count, dtype=torch.long))) == count
+    with pytest.raises(cli.UserError, match="too few training images"):
+        real.of(torch.zeros(count - 2, dtype=torch.long), skip=3)
 
 
 def test_pixel_features_by_hand():

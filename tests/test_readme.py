@@ -312,7 +312,7 @@ NUMBERS = [   # near this text, the README has this figure; results file, row, k
     ("On photographs", "60.0 %", "photographs_models",
      {"command": "python train.py judge --data photos --steps 1500"}, "accuracy", fraction),
     *(("`python train.py clip`", text, "training_loss", {"model": "clip"}, step, "{:.2f}".format)
-      for text, step in (("6.73 at step 50", "50"), ("3.94 at 200", "200"), ("1.40", "2,100"))),
+      for text, step in (("6.74 at step 50", "50"), ("4.10 at 200", "200"), ("1.52", "2,100"))),
     *(("Without a prompt guide", text, "guidance", {"method": method}, "kid", short)
       for text, method in ((".017", "none"), (".124", "none, without autoguidance"))),
     *(("--out runs/weak", text, "training_loss", {"model": "weak"}, step, form)
@@ -336,7 +336,7 @@ NUMBERS = [   # near this text, the README has this figure; results file, row, k
                                (".015 at 800", "800", short))),
     ("`python train.py judge`", "99.8 %", "judge", {"camera": "all"}, "prompt_accuracy", fraction),
     *((f"| `python train.py {kind}", minutes, "training_loss", {"model": kind}, "minutes", str)
-      for kind, minutes in (("clip", "10"), ("judge", "5"), ("ddpm", "26"), ("decoder", "30"),
+      for kind, minutes in (("clip", "16"), ("judge", "5"), ("ddpm", "26"), ("decoder", "30"),
                             ("prior", "4"), ("upsampler", "12"))),
     ("held out of CLIP", "26-minute", "training_loss", {"model": "ddpm"}, "minutes",
      "{}-minute".format)]
@@ -381,7 +381,7 @@ CONSTANTS = [   # near this text, the README has this figure; what it has to be,
         f"{tinyclip.CLIPConfig().image_size} x {tinyddpm.UNetConfig().image_size}")),
     *((near, "128 x 128", lambda: "{0} x {0}".format(unclip.UpsamplerConfig().image_size))
       for near in ("made the sixteen images", "`python train.py upsampler")),
-    ("An unconditional diffusion model", "36 minutes", lambda: "{} minutes".format(minutes(
+    ("An unconditional diffusion model", "42 minutes", lambda: "{} minutes".format(minutes(
         ("training_loss", "model", "clip"), ("training_loss", "model", "ddpm")))),
     ("An unconditional diffusion model", "74", lambda: str(minutes(
         ("model_card", "file", "ddpm.pt")))),
