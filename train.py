@@ -105,7 +105,7 @@ def perturb(clip, x_t, t, text_features, alpha_bar):
 
     x_t: (B, 3, H, W), t: (B,) int in 0..T, text_features: (K, E)
     The cross-entropy is that of the most probable text, so the step makes it less probable. Its L2
-    norm grows with the noise, at 32 x 32 pixels from 0.5 at t = 0 to 2 at T.
+    norm grows with the noise, at 32 x 32 pixels from 1 at t = 0 to 4 at T.
 
     Why: a network that is robust to such perturbations has perceptually aligned gradients, and
     guides to what people recognise (Kawar et al. 2023, arXiv 2208.08664).
@@ -117,7 +117,7 @@ def perturb(clip, x_t, t, text_features, alpha_bar):
     loss = F.cross_entropy(logits, logits.argmax(dim=1), reduction="sum")
     grad, = torch.autograd.grad(loss, x)
     side = (x_t.shape[-2] * x_t.shape[-1]) ** 0.5
-    norm = side / 32 * (0.5 + 1.5 * (1 - tinyddpm.extract(alpha_bar, t)).sqrt())   # (B, 1, 1, 1)
+    norm = side / 32 * (1 + 3 * (1 - tinyddpm.extract(alpha_bar, t)).sqrt())   # (B, 1, 1, 1)
     return x_t + norm * F.normalize(grad.flatten(1), dim=1).view_as(x_t)
 
 

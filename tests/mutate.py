@@ -194,7 +194,7 @@ MUTANTS = {"tinyddpm.py": [
     ("PARTIAL_WEIGHT = 0.25", "PARTIAL_WEIGHT = 0.", "what_clip, chance"),
     ("options.shift, options.cutout", "0, 0", "augmented"),
     ("return x_t + norm *", "return x_t - norm *", "perturbation"),
-    ("1.5 * (1 - tinyddpm.extract(alpha_bar, t)).sqrt()", "1.5", "perturbation"),
+    ("3 * (1 - tinyddpm.extract(alpha_bar, t)).sqrt()", "3", "perturbation"),
     ("device=x_0.device)[:n]", "device=x_0.device)", "perturbed"),
     ("t[some], text_features[:K]", "t[:n], text_features[:K]", "perturbed"),
     ("logits, logits.argmax(dim=1)", "logits, logits.argmin(dim=1)", "perturbation"),

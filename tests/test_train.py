@@ -151,7 +151,7 @@ def test_a_perturbation_by_hand(alpha_bar):
     moved = train.perturb(LinearCLIP, x_t, t, features, alpha_bar) - x_t
     p = (x_t.mean(dim=(2, 3)) @ features.T).softmax(dim=1)
     uphill = (p - torch.eye(5)[p.argmax(dim=1)]) @ features   # of the cross-entropy, by channel
-    norm = torch.tensor([0.5, 0.5 + 1.5 * (1 - alpha_bar[500]).sqrt(), 2.]) * 8 ** 0.5 / 32
+    norm = torch.tensor([1., 1 + 3 * (1 - alpha_bar[500]).sqrt(), 4.]) * 8 ** 0.5 / 32
     assert torch.allclose(moved.flatten(1).norm(dim=1), norm, atol=1e-5)
     expected = uphill / uphill.norm(dim=1, keepdim=True) * norm[:, None] / 8 ** 0.5
     assert torch.allclose(moved, expected[:, :, None, None].expand_as(moved), atol=1e-5)
