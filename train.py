@@ -51,27 +51,28 @@ class TrainConfig:
     flips: float = 0.            # probability that an image is mirrored left to right
     shift: int = 0               # pixels by which images are shifted at most, to all sides
     cutout: int = 0              # side of a gray square in each image
+    perturbation: float = 1.     # L2 norm of CLIP's adversarial perturbations at t = 0
 
 
 # ---- what each model is trained for --------------------------------------------------------------
 
 CLOSED_SET = 1024          # captions, all encoded in each step; more would take longer than images
 CLEAN_FRACTION = 0.125     # of the images of a batch, shown to CLIP without noise
-PERTURBED_FRACTION = 0.5   # of the images, clean ones too, with an adversarial perturbation
+PERTURBED_FRACTION = 0.5   # of the images, clean ones too, if --perturbation is not 0
 PARTIAL_PER_STEP = 32      # partial captions ("a bus"), drawn at random for each step
 PARTIAL_WEIGHT = 0.25      # of the loss among these; that among the captions has the weight 1
 ENSEMBLE = 8               # templates that weights.pt holds, to average text features
 
 
 def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, generator,
-                   clean_fraction=CLEAN_FRACTION, perturbed_fraction=PERTURBED_FRACTION):
+                   clean_fraction=CLEAN_FRACTION, perturbation=TrainConfig.perturbation):
     """Compute the loss of matching noised images with texts -> scalar
 
     x_0: (B, 3, H, W), caption_ids: (B,) int in 0..K-1; tokens: (S, K + P, L), S ways to write the
     K captions and P partial captions; partial_true_of: (P, K) bool, which captions those are true
     of. N texts are compared with each image. clean_fraction of the images get t = 0, for guidance
     by x_0_hat and for the text-to-image term of the loss, the others a timestep in 1..T.
-    perturbed_fraction get an adversarial perturbation.
+    PERTURBED_FRACTION get an adversarial perturbation, whose norm at t = 0 is `perturbation`.
     """
     (B, *_), S, (P, K) = x_0.shape, len(tokens), partial_true_of.shape
     t = tinyddpm.stratified_timesteps(B, generator)
@@ -86,9 +87,10 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     ids = torch.cat([torch.arange(K, device=x_0.device), K + partial]) if closed else caption_ids
     template = torch.randint(S, ids.shape, generator=generator, device=x_0.device)
     text_features = clip.encode_text(tokens[template, ids])                   # (N, E)
-    if n := round(perturbed_fraction * B):
-        some = torch.randperm(B, generator=generator, device=x_0.device)[:n]
-        x_t[some] = perturb(clip, x_t[some], t[some], text_features[:K], alpha_bar)
+    if perturbation:
+        some = torch.randperm(B, generator=generator, device=x_0.device)
+        some = some[:round(PERTURBED_FRACTION * B)]
+        x_t[some] = perturb(clip, x_t[some], t[some], text_features[:K], alpha_bar, perturbation)
     logits = clip.logits(clip.encode_image(x_t, t), text_features, t)         # (B, N)
     if not closed:
         return tinyclip.contrastive_loss(logits, caption_ids)
@@ -100,12 +102,12 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     return loss + PARTIAL_WEIGHT * tinyclip.closed_set_loss(logits[:, K:], partial_is_true, clean)
 
 
-def perturb(clip, x_t, t, text_features, alpha_bar):
+def perturb(clip, x_t, t, text_features, alpha_bar, norm):
     """Add an adversarial perturbation, one step of gradient ascent on a cross-entropy -> like x_t
 
     x_t: (B, 3, H, W), t: (B,) int in 0..T, text_features: (K, E)
     The cross-entropy is that of the most probable text, so the step makes it less probable. Its L2
-    norm grows with the noise, at 32 x 32 pixels from 1 at t = 0 to 4 at T.
+    norm grows with the noise, from `norm` at t = 0 to four times as much at T (at 32 x 32 pixels).
 
     Why: a network that is robust to such perturbations has perceptually aligned gradients, and
     guides to what people recognise (Kawar et al. 2023, arXiv 2208.08664).
@@ -117,8 +119,8 @@ def perturb(clip, x_t, t, text_features, alpha_bar):
     loss = F.cross_entropy(logits, logits.argmax(dim=1), reduction="sum")
     grad, = torch.autograd.grad(loss, x)
     side = (x_t.shape[-2] * x_t.shape[-1]) ** 0.5
-    norm = side / 32 * (1 + 3 * (1 - tinyddpm.extract(alpha_bar, t)).sqrt())   # (B, 1, 1, 1)
-    return x_t + norm * F.normalize(grad.flatten(1), dim=1).view_as(x_t)
+    norms = norm * side / 32 * (1 + 3 * (1 - tinyddpm.extract(alpha_bar, t)).sqrt())
+    return x_t + norms * F.normalize(grad.flatten(1), dim=1).view_as(x_t)   # norms: (B, 1, 1, 1)
 
 
 def ddpm_objective(unet, x_0, cond, alpha_bar, generator):
@@ -235,7 +237,8 @@ def clip_task(config, options, dataset, validation, device):
                           for texts in templates]).to(device)                 # (S, K + P, L)
     caption_ids = torch.from_numpy(dataset.caption_ids).to(device)            # (N,)
     objective = lambda model, x_0, indices, generator: clip_objective(
-        model, x_0, caption_ids[indices], tokens, partial_true_of, alpha_bar, generator)
+        model, x_0, caption_ids[indices], tokens, partial_true_of, alpha_bar, generator,
+        perturbation=options.perturbation)
 
     @torch.no_grad()
     def preview(model, folder):   # the same images and noise in each call
@@ -423,7 +426,7 @@ TASKS = {   # kind -> what makes its Task; default configs of the model and of i
     "judge": (judge_task, judge.JudgeConfig(), TrainConfig(steps=800))}
 # Other defaults, such as for photographs in class folders like CIFAR-10's 50,000: --preset photos
 PRESETS = {"photos": {
-    "clip": {"steps": 6000, "flips": 0.5, "shift": 4},
+    "clip": {"steps": 6000, "flips": 0.5, "shift": 4, "perturbation": 0.5},
     "ddpm": {"channels": 48, "batch": 64, "steps": 30_000, "flips": 0.5},
     "judge": {"width": 64, "steps": 3000, "flips": 0.5, "shift": 4, "cutout": 12}}}
 
@@ -594,7 +597,7 @@ def train(task, options, dataset, folder, seed=0, device=torch.device("cpu"),
 NOT_FLAGS = "cond_dim", "in_channels", "noise_aware", "clip_dim"   # these are not for users to set
 # What only some kinds take. Diffusion models would draw the traces of shift and cutout; and the
 # embedding of a mirrored image is another one.
-ONLY_OF = {"shift": ("clip", "judge"), "cutout": ("clip", "judge"),
+ONLY_OF = {"shift": ("clip", "judge"), "cutout": ("clip", "judge"), "perturbation": ("clip",),
            "flips": ("clip", "judge", "ddpm", "upsampler")}
 
 
@@ -640,7 +643,7 @@ def parse(arguments):
     cli.check_ranges(
         options, steps=(1, math.inf), batch=(1, math.inf), accumulate=(1, math.inf),
         images=(1, 10_000_000), warmup=(0, 1), lr=(0, 1), weight_decay=(0, 1), flips=(0, 1),
-        shift=(0, side - 1), cutout=(0, side))
+        shift=(0, side - 1), cutout=(0, side), perturbation=(0, math.inf))
     cli.check_ranges(args, seed=(0, 2 ** 63 - 1), minutes=(0, math.inf), save_every=(0, math.inf))
     ranks = distributed.world_size()
     if options.batch % (ranks * options.accumulate):

@@ -4,7 +4,6 @@ The changed models are trained where they are missing, in runs/ablations/. Compa
 train.py's defaults (--ddpm runs/ddpm/weights.pt), or two things change.
 """
 import dataclasses
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -52,14 +51,11 @@ def clip_inputs(clip, dataset, device):
     return inputs, torch.from_numpy(dataset.caption_ids).to(device)
 
 
-FRACTIONS = {"clean": {"clean_fraction": 1.}, "unperturbed": {"perturbed_fraction": 0.}}
-
-
-def changed_objective(clip, dataset, device, fractions):
-    """train.clip_objective with other fractions of images, as a Task has it."""
+def clean_objective(clip, dataset, device):
+    """train.clip_objective with clean images only, as a Task has it."""
     inputs, caption_ids = clip_inputs(clip, dataset, device)
     return lambda model, x_0, indices, generator: train.clip_objective(
-        model, x_0, caption_ids[indices], *inputs, generator, **fractions)
+        model, x_0, caption_ids[indices], *inputs, generator, clean_fraction=1.)
 
 
 def train_changed(kind, change, device, make_objective=None):
@@ -73,6 +69,8 @@ def train_changed(kind, change, device, make_objective=None):
     path = Path(f"runs/ablations/{kind}-{change}/weights.pt")
     if change == "tenth":
         options = dataclasses.replace(options, steps=options.steps // 10)
+    if change == "unperturbed":
+        options = dataclasses.replace(options, perturbation=0.)
     if change == "shuffled":
         caption_ids = np.random.default_rng(0).permutation(dataset.caption_ids)
         dataset = dataset._replace(caption_ids=caption_ids)
@@ -80,8 +78,8 @@ def train_changed(kind, change, device, make_objective=None):
         dataset, validation = hold_out_pairs(dataset), hold_out_pairs(validation)
     torch.manual_seed(0)   # for the initial weights
     task = make_task(config, options, dataset, validation, device)
-    if change in FRACTIONS:
-        make_objective = functools.partial(changed_objective, fractions=FRACTIONS[change])
+    if change == "clean":
+        make_objective = clean_objective
     if make_objective:
         task = task._replace(objective=make_objective(task.model, dataset, device))
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):

@@ -148,10 +148,10 @@ def test_a_perturbation_by_hand(alpha_bar):
     """Straight uphill on the loss of the most probable text; longer, the more noise there is."""
     x_t, t = torch.randn(3, 3, 2, 4), torch.tensor([0, 500, 1000])
     features = torch.randn(5, 3)
-    moved = train.perturb(LinearCLIP, x_t, t, features, alpha_bar) - x_t
+    moved = train.perturb(LinearCLIP, x_t, t, features, alpha_bar, 0.5) - x_t
     p = (x_t.mean(dim=(2, 3)) @ features.T).softmax(dim=1)
     uphill = (p - torch.eye(5)[p.argmax(dim=1)]) @ features   # of the cross-entropy, by channel
-    norm = torch.tensor([1., 1 + 3 * (1 - alpha_bar[500]).sqrt(), 4.]) * 8 ** 0.5 / 32
+    norm = torch.tensor([0.5, 0.5 + 1.5 * (1 - alpha_bar[500]).sqrt(), 2.]) * 8 ** 0.5 / 32
     assert torch.allclose(moved.flatten(1).norm(dim=1), norm, atol=1e-5)
     expected = uphill / uphill.norm(dim=1, keepdim=True) * norm[:, None] / 8 ** 0.5
     assert torch.allclose(moved, expected[:, :, None, None].expand_as(moved), atol=1e-5)
@@ -161,21 +161,22 @@ def test_a_fraction_of_clips_images_is_perturbed(alpha_bar, monkeypatch):
     """Random ones, each with its own timestep; the others stay as they are."""
     clip, x_0, caption_ids = RecordingCLIP(), torch.randn(32, 3, 4, 6), torch.arange(32) % 5
     calls, moved = [], []
-    monkeypatch.setattr(train, "perturb", lambda clip, x_t, t, texts, alpha_bar: (
-        calls.append((x_t, t, texts)) or x_t + 100))
+    monkeypatch.setattr(train, "PERTURBED_FRACTION", 0.25)
+    monkeypatch.setattr(train, "perturb", lambda clip, x_t, t, texts, alpha_bar, norm: (
+        calls.append((x_t, t, texts, norm)) or x_t + 100))
     objective = lambda seed, **options: torch.manual_seed(0) and train.clip_objective(
         clip, x_0, caption_ids, TOKENS, PARTIAL_TRUE_OF, alpha_bar,
         data.generator("training", seed), **options)
     for seed in (1, 2):
-        objective(seed, perturbed_fraction=0.)
+        objective(seed, perturbation=0.)
         plain, t = clip.x_t, clip.t
-        objective(seed, perturbed_fraction=0.25)
+        objective(seed, perturbation=3.)
         which = (clip.x_t - plain).flatten(1).mean(dim=1) > 50
         assert which.sum() == 8 and torch.equal(clip.x_t[~which], plain[~which])
-        x_t, t_given, texts = calls[-1]
+        x_t, t_given, texts, norm = calls[-1]
         order = (plain - x_t[:, None]).abs().amax(dim=(2, 3, 4)).argmin(dim=1)
         assert torch.equal(t_given, t[order])
-        assert torch.equal(texts, clip.text_features[:5])
+        assert torch.equal(texts, clip.text_features[:5]) and norm == 3
         moved.append(which)
     assert not torch.equal(*moved)
 
