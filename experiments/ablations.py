@@ -69,8 +69,6 @@ def train_changed(kind, change, device, make_objective=None):
     path = Path(f"runs/ablations/{kind}-{change}/weights.pt")
     if change == "tenth":
         options = dataclasses.replace(options, steps=options.steps // 10)
-    if change == "unperturbed":
-        options = dataclasses.replace(options, perturbation=0.)
     if change == "shuffled":
         caption_ids = np.random.default_rng(0).permutation(dataset.caption_ids)
         dataset = dataset._replace(caption_ids=caption_ids)
@@ -92,7 +90,6 @@ ABLATIONS = [   # name, change, the models that are trained with it, method of g
     ("CLIP trained for a tenth of the steps", "tenth", ("clip",), guide.DEFAULT),
     ("DDPM trained for a tenth of the steps", "tenth", ("ddpm",), guide.DEFAULT),
     ("captions shuffled in CLIP's training", "shuffled", ("clip",), guide.DEFAULT),
-    ("CLIP trained without adversarial perturbations", "unperturbed", ("clip",), guide.DEFAULT),
     *((f"CLIP trained on clean images only: {method}", "clean", ("clip",), method)
       for method in (guide.DEFAULT, "noise-unaware", "x0-fast", "dot product, scale 0.1"))]
 

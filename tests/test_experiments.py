@@ -937,10 +937,10 @@ def test_composition(here, monkeypatch):
     assert all(row["samples"] == 36 and row["swapped"] == 1 for row in rows)
 
 
-@pytest.mark.parametrize("change", ["tenth", "shuffled", "pairs", "clean", "unperturbed"])
+@pytest.mark.parametrize("change", ["tenth", "shuffled", "pairs", "clean"])
 def test_each_ablation_changes_one_thing(here, monkeypatch, change):
     """A tenth of the steps; captions of other images; no image of some pairs, neither in training
-    nor in validation; clean images only; none perturbed. All else is as it was."""
+    nor in validation; clean images only. All else is as it was."""
     clip_task, made, trained = train.clip_task, [], []
     monkeypatch.setitem(train.TASKS, "clip", (
         lambda *args: made.append(args) or clip_task(*args), *TOY["clip"]))
@@ -967,7 +967,6 @@ def test_each_ablation_changes_one_thing(here, monkeypatch, change):
     task.objective(task.model, torch.randn(8, 3, 16, 16), torch.arange(8),
                    data.generator("training", 0))
     assert (seen[-1] == 0).sum() == (8 if change == "clean" else 1)
-    assert [len(t) for t in seen] == ([8] if change == "unperturbed" else [4, 8])
 
 
 def test_changed_models_are_those_that_were_trained(here, models, monkeypatch):

@@ -81,13 +81,8 @@ TOKENS = torch.arange(2 * 8 * 3).view(2, 8, 3)
 PARTIAL_TRUE_OF = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [1, 0, 0, 0, 1]]).bool()
 
 
-@pytest.fixture
-def unperturbed(monkeypatch):
-    monkeypatch.setattr(train, "perturb", lambda clip, x_t, *rest: x_t)
-
-
 @pytest.mark.parametrize("fraction, clean", [(0.125, 4), (0.5, 16), (0., 0), (1., 32)])
-def test_clip_objective_has_clean_and_noised_images(unperturbed, alpha_bar, fraction, clean):
+def test_clip_objective_has_clean_and_noised_images(alpha_bar, fraction, clean):
     """As many images as asked for are clean; all others are noised up to a timestep in 1..T. Each
     is matched with its caption, and by itself, with less weight, with its partial captions."""
     x_0, caption_ids = torch.randn(32, 3, 4, 6), torch.arange(32) % 5
@@ -96,7 +91,7 @@ def test_clip_objective_has_clean_and_noised_images(unperturbed, alpha_bar, frac
     for seed in range(80):
         torch.manual_seed(seed)
         loss = train.clip_objective(clip, x_0, caption_ids, TOKENS, PARTIAL_TRUE_OF, alpha_bar,
-                                    data.generator("training", seed), fraction)
+                                    data.generator("training", seed), fraction, perturbation=0.)
         is_clean = clip.t == 0
         assert is_clean.sum() == clean and clip.t.min() >= 0 and clip.t.max() <= tinyddpm.T
         assert torch.equal(clip.t_of_logits, clip.t)
@@ -120,14 +115,15 @@ def test_clip_objective_has_clean_and_noised_images(unperturbed, alpha_bar, frac
         assert torch.stack(which).any(dim=0).all() and not torch.stack(which).all(dim=0).any()
 
 
-def test_clip_objective_draws_a_template_for_each_text(unperturbed, alpha_bar, monkeypatch):
+def test_clip_objective_draws_a_template_for_each_text(alpha_bar, monkeypatch):
     """All captions of a small closed set, and so many of the partial captions, each in a template
     of its own; all texts in all templates in turn."""
     monkeypatch.setattr(train, "PARTIAL_PER_STEP", 2)
     clip, drawn = RecordingCLIP(), []
     for seed in range(40):
         train.clip_objective(clip, torch.zeros(8, 3, 2, 2), torch.zeros(8, dtype=torch.long),
-                             TOKENS, PARTIAL_TRUE_OF, alpha_bar, data.generator("training", seed))
+                             TOKENS, PARTIAL_TRUE_OF, alpha_bar, data.generator("training", seed),
+                             perturbation=0.)
         rows = (clip.tokens == TOKENS[:, :, None]).all(dim=3).sum(dim=2)      # (S, K + P)
         assert rows.sum(dim=0)[:5].tolist() == [1] * 5
         assert sorted(rows.sum(dim=0)[5:].tolist()) == [0, 1, 1] and len(clip.tokens) == 7
@@ -181,7 +177,7 @@ def test_a_fraction_of_clips_images_is_perturbed(alpha_bar, monkeypatch):
     assert not torch.equal(*moved)
 
 
-def test_clip_objective_is_the_papers_loss_if_captions_are_many(unperturbed, alpha_bar):
+def test_clip_objective_is_the_papers_loss_if_captions_are_many(alpha_bar):
     """Beyond CLOSED_SET captions each image is compared with the captions of its batch only, and
     with no partial caption."""
     K = train.CLOSED_SET + 1
@@ -189,22 +185,24 @@ def test_clip_objective_is_the_papers_loss_if_captions_are_many(unperturbed, alp
     partial_true_of = torch.ones(1, K, dtype=torch.bool)
     caption_ids = torch.tensor([3, K - 1, 3, 0])
     loss = train.clip_objective(clip, torch.randn(4, 3, 2, 2), caption_ids, tokens, partial_true_of,
-                                alpha_bar, data.generator("training", 0))
+                                alpha_bar, data.generator("training", 0), perturbation=0.)
     assert torch.equal(clip.tokens[:, 0] % (K + 1), caption_ids)
     logits = clip.image_features @ clip.text_features.T
     assert loss == tinyclip.contrastive_loss(logits, caption_ids)
     train.clip_objective(clip, torch.randn(4, 3, 2, 2), caption_ids % 1000, tokens[:, 1:],
-                         partial_true_of[:, 1:], alpha_bar, data.generator("training", 0))
+                         partial_true_of[:, 1:], alpha_bar, data.generator("training", 0),
+                         perturbation=0.)
     assert len(clip.tokens) == train.CLOSED_SET + 1
 
 
-def test_what_clip_is_trained_on(unperturbed):
+def test_what_clip_is_trained_on():
     """The task's objective: each image with its own caption, an eighth of the images clean, all
     texts in all templates; partial captions have a quarter of the weight, not none."""
     dataset, read = toys.squares(64, seed=0), set()
     dataset = dataset._replace(templates=[
         [f"{prefix} {text}" for text in dataset.templates[1]] for prefix in ("one", "this", "my")])
-    task = train.clip_task(CONFIGS["clip"], train.TrainConfig(batch=32), dataset, dataset, CPU)
+    task = train.clip_task(CONFIGS["clip"], train.TrainConfig(batch=32, perturbation=0.), dataset,
+                           dataset, CPU)
     clip, x_0, indices = RecordingCLIP(), torch.randn(32, 3, 8, 8), torch.arange(32) + 7
     for seed in range(20):
         loss = task.objective(clip, x_0, indices, data.generator("training", seed))
@@ -240,7 +238,7 @@ class TableCLIP(torch.nn.Module):
 
 
 @pytest.mark.parametrize("shift, least", [(0, math.log(2)), (1, math.log(4) + 0.25 * math.log(2))])
-def test_clip_learns_as_much_as_there_is_to_know(unperturbed, shift, least):
+def test_clip_learns_as_much_as_there_is_to_know(shift, least):
     """Two kinds of images, each with two captions at random, and a partial caption: the loss falls
     to ln 2. With the captions of other images it stays at that of uniform softmaxes."""
     clip, rng = TableCLIP(), torch.Generator().manual_seed(0)
@@ -251,7 +249,8 @@ def test_clip_learns_as_much_as_there_is_to_know(unperturbed, shift, least):
         x_0 = (caption_ids // 2 * 2. - 1).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
         loss = train.clip_objective(
             clip, x_0, caption_ids.roll(shift), torch.arange(6).view(1, 6, 1), partial_true_of,
-            torch.ones(tinyddpm.T + 1), data.generator("training", step), clean_fraction=0.)
+            torch.ones(tinyddpm.T + 1), data.generator("training", step), clean_fraction=0.,
+            perturbation=0.)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -259,10 +258,11 @@ def test_clip_learns_as_much_as_there_is_to_know(unperturbed, shift, least):
     assert np.mean(losses[-50:]) == pytest.approx(least, abs=0.05)
 
 
-def test_chance_of_a_clip_is_the_loss_of_equal_logits(unperturbed, alpha_bar):
+def test_chance_of_a_clip_is_the_loss_of_equal_logits(alpha_bar):
     """Whose softmax is uniform: among captions, clean images and partial captions."""
     dataset, clip = toys.squares(64, seed=0), RecordingCLIP()
-    task = train.clip_task(CONFIGS["clip"], train.TrainConfig(batch=32), dataset, dataset, CPU)
+    task = train.clip_task(CONFIGS["clip"], train.TrainConfig(batch=32, perturbation=0.), dataset,
+                           dataset, CPU)
     clip.logits = lambda image_features, text_features, t: torch.zeros(32, 9)
     loss = task.objective(clip, torch.zeros(32, 3, 8, 8), torch.arange(32) % 6,
                           data.generator("training", 0))
