@@ -17,7 +17,7 @@ import torch
 from infra import cli
 
 HERE = Path(__file__).parent
-PAGES = "README.md", "UNCLIP.md", "LATENTS.md"
+PAGES = "README.md", "UNCLIP.md", "LATENTS.md", "PHOTOGRAPHS.md"
 SECTION = re.compile(r"(<!-- table (\w+)(?: (\w+)=(.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 FRACTIONS = {"prompt_accuracy", "low", "body", "main", "second", "second_judge", "disagree",

@@ -36,7 +36,8 @@ def read(name):
 # ---- sizes ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["README.md", "experiments/README.md", "experiments/UNCLIP.md",
-                                  "experiments/LATENTS.md", "experiments/LOG.md"])
+                                  "experiments/LATENTS.md", "experiments/PHOTOGRAPHS.md",
+                                  "experiments/LOG.md"])
 def test_a_page_is_short(name):
     """At most 12 KB."""
     assert len(read(name).encode()) <= 12_288
@@ -55,7 +56,7 @@ def test_the_readme_can_be_skimmed():
 # ---- commands ------------------------------------------------------------------------------------
 
 PAGES = ["README.md", "weights/README.md", "experiments/README.md", "experiments/UNCLIP.md",
-         "experiments/LATENTS.md"]
+         "experiments/LATENTS.md", "experiments/PHOTOGRAPHS.md"]
 DOCSTRINGS = ["train.py", "sample.py", "infra/distributed.py", "experiments/__main__.py",
               "experiments/tables.py", "experiments/interruptions.py"]
 PROGRAMS = "python", "torchrun", "pip"
