@@ -10,12 +10,12 @@
     python train.py ddpm -h                 fields of the config are flags, such as --channels 48
 
 A run's folder (runs/clip, ...) gets checkpoint.pt, to resume from; weights.pt, what sample.py uses;
-loss.png; of models that draw also samples.png. Step n draws its images, timesteps and noise from
-(seed, n, rank), so it depends on nothing else but the state of the training before it. A run that
-was interrupted, or killed, ends with the same weights, bit for bit, as one that ran through, on the
-same machine and with the same number of threads, ranks and micro-batches: each rank and micro-batch
-draws timesteps, clean images and texts for its own part of the batch, and compares images with
-texts within it.
+loss.png; a ddpm's, decoder's or upsampler's also samples.png. Step n draws its images, timesteps
+and noise from (seed, n, rank), so it depends on nothing else but the state of the training before
+it. A run that was interrupted, or killed, ends with the same weights, bit for bit, as one that ran
+through, on the same machine and with the same number of threads, ranks and micro-batches: each rank
+and micro-batch draws timesteps, clean images and texts for its own part of the batch, and compares
+images with texts within it.
 """
 import argparse
 import copy
@@ -51,15 +51,21 @@ class TrainConfig:
     flips: float = 0.            # probability that an image is mirrored left to right
     shift: int = 0               # pixels by which images are shifted at most, to all sides
     cutout: int = 0              # side of a gray square in each image
-    perturbation: float = 1.     # L2 norm of CLIP's adversarial perturbations at t = 0
+    perturbation: float = 1.     # L2 norm of adversarial perturbations at t = 0; 0: none
+
+
+# What only some kinds take. Diffusion models would draw the traces of shift and cutout; and the
+# embedding of a mirrored image is another one.
+ONLY_OF = {"shift": ("clip", "judge"), "cutout": ("clip", "judge"), "perturbation": ("clip",),
+           "flips": ("clip", "judge", "ddpm", "upsampler")}
 
 
 # ---- what each model is trained for --------------------------------------------------------------
 
 CLOSED_SET = 1024          # captions, all encoded in each step; more would take longer than images
-CLEAN_FRACTION = 0.125     # of the images of a batch, shown to CLIP without noise
-PERTURBED_FRACTION = 0.5   # of the images, clean ones too, if --perturbation is not 0
-PARTIAL_PER_STEP = 32      # partial captions ("a bus"), drawn at random for each step
+CLEAN_FRACTION = 0.125     # of the images of a micro-batch, shown to CLIP without noise
+PERTURBED_FRACTION = 0.5   # of the images, with and without noise, if perturbation is not 0
+PARTIAL_PER_STEP = 32      # partial captions ("a bus"), drawn at random for each micro-batch
 PARTIAL_WEIGHT = 0.25      # of the loss among these; that among the captions has the weight 1
 ENSEMBLE = 8               # templates that weights.pt holds, to average text features
 
@@ -68,11 +74,11 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
                    clean_fraction=CLEAN_FRACTION, perturbation=TrainConfig.perturbation):
     """Compute the loss of matching noised images with texts -> scalar
 
-    x_0: (B, 3, H, W), caption_ids: (B,) int in 0..K-1; tokens: (S, K + P, L), S ways to write the
-    K captions and P partial captions; partial_true_of: (P, K) bool, which captions those are true
-    of. N texts are compared with each image. clean_fraction of the images get t = 0, for guidance
-    by x_0_hat and for the text-to-image term of the loss, the others a timestep in 1..T.
-    PERTURBED_FRACTION get an adversarial perturbation, whose norm at t = 0 is `perturbation`.
+    x_0: (B, 3, H, W), caption_ids: (B,) int in 0..K-1, alpha_bar: (T + 1,); tokens: (S, K + P, L),
+    S templates of the K captions and of P partial captions; partial_true_of: (P, K) bool, which
+    captions those are true of. Each image is compared with N texts. clean_fraction of the images
+    get t = 0, for guidance by x_0_hat and for the text-to-image term of the loss, the others a
+    timestep in 1..T. PERTURBED_FRACTION get an adversarial perturbation, see perturb's norm.
     """
     (B, *_), S, (P, K) = x_0.shape, len(tokens), partial_true_of.shape
     t = tinyddpm.stratified_timesteps(B, generator)
@@ -82,20 +88,20 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     x_t = tinyddpm.q_sample(x_0, t, eps, alpha_bar)
 
-    closed = K <= CLOSED_SET   # else the captions of this micro-batch, as in the paper
+    closed = K <= CLOSED_SET   # else the captions of this micro-batch, as in CLIP
     partial = torch.randperm(P, generator=generator, device=x_0.device)[:PARTIAL_PER_STEP]
     ids = torch.cat([torch.arange(K, device=x_0.device), K + partial]) if closed else caption_ids
     template = torch.randint(S, ids.shape, generator=generator, device=x_0.device)
     text_features = clip.encode_text(tokens[template, ids])                   # (N, E)
     if perturbation:
-        some = torch.randperm(B, generator=generator, device=x_0.device)
-        some = some[:round(PERTURBED_FRACTION * B)]
-        x_t[some] = perturb(clip, x_t[some], t[some], text_features[:K], alpha_bar, perturbation)
+        i = torch.randperm(B, generator=generator, device=x_0.device)
+        i = i[:round(PERTURBED_FRACTION * B)]
+        x_t[i] = perturb(clip, x_t[i], t[i], text_features[:K], alpha_bar, norm=perturbation)
     logits = clip.logits(clip.encode_image(x_t, t), text_features, t)         # (B, N)
     if not closed:
         return tinyclip.contrastive_loss(logits, caption_ids)
     # Captions have a softmax of their own: it estimates p(caption | x_t), which guidance needs.
-    # Partial captions, several of which are true together, are not their rivals.
+    # Partial captions, several of which are true of an image, have another softmax.
     is_true = F.one_hot(caption_ids, K).bool()                                # (B, K)
     loss = tinyclip.closed_set_loss(logits[:, :K], is_true, clean)
     partial_is_true = partial_true_of[partial][:, caption_ids].T              # (B, N - K)
@@ -103,11 +109,12 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
 
 
 def perturb(clip, x_t, t, text_features, alpha_bar, norm):
-    """Add an adversarial perturbation, one step of gradient ascent on a cross-entropy -> like x_t
+    """Move images one gradient step away from CLIP's most probable text -> like x_t
 
-    x_t: (B, 3, H, W), t: (B,) int in 0..T, text_features: (K, E)
-    The cross-entropy is that of the most probable text, so the step makes it less probable. Its L2
-    norm grows with the noise, from `norm` at t = 0 to four times as much at T (at 32 x 32 pixels).
+    x_t: (B, 3, H, W), t: (B,) int in 0..T, text_features: (K, E), norm > 0
+    The step goes along the gradient of -log p(most probable text | x_t). Its L2 norm grows with the
+    noise: norm (1 + 3 sqrt(1 - alpha_bar_t)) at 32 x 32 pixels, in proportion to the side.
+    differs from the paper: one step, not several of projected gradient descent.
 
     Why: a network that is robust to such perturbations has perceptually aligned gradients, and
     guides to what people recognise (Kawar et al. 2023, arXiv 2208.08664).
@@ -194,16 +201,16 @@ def normalized_templates(dataset):
     return [[tinyclip.normalize_prompt(text) for text in texts] for texts in dataset.templates]
 
 
-def report_lost_texts(texts, captions, tokenizer, context_length):
-    """Print how many texts exceed the context length, and how many captions are alike to CLIP."""
+def report_truncated_texts(texts, captions, tokenizer, context_length):
+    """Print how many texts exceed the context length, and how many captions are equal to CLIP."""
     lengths = [len(tokenizer.encode(text)) + 2 for text in set(texts)]   # 2: start and end
     if max(lengths) > context_length:
         print(f"{sum(n > context_length for n in lengths):,} of {len(lengths):,} texts are longer "
-              f"than {context_length} tokens and lose their tail; --context-length {max(lengths)} "
-              "would do")
+              f"than {context_length} tokens and are truncated; --context-length {max(lengths)} "
+              "is enough")
     if alike := len(captions) - len(tokenizer.batch(captions, context_length).unique(dim=0)):
         print(f"{alike:,} of {len(captions):,} captions are the same as another to CLIP, which "
-              "ignores case, signs, a first article and a lost tail")
+              "ignores case, signs, a first article and what is truncated")
 
 
 @torch.no_grad()
@@ -222,7 +229,7 @@ def embed_images(clip, dataset, device):
 
 
 def clip_task(config, options, dataset, validation, device):
-    """Train a tokenizer on the texts and set up CLIP's training; warn of texts that get lost."""
+    """Train a tokenizer on the texts and set up CLIP's training; warn of truncated texts."""
     if dataset.captions == [""]:
         raise cli.UserError(f"--data {dataset.name}: there are images but no captions; put each "
                             "class in a folder of its own, write NAME.txt beside NAME.png, or "
@@ -232,7 +239,7 @@ def clip_task(config, options, dataset, validation, device):
     templates = normalized_templates(dataset)
     all_texts = sum(templates, [])
     tokenizer = tinyclip.Tokenizer.train(all_texts, vocab_size=4096)
-    report_lost_texts(all_texts, templates[0][:K], tokenizer, config.context_length)
+    report_truncated_texts(all_texts, templates[0][:K], tokenizer, config.context_length)
     tokens = torch.stack([tokenizer.batch(texts, config.context_length)
                           for texts in templates]).to(device)                 # (S, K + P, L)
     caption_ids = torch.from_numpy(dataset.caption_ids).to(device)            # (N,)
@@ -255,8 +262,8 @@ def clip_task(config, options, dataset, validation, device):
 
     B = options.batch // (options.accumulate * distributed.world_size())   # of a micro-batch
     compared = K if K <= CLOSED_SET else B
-    chance = math.log(compared)   # of an image among the captions with which it is compared
-    if K <= CLOSED_SET:   # and of a caption among the clean images, an image among partial captions
+    chance = math.log(compared)   # image to text
+    if K <= CLOSED_SET:   # text to image, among clean ones; image to partial caption
         chance += tinyclip.TEXT_TO_IMAGE * math.log(math.ceil(CLEAN_FRACTION * B))
         chance += PARTIAL_WEIGHT * math.log(min(PARTIAL_PER_STEP, len(partial_true_of)) or 1)
     if compared < 2:
@@ -445,7 +452,9 @@ class Run:
             "captions' checksum": zlib.crc32(
                 repr(dataset.templates).encode() + dataset.caption_ids.tobytes()),
             "CLIP": task.content.get("clip"), "DDPM": task.content.get("ddpm"), "seed": seed,
-            **dataclasses.asdict(task.model.config), **dataclasses.asdict(options)}
+            **dataclasses.asdict(task.model.config), **{
+                name: value for name, value in vars(options).items()
+                if task.kind in ONLY_OF.get(name, (task.kind,))}}
         del self.settings["accumulate"]   # a resumed run may use another one
         self.model = task.model.to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
@@ -595,14 +604,10 @@ def train(task, options, dataset, folder, seed=0, device=torch.device("cpu"),
 # ---- the command line ----------------------------------------------------------------------------
 
 NOT_FLAGS = "cond_dim", "in_channels", "noise_aware", "clip_dim"   # these are not for users to set
-# What only some kinds take. Diffusion models would draw the traces of shift and cutout; and the
-# embedding of a mirrored image is another one.
-ONLY_OF = {"shift": ("clip", "judge"), "cutout": ("clip", "judge"), "perturbation": ("clip",),
-           "flips": ("clip", "judge", "ddpm", "upsampler")}
 
 
 def parse(arguments):
-    """-> args, the model's config and the training's: the defaults of TASKS, changed by flags"""
+    """Parse the flags -> args, config, TrainConfig: the defaults of TASKS, changed by flags"""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
     for kind, (_, config, options) in TASKS.items():
@@ -618,8 +623,8 @@ def parse(arguments):
             add("--clip", required=kind != "ddpm", help="a CLIP's weights.pt, whose features are "
                 "the condition (of a ddpm: for sample.py --method classifier-free)")
         if kind == "upsampler":
-            add("--ddpm", required=True, help="a DDPM's weights.pt, which draws half of the small "
-                "images again, to learn to mend what it draws")
+            add("--ddpm", required=True, help="weights.pt of a DDPM or decoder, which samples half "
+                "of the inputs, so that its errors are corrected")
         if presets := [name for name, of_kind in PRESETS.items() if kind in of_kind]:
             add("--preset", choices=presets, help="other defaults: " + "; ".join(
                 " ".join(f"--{flag} {value}" for flag, value in PRESETS[name][kind].items())

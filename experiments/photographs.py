@@ -1,7 +1,7 @@
-"""Photographs in class folders: a class poster's comparison, and prompt accuracy against KID.
+"""Photographs in class folders: the table of a poster, and prompt accuracy against KID.
 
-The poster compared, on CIFAR-10's airplanes with the other classes as distractors, unconditional
-sampling, the spherical distance to one caption, and the softmax over all captions (contrastive).
+A poster of a university course compared, on CIFAR-10's airplanes, unconditional sampling, the
+spherical distance to one caption, and the softmax over the captions of all classes (contrastive).
 N images, K captions, F features; models is a sample.Models, args the flags.
 """
 import math
@@ -18,9 +18,9 @@ from infra import cli, plot
 from judge import predict
 
 CLASS = "airplane"                # the poster's
-SIZES = 100, 2000                 # n
-SAMPLER = {"steps": 50, "eta": 1., "recurrence": 1, "autoguidance": 1.}   # of the poster's three
-ROWS = {   # -> method, flags other than its own
+SIZES = 100, 2000                 # images of a row
+SAMPLER = {"steps": 50, "eta": 1., "recurrence": 1, "autoguidance": 1.}   # of the first three ROWS
+ROWS = {   # -> method, flags other than its own; relative_time: unconditional = 1
     "unconditional": ("none", SAMPLER), "spherical": ("spherical", SAMPLER),
     "contrastive": ("contrastive", SAMPLER), "default": (guide.DEFAULT, {}),
     "classifier-free": ("classifier-free", {}), "latent": ("latent", {})}
@@ -40,11 +40,11 @@ class Photographs:
     """Training images, with which generated ones are compared, and a judge of their classes."""
 
     def __init__(self, models, args):
-        self.dataset = data.load(models.data, models.unet.config.image_size, 0, "train")
         self.judge, content = sample.load_judge(models.captions, args.judge)
         if self.judge is None or len(content["attributes"]) != 1:
             raise cli.UserError("this compares the classes of class folders; give --clip, --ddpm "
                                 "and --judge that were trained on such")
+        self.dataset = data.load(models.data, models.unet.config.image_size, 0, "train")
         label_of = dict(zip(content["captions"], content["caption_labels"]))
         self.labels = torch.tensor([label_of[text][0] for text in models.captions])     # (K,)
         generator = data.generator("evaluation", args.seed)
@@ -81,14 +81,14 @@ class Photographs:
         return row
 
 
-def ways(models, names):
-    """Without those that need another DDPM"""
-    return [way for way in names if way != "classifier-free" or models.condition == "text"]
+def available(models, names):
+    """Leave out those of ROWS that this DDPM has no condition for"""
+    return [name for name in names if name != "classifier-free" or models.condition == "text"]
 
 
-def draw(way, indices, models, args, scale=None):
+def draw(name, indices, models, args, scale=None):
     """Samples by one of ROWS, from the cache if they were made before -> evaluator.Samples"""
-    method, flags = ROWS[way]
+    method, flags = ROWS[name]
     return evaluator.sample_cached(method, indices, models, Namespace(**{**vars(args), **flags}),
                                    scale)
 
@@ -101,30 +101,30 @@ def save_by_class(path, x, targets, names):
 
 
 def poster(models, args):
-    """The poster's table: airplanes and all classes, n = 100 and 2,000, judge's accuracy, KID.
+    """A poster's table: airplanes and all classes, 100 and 2,000 images, prompt accuracy, KID.
 
     real: other photographs than those that all rows are compared with.
     """
     photographs, K = Photographs(models, args), len(models.captions)
-    names, every = [sample.class_name(text) for text in models.captions], torch.arange(SIZES[-1])
-    groups = {CLASS: names.index(CLASS) + K * every} if CLASS in names else {}
+    classes, every = [sample.class_name(text) for text in models.captions], torch.arange(SIZES[-1])
+    groups = {CLASS: classes.index(CLASS) + K * every} if CLASS in classes else {}
     for group, indices in {**groups, "all": every}.items():
         for n in SIZES:
             targets = indices[:n] % K
             real, unguided_seconds = photographs.of(targets), None
-            some = targets[:500]   # of 2,969 airplanes 2,000 are `real`
+            some = targets[:500]   # 2,969 airplanes are to train on, and 2,000 of them `real`
             others = photographs.of(some, skip=int(targets.bincount().max()))
-            yield {"captions": group, "n": n, "way": "real",
+            yield {"captions": group, "n": n, "method": "real",
                    **photographs.score(others, some, real[:500])}
-            for way in ways(models, ROWS):
-                samples = draw(way, indices[:n], models, args)
+            for name in available(models, ROWS):
+                samples = draw(name, indices[:n], models, args)
                 unguided_seconds = unguided_seconds or samples.seconds
                 x = data.to_float(samples.images)
                 if group == "all" and n == SIZES[0]:
-                    save_by_class(args.out / f"photographs-{way}.png", x, targets, names)
-                regardless = way == "unconditional" and group == "all"   # of captions
+                    save_by_class(args.out / f"photographs-{name}.png", x, targets, classes)
+                regardless = name == "unconditional" and group == "all"   # of captions
                 row = photographs.score(x, targets, photographs.random(n) if regardless else real)
-                yield {"captions": group, "n": n, "way": way, **row,
+                yield {"captions": group, "n": n, "method": name, **row,
                        "cost_per_success": samples.cost_per_success(row["prompt_accuracy"]),
                        "unet_evaluations": samples.unet_evaluations, "seconds": samples.seconds,
                        "relative_time": samples.seconds / unguided_seconds}
@@ -137,11 +137,11 @@ def curve(models, args):
         raise cli.UserError(f"KID needs 100 images: --each {math.ceil(100 / K)} or more")
     indices, curves = torch.arange(K * args.each), {}
     real = photographs.of(indices % K)
-    for way in ways(models, CURVES):
-        for scale in CURVES[way]:
-            samples = draw(way, indices, models, args, scale)
+    for name in available(models, CURVES):
+        for scale in CURVES[name]:
+            samples = draw(name, indices, models, args, scale)
             row = photographs.score(data.to_float(samples.images), indices % K, real)
-            curves.setdefault(way, []).append((row["prompt_accuracy"], row["kid"]))
-            yield {"method": way, "scale": scale, **row}
+            curves.setdefault(name, []).append((row["prompt_accuracy"], row["kid"]))
+            yield {"method": name, "scale": scale, **row}
     plot.line_plot(args.out / "accuracy_kid.png", {
-        way: tuple(zip(*points)) for way, points in curves.items()}, "prompt accuracy", "KID")
+        name: tuple(zip(*points)) for name, points in curves.items()}, "prompt accuracy", "KID")

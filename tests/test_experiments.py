@@ -997,6 +997,11 @@ def test_other_data_sets(here, tmp_path, monkeypatch):
         run("ablations")
 
 
+def test_the_poster_is_about_class_folders(here, models):
+    with pytest.raises(cli.UserError, match="classes of class folders"):
+        run("poster")
+
+
 @pytest.fixture
 def class_folders(tmp_path, monkeypatch):
     """Run in a folder with models of two classes in runs/."""
@@ -1004,7 +1009,7 @@ def class_folders(tmp_path, monkeypatch):
     toys.write_class_folders(tmp_path / "classes", 100)
     write_models(tmp_path, data.load("classes", 16, 0))
     monkeypatch.setattr(photographs, "SIZES", (3, 6))
-    monkeypatch.setattr(photographs, "SAMPLER", {"steps": 2, "eta": 1., "recurrence": 1})
+    monkeypatch.setitem(photographs.SAMPLER, "steps", 2)
     monkeypatch.setattr(photographs, "CURVES", {"default": (1., 2.), "classifier-free": (1.,)})
 
 
@@ -1012,9 +1017,9 @@ def test_the_poster_has_its_class_and_all_classes(class_folders):
     """Each n has a row of real images and one of each way that this DDPM allows."""
     rows = run("poster", steps=1)
     ways = ["real", *(way for way in photographs.ROWS if way != "classifier-free")]
-    assert [(row["captions"], row["n"], row["way"]) for row in rows] == [
+    assert [(row["captions"], row["n"], row["method"]) for row in rows] == [
         (captions, n, way) for captions in ("airplane", "all") for n in (3, 6) for way in ways]
-    assert [row["relative_time"] for row in rows if row["way"] == "unconditional"] == [1.] * 4
+    assert [row["relative_time"] for row in rows if row["method"] == "unconditional"] == [1.] * 4
     for way in ways[1:]:
         with Image.open(f"out/photographs-{way}.png") as image:
             assert image.height > 2 * 64   # a row for each class

@@ -442,9 +442,9 @@ def test_long_texts_are_reported(capsys):
     second = ["left side of it: red square", *dataset.templates[0][1:-1], "a red square on"]
     dataset = dataset._replace(templates=[dataset.templates[0], second])
     for context_length, report in (
-            (5, "7 of 11 texts are longer than 5 tokens and lose their tail; --context-length 8 "
-                "would do\n3 of 6 captions are the same as another to CLIP, which ignores case, "
-                "signs, a first article and a lost tail\n"), (8, "")):
+            (5, "7 of 11 texts are longer than 5 tokens and are truncated; --context-length 8 "
+                "is enough\n3 of 6 captions are the same as another to CLIP, which ignores case, "
+                "signs, a first article and what is truncated\n"), (8, "")):
         config = dataclasses.replace(CONFIGS["clip"], context_length=context_length)
         train.clip_task(config, train.TrainConfig(), dataset, dataset, CPU)
         assert capsys.readouterr().out == report
@@ -669,6 +669,12 @@ def test_steps_follow_the_gradients_of_their_batches(monkeypatch, steps):
     grads = torch.autograd.grad(expected, list(run.model.parameters()))
     assert torch.allclose(grad, torch.cat([g.flatten() for g in grads]), atol=1e-6)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and grad.any()
+
+
+def test_a_run_holds_only_settings_of_its_kind():
+    """Else a new setting of one kind would keep runs of all kinds from resuming."""
+    judge = start("judge").settings
+    assert "cutout" in judge and "perturbation" not in judge and "accumulate" not in judge
 
 
 def test_training_images_are_augmented(monkeypatch):
