@@ -69,6 +69,7 @@ def test_generators_are_unrelated():
 
 def test_cars_have_the_captions_of_their_images(here, monkeypatch):
     """They are what cars.render makes of the split's indices, and are rendered once."""
+    monkeypatch.setattr(data, "CACHE", Path("cache"))   # whatever $CLIP_DDPM_CACHE is
     dataset = data.load("cars", 16, 230, "validation")
     first = data.SPLITS["validation"]
     images, labels = cars.render(0, range(first, first + 230), 16)
