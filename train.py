@@ -60,6 +60,11 @@ ONLY_OF = {"shift": ("clip", "judge"), "cutout": ("clip", "judge"), "perturbatio
            "flips": ("clip", "judge", "ddpm", "upsampler")}
 
 
+def takes(kind, name):
+    """Whether a kind of model has this field of TrainConfig as a setting"""
+    return kind in ONLY_OF.get(name, (kind,))
+
+
 # ---- what each model is trained for --------------------------------------------------------------
 
 CLOSED_SET = 1024          # captions, all encoded in each step; more would take longer than images
@@ -78,7 +83,7 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     S templates of the K captions and of P partial captions; partial_true_of: (P, K) bool, which
     captions those are true of. Each image is compared with N texts. clean_fraction of the images
     get t = 0, for guidance by x_0_hat and for the text-to-image term of the loss, the others a
-    timestep in 1..T. PERTURBED_FRACTION get an adversarial perturbation, see perturb's norm.
+    timestep in 1..T. PERTURBED_FRACTION are perturbed; perturbation: `norm` of perturb, or 0.
     """
     (B, *_), S, (P, K) = x_0.shape, len(tokens), partial_true_of.shape
     t = tinyddpm.stratified_timesteps(B, generator)
@@ -126,8 +131,9 @@ def perturb(clip, x_t, t, text_features, alpha_bar, norm):
     loss = F.cross_entropy(logits, logits.argmax(dim=1), reduction="sum")
     grad, = torch.autograd.grad(loss, x)
     side = (x_t.shape[-2] * x_t.shape[-1]) ** 0.5
-    norms = norm * side / 32 * (1 + 3 * (1 - tinyddpm.extract(alpha_bar, t)).sqrt())
-    return x_t + norms * F.normalize(grad.flatten(1), dim=1).view_as(x_t)   # norms: (B, 1, 1, 1)
+    sigma = (1 - tinyddpm.extract(alpha_bar, t)).sqrt()                               # (B, 1, 1, 1)
+    step = norm * side / 32 * (1 + 3 * sigma)
+    return x_t + step * F.normalize(grad.flatten(1), dim=1).view_as(x_t)
 
 
 def ddpm_objective(unet, x_0, cond, alpha_bar, generator):
@@ -452,9 +458,8 @@ class Run:
             "captions' checksum": zlib.crc32(
                 repr(dataset.templates).encode() + dataset.caption_ids.tobytes()),
             "CLIP": task.content.get("clip"), "DDPM": task.content.get("ddpm"), "seed": seed,
-            **dataclasses.asdict(task.model.config), **{
-                name: value for name, value in vars(options).items()
-                if task.kind in ONLY_OF.get(name, (task.kind,))}}
+            **dataclasses.asdict(task.model.config),
+            **{name: value for name, value in vars(options).items() if takes(task.kind, name)}}
         del self.settings["accumulate"]   # a resumed run may use another one
         self.model = task.model.to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
@@ -631,7 +636,7 @@ def parse(arguments):
                 for name in presets))
         for name, value in {**vars(config), **vars(options)}.items():
             several = isinstance(value, tuple)
-            if name not in NOT_FLAGS and kind in ONLY_OF.get(name, (kind,)):
+            if name not in NOT_FLAGS and takes(kind, name):
                 add("--" + name.replace("_", "-"), nargs="+" if several else None,
                     default=argparse.SUPPRESS, type=type(value[0] if several else value),
                     help=f"default: {value}")
@@ -648,7 +653,7 @@ def parse(arguments):
     cli.check_ranges(
         options, steps=(1, math.inf), batch=(1, math.inf), accumulate=(1, math.inf),
         images=(1, 10_000_000), warmup=(0, 1), lr=(0, 1), weight_decay=(0, 1), flips=(0, 1),
-        shift=(0, side - 1), cutout=(0, side), perturbation=(0, math.inf))
+        shift=(0, side - 1), cutout=(0, side), perturbation=(0, 100))
     cli.check_ranges(args, seed=(0, 2 ** 63 - 1), minutes=(0, math.inf), save_every=(0, math.inf))
     ranks = distributed.world_size()
     if options.batch % (ranks * options.accumulate):

@@ -313,7 +313,7 @@ NUMBERS = [   # near this text, the README has this figure; results file, row, k
     ("On photographs", "60.0 %", "photographs_models",
      {"command": "python train.py judge --data photos --steps 1500"}, "accuracy", fraction),
     *(("`python train.py clip`", text, "training_loss", {"model": "clip"}, step, "{:.2f}".format)
-      for text, step in (("6.74 at step 50", "50"), ("4.10 at 200", "200"), ("1.52", "2,100"))),
+      for text, step in (("6.75 at step 50", "50"), ("4.39 at 200", "200"), ("2.07", "2,100"))),
     *(("Without a prompt guide", text, "guidance", {"method": method}, "kid", short)
       for text, method in ((".017", "none"), (".124", "none, without autoguidance"))),
     *(("--out runs/weak", text, "training_loss", {"model": "weak"}, step, form)
