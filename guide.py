@@ -281,12 +281,12 @@ def project_to_white_noise(x):
     return x / x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
-def optimize_x_T(denoise, log_p, x_start, generators, alpha_bar, steps=10, iterations=50, lr=LR,
+def optimize_x_T(denoise, log_p, x_start, generators, alpha_bar, steps, iterations, lr=LR,
                  through_unet=False, callback=None):
     """Optimise the noise from which deterministic sampling draws images -> x_T: (B, 3, H, W)
 
     x_start: (B, 3, H, W) standard normal, or inverted images; generators: B CPU generators; steps:
-    of sampling, eta = 0; iterations: how often CLIP is asked; lr: of Adam, about how far a pixel of
+    of sampling, eta = 0; iterations: gradient steps on x_T; lr: of Adam, about how far a pixel of
     x_T moves in an iteration, before it goes a fraction DECAY of the way back to x_start;
     callback(x_0, value): called in each iteration, value: (B,) is log_p
 
@@ -335,7 +335,7 @@ def optimize_x_T(denoise, log_p, x_start, generators, alpha_bar, steps=10, itera
 # To add a method, write its function and a line below: sample.py takes --method from METHODS.
 
 class Method(NamedTuple):
-    make_log_p: Callable         # (clip, text_features, targets, labels) -> log_p; None: no CLIP
+    make_log_p: Callable         # (clip, text_features, targets, labels) -> log_p, or None
     scale: float                 # default, found by a sweep: experiments/LOG.md
     interval: tuple              # default, from the same sweep
     through_unet: bool = False   # see guided

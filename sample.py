@@ -17,7 +17,7 @@ Uses runs/clip and runs/ddpm if both were trained (without a prompt runs/ddpm is
 Images are enlarged if there is an upsampler for them; unguided ones are better if there is a weak
 DDPM. Writes a PNG for each prompt, with seed and settings in its metadata, prints how CLIP reads
 the prompt, CLIP's probability of it and the judge's prompt accuracy. With another -n or --batch an
-image may differ a little on a CPU that computes in bf16, where sums are rounded in another order.
+image may differ a little where bf16 is used: sums are rounded in another order.
 From Python: load_models, then generate (see README.md).
 """
 import argparse
@@ -39,16 +39,15 @@ import judge
 import tinyclip
 import tinyddpm
 import unclip
-from infra import checkpoint, cli, published
+from infra import checkpoint, cli, image_folders, published
 from tinyclip import normalize_prompt
 
 SHIPPED = Path(__file__).resolve().parent / "weights"
-METHODS = {**guide.METHODS, "unclip": guide.METHODS["none"]._replace(
-    scale=2., steps=25, autoguidance=1.)}
+METHODS = {**guide.METHODS, "unclip": guide.Method(   # no gradient: its U-Net is a decoder
+    None, 2., (1, 1000), steps=25, eta=0., recurrence=1)}
 CONDITIONAL = "classifier-free", "unclip"   # methods whose U-Net has a condition: no autoguidance
-# Settings whose defaults depend on the method.
-OWN = "scale", "interval", "steps", "eta", "recurrence", "autoguidance"
-FOR_NOISY_IMAGES = "lookahead", "noise-aware", "spherical", "latent"   # what CLIP must know
+METHOD_SETTINGS = "scale", "interval", "steps", "eta", "recurrence", "autoguidance"
+NEED_NOISE_AWARE = "lookahead", "noise-aware", "spherical"   # these apply CLIP to noisy images
 PUBLISHED_TEMPLATES = ("a photo of a {}.", "a rendering of a {}.", "a toy {}.")   # 3 of the 80
 
 
@@ -65,11 +64,12 @@ class Models(NamedTuple):
     caption_labels: torch.Tensor = None     # (K, A) int, the attributes that each names, or -1
     templates: list = None                  # S lists of K + P texts: see data.Dataset
     partial: list = None                    # P partial captions, such as "a bus"
-    partial_true_of: torch.Tensor = None    # (P, K) bool, the captions that they are true of
+    partial_true_of: torch.Tensor = None    # (P, K) bool on the CPU, captions they are true of
     words: list = None                      # of CLIP's training texts
     text_features: torch.Tensor = None      # (K, E), of the captions, and of those that are added
     partial_features: torch.Tensor = None   # (P, E)
-    condition: str = None                   # of the U-Net: this CLIP's "text" or "image" features
+    condition: str = None                   # of the U-Net: this CLIP's "text" or "image" features,
+                                            # None: no condition, or another CLIP's features
     prior: unclip.Prior = None
     upsampler: unclip.Upsampler = None
     weak: tinyddpm.UNet = None              # for autoguidance
@@ -87,11 +87,11 @@ def load_fitting(name, model_class, fits, path=None, device="cpu"):
         model, content = checkpoint.load_model(candidate, model_class, kind)
         if fits(content):
             return model.to(device), {**content, "path": str(candidate)}
-        if not path and SHIPPED not in candidate.parents:
+        if path:
+            raise cli.UserError(f"--{name} {path} is for {content['data']} and does not fit the "
+                                "other models; train all on the same images")
+        if SHIPPED not in candidate.parents:
             print(f"{candidate} is not used: it does not fit the other models")
-    if path:
-        raise cli.UserError(f"--{name} {path} is for {content['data']} and does not fit the other "
-                            "models; train all on the same images")
     return None, None
 
 
@@ -106,59 +106,6 @@ def find_paths(clip, ddpm, method):
                 print(f"{path} is not used: {paths[0].parent} and {paths[1].parent} are needed")
         paths = [SHIPPED / "clip.pt", SHIPPED / f"{kind}.pt"]
     return Path(clip or paths[0]), Path(ddpm or paths[1])
-
-
-@torch.no_grad()
-def load_models(clip=None, ddpm=None, weak=None, prior=None, upsampler=None, device="cpu",
-                method=guide.DEFAULT):
-    """Load what a method needs: as given, else all of runs/, else all of weights/ -> Models
-
-    Arguments are files; clip may be one of published weights. Method "none" needs a DDPM alone,
-    "unclip" a decoder in its place. A weak DDPM, a prior and an upsampler are loaded if there are
-    such that fit. UserError if what is given does not fit together or is of no use.
-    """
-    device, (clip_path, ddpm_path) = torch.device(device), find_paths(clip, ddpm, method)
-    unet, ddpm_content = checkpoint.load_model(ddpm_path, tinyddpm.UNet, "ddpm", "decoder")
-    weak, weak_content = load_weak(ddpm_content, method, weak, device)
-    upsampler, found = load_fitting("upsampler", unclip.Upsampler, lambda content: (
-        set(ddpm_content["captions"]) <= set(content["captions"])
-        and content["config"]["image_size"] == 4 * unet.config.image_size), upsampler, device)
-    models = Models(
-        unet=unet.to(device, memory_format=torch.channels_last), weak=weak, upsampler=upsampler,
-        alpha_bar=tinyddpm.cosine_alpha_bar().to(device), data=ddpm_content["data"],
-        captions=ddpm_content["captions"],
-        description=f"DDPM from {ddpm_path} ({ddpm_content['steps']:,} steps)"
-        + (f", weak DDPM from {weak_content['path']}" if weak else "")
-        + (f", upsampler from {found['path']}" if upsampler else ""))
-    if method == "none":
-        return models
-    clip, content = load_clip(clip_path, ddpm_content)
-    checksum = checkpoint.weights_checksum(clip)
-    if ddpm_content.get("clip", checksum) != checksum and method in ("classifier-free", "unclip"):
-        raise cli.UserError(f"{ddpm_path} is conditional on the features of another CLIP; give "
-                            "that one with --clip")
-    condition = None if ddpm_content.get("clip") != checksum else (
-        "image" if ddpm_content["kind"] == "decoder" else "text")
-    if condition == "image":
-        prior, found = load_fitting("prior", unclip.Prior, lambda c: c["clip"] == checksum, prior,
-                                  device)
-        models = models._replace(prior=prior, description=models.description + (
-            f", prior from {found['path']}" if prior else ""))
-    elif method == "unclip":
-        raise cli.UserError(f"{ddpm_path} is no decoder; train one with: python train.py decoder "
-                            f"--clip {clip_path}")
-    clip = clip.to(device, memory_format=torch.channels_last)
-    with cli.autocast(device):
-        features = clip.encode_ensemble(content["templates"])                 # (K + P, E)
-    K = len(content["captions"])
-    steps = f" ({content['steps']:,} steps)" if "steps" in content else ""   # not if published
-    return models._replace(
-        clip=clip, condition=condition,
-        caption_labels=torch.tensor(content["caption_labels"], device=device),
-        **{key: content[key] for key in (
-            "captions", "templates", "partial", "partial_true_of", "words")},
-        text_features=features[:K], partial_features=features[K:],
-        description=f"CLIP from {clip_path}{steps}, {models.description}")
 
 
 def load_weak(ddpm_content, method, path, device):
@@ -177,19 +124,9 @@ def load_weak(ddpm_content, method, path, device):
     return unet and unet.to(memory_format=torch.channels_last), content
 
 
-def load_clip(path, ddpm_content):
-    """Load our CLIP or a published one -> clip, content; UserError if it is for other images."""
-    if published.is_published(path):
-        return load_published(path, ddpm_content)
-    clip, content = checkpoint.load_model(path, tinyclip.CLIP, "clip")
-    sizes = [c["config"]["image_size"] for c in (content, ddpm_content)]
-    known, drawn = (set(c["captions"]) for c in (content, ddpm_content))
-    if sizes[0] != sizes[1] or not (known <= drawn or drawn <= known):   # one may know fewer
-        raise cli.UserError(
-            f"these models do not fit together: CLIP is for {content['data']} at {sizes[0]} "
-            f"pixels, {len(known):,} captions, the DDPM for {ddpm_content['data']} at {sizes[1]}, "
-            f"{len(drawn):,}; train both alike")
-    return clip, content
+def class_name(caption):
+    """Normalise a caption, and shorten one of class folders: "a photo of a cat" is "cat"."""
+    return re.sub("^photo of an? ", "", normalize_prompt(caption))
 
 
 def load_published(path, ddpm_content):
@@ -216,9 +153,74 @@ def load_published(path, ddpm_content):
         "partial_true_of": torch.zeros(0, len(captions), dtype=torch.bool)}
 
 
-def class_name(caption):
-    """Normalise a caption, and shorten one of class folders: "a photo of a cat" is "cat"."""
-    return re.sub("^photo of an? ", "", normalize_prompt(caption))
+def load_clip(path, ddpm_content):
+    """Load our CLIP or a published one -> clip, content; UserError if it is for other images."""
+    if published.is_published(path):
+        return load_published(path, ddpm_content)
+    clip, content = checkpoint.load_model(path, tinyclip.CLIP, "clip")
+    sizes = [c["config"]["image_size"] for c in (content, ddpm_content)]
+    ours, its = (set(c["captions"]) for c in (content, ddpm_content))   # CLIP's, the DDPM's
+    if sizes[0] != sizes[1] or not (ours <= its or its <= ours):   # one may have fewer
+        raise cli.UserError(
+            f"these models do not fit together: CLIP is for {content['data']} at {sizes[0]} "
+            f"pixels, {len(ours):,} captions, the DDPM for {ddpm_content['data']} at {sizes[1]}, "
+            f"{len(its):,}; train both alike")
+    return clip, content
+
+
+@torch.no_grad()
+def load_models(clip=None, ddpm=None, weak=None, prior=None, upsampler=None, device="cpu",
+                method=guide.DEFAULT):
+    """Load what a method needs: as given, else all of runs/, else all of weights/ -> Models
+
+    Arguments are files; clip may be one of published weights. Method "none" needs a DDPM alone,
+    "unclip" a decoder in its place. A weak DDPM and an upsampler are loaded if there are such that
+    fit, and with a decoder of this CLIP a prior. UserError if what is given does not fit together.
+    """
+    clip_path, ddpm_path = find_paths(clip, ddpm, method)
+    device, kinds = torch.device(device), ("ddpm", "decoder")
+    unet, ddpm_content = checkpoint.load_model(   # the first kind is what an error advises to train
+        ddpm_path, tinyddpm.UNet, *(kinds[::-1] if method == "unclip" else kinds))
+    weak, weak_content = load_weak(ddpm_content, method, weak, device)
+    upsampler, up_content = load_fitting("upsampler", unclip.Upsampler, lambda content: (
+        set(ddpm_content["captions"]) <= set(content["captions"])
+        and content["config"]["image_size"] == 4 * unet.config.image_size), upsampler, device)
+    models = Models(
+        unet=unet.to(device, memory_format=torch.channels_last), weak=weak, upsampler=upsampler,
+        alpha_bar=tinyddpm.cosine_alpha_bar().to(device), data=ddpm_content["data"],
+        captions=ddpm_content["captions"],
+        description=f"DDPM from {ddpm_path} ({ddpm_content['steps']:,} steps)"
+        + (f", weak DDPM from {weak_content['path']}" if weak else "")
+        + (f", upsampler from {up_content['path']}" if upsampler else ""))
+    if method == "none":
+        return models
+    clip, content = load_clip(clip_path, ddpm_content)
+    checksum = checkpoint.weights_checksum(clip)
+    if method in CONDITIONAL and ddpm_content.get("clip", checksum) != checksum:
+        raise cli.UserError(f"{ddpm_path} is conditional on the features of another CLIP; give "
+                            "that one with --clip")
+    if method == "unclip" and ddpm_content["kind"] != "decoder":
+        raise cli.UserError(f"{ddpm_path} is no decoder; train one with: python train.py decoder "
+                            f"--clip {clip_path}")
+    condition = None if ddpm_content.get("clip") != checksum else (
+        "image" if ddpm_content["kind"] == "decoder" else "text")
+    if condition == "image":
+        prior, prior_content = load_fitting(
+            "prior", unclip.Prior, lambda content: content["clip"] == checksum, prior, device)
+        models = models._replace(prior=prior, description=models.description + (
+            f", prior from {prior_content['path']}" if prior else ""))
+    clip = clip.to(device, memory_format=torch.channels_last)
+    with cli.autocast(device):
+        features = clip.encode_ensemble(content["templates"])                 # (K + P, E)
+    K = len(content["captions"])
+    steps = f" ({content['steps']:,} steps)" if "steps" in content else ""   # not if published
+    return models._replace(
+        clip=clip, condition=condition,
+        caption_labels=torch.tensor(content["caption_labels"], device=device),
+        **{key: content[key] for key in (
+            "captions", "templates", "partial", "partial_true_of", "words")},
+        text_features=features[:K], partial_features=features[K:],
+        description=f"CLIP from {clip_path}{steps}, {models.description}")
 
 
 def load_judge(captions, path=None, device="cpu"):
@@ -235,8 +237,8 @@ MEANS_THE_SAME, SURE = 0.9, 0.97
 
 
 def one_letter_apart(a, b):
-    """Whether two words differ by a letter that is missing, extra, wrong or in a wrong place:
-    "withe" and "white" are the same without their "h"."""
+    """Whether two words differ by a letter that is missing, extra, wrong or in a wrong place (a
+    little more than Damerau-Levenshtein distance 1): "withe" and "white" are equal without "h"."""
     without_one = lambda word: {word} | {word[:i] + word[i + 1:] for i in range(len(word))}
     return bool(without_one(a) & without_one(b))
 
@@ -263,7 +265,7 @@ def known_words(text, words):
 
 
 def read_text(text, index_of, models):
-    """Find the text of the training that means the same to CLIP as a normalised one
+    """Find the training text that means the same to CLIP as a normalised prompt
 
     -> index: a caption's, or K + that of a partial caption, and None; or None if no text means the
     same, as with a published CLIP, and the feature of this one: (1, E)
@@ -304,8 +306,7 @@ def resolve_prompt(prompt, models):
     if not text:
         raise cli.UserError(f"the prompt {prompt!r} has no letters or digits; leave it out to "
                             "sample without guidance")
-    names = [[name(caption) for caption in models.captions]
-             for name in (class_name, normalize_prompt)]
+    names = [list(map(normalize, models.captions)) for normalize in (class_name, normalize_prompt)]
     index_of = {known: i for texts in [*models.templates, *names] for i, known in enumerate(texts)}
     parts = [text] if text in index_of else map(normalize_prompt, text.split(" or "))
     if models.clip.config.noise_aware:
@@ -321,7 +322,8 @@ def resolve_prompt(prompt, models):
             allowed |= models.partial_true_of[index - K]
         readings.append(part if index is None else [*models.captions, *models.partial][index])
     if not readings:
-        allowed[:], readings = True, ["anything"]
+        allowed[:] = True
+        readings = ["anything"]
     print(f"{shorten(prompt, 80)!r} is read as {shorten(' or '.join(map(repr, readings)), 300)}")
     if new:
         labels = models.caption_labels.new_full((len(new), models.caption_labels.shape[1]), -1)
@@ -334,11 +336,15 @@ def resolve_prompt(prompt, models):
 
 # ---- sampling ------------------------------------------------------------------------------------
 
+# In this order: resolve_prompt, above; draw_captions; sample_images, which calls build_denoiser and
+# sample_batches.
+
 @dataclass
 class SamplingConfig:
     n: int = 16                   # images
     method: str = guide.DEFAULT   # one of METHODS
-    scale: float = None           # of guidance; None: the method's own, down to autoguidance
+    # None in the next six: the method's own, in METHODS.
+    scale: float = None           # of guidance
     interval: tuple = None        # timesteps (lo, hi) at which to guide
     steps: int = None
     eta: float = None             # 0 is deterministic as DDIM, 1 as noisy as DDPM
@@ -347,8 +353,8 @@ class SamplingConfig:
     seed: int = 0
     batch: int = 64               # images at a time
     size: int = None              # pixels, H and W; None: as large as there is an upsampler for
-    vary: float = 0.              # of decoded images: how much noise hides of their embeddings
-    iterations: int = 50          # of "latent", the optimisation of x_T
+    vary: float = 0.              # noise level of embeddings to decode: unclip.decoder_condition
+    iterations: int = 50          # gradient steps on x_T, of method "latent"
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -364,27 +370,36 @@ class SamplingConfig:
 
 
 def fill_in(config, models):
-    """Fill in the size and the method's OWN where they are None; replace a method that needs a
-    noise-aware CLIP if this one, like the published ones, was trained on clean images only.
-    UserError for a size or an autoguidance that these models lack"""
+    """Fill in a config for these models -> SamplingConfig without None
+
+    Replaces a method that needs a noise-aware CLIP if this one, like the published ones, was
+    trained on clean images only. UserError for what these models lack.
+    """
     clip, native = models.clip, models.unet.config.image_size
     sizes = [native] + [2 * native, 4 * native] * bool(models.upsampler)
     if config.size not in (None, *sizes):
         raise cli.UserError(f"--size must be one of {', '.join(map(str, sizes))} with these "
                             f"models, not {config.size}")
-    if clip and not clip.config.noise_aware and config.method in FOR_NOISY_IMAGES:
-        print(f"this CLIP was trained on clean images: method x0-fast instead of {config.method}")
-        config = replace(config, method="x0-fast")
+    if clip and not clip.config.noise_aware:
+        if config.method == "latent":
+            raise cli.UserError(
+                "method latent and --edit need a CLIP that was trained on noisy images")
+        if config.method in NEED_NOISE_AWARE:
+            print("this CLIP was trained on clean images: method x0-fast instead of "
+                  f"{config.method}")
+            config = replace(config, method="x0-fast")
     if not models.weak or config.method in CONDITIONAL:
         if config.autoguidance not in (None, 1):
             raise cli.UserError(
+                f"--autoguidance is of no use with --method {config.method}"
+                if config.method in CONDITIONAL else
                 "--autoguidance needs a weak DDPM; train a smaller one on the same images, for "
                 "fewer steps: python train.py ddpm --channels 16 --steps 2000 --out runs/weak")
         config = replace(config, autoguidance=1.)
     if config.method == "latent" and (config.eta or config.recurrence not in (None, 1)):
         raise cli.UserError("method latent optimises x_T for sampling with eta 0 and recurrence 1")
     own = {name: getattr(METHODS[config.method], name)
-           for name in OWN if getattr(config, name) is None}
+           for name in METHOD_SETTINGS if getattr(config, name) is None}
     return replace(config, size=config.size or sizes[-1], **own)
 
 
@@ -422,13 +437,13 @@ def sample_images(models, caption_ids, config, callback=None, x_T=None):
     """
     config = replace(fill_in(config, models), n=len(caption_ids))
     caption_ids = caption_ids.to(models.alpha_bar.device)
-    make_denoise = lambda part, generators: build_denoiser(
-        config.method, models, caption_ids[part], config.scale, config.interval,
+    make_denoise = lambda indices, generators: build_denoiser(
+        config.method, models, caption_ids[indices], config.scale, config.interval,
         config.autoguidance, generators)
-    make_log_p = lambda part: guide.METHODS["latent"].make_log_p(
-        models.clip, models.text_features, caption_ids[part], models.caption_labels)
-    return sample_batches(models, make_denoise, config, callback, x_T,
-                          make_log_p if config.method == "latent" else None)
+    make_log_p = None if config.method != "latent" else (
+        lambda indices: METHODS["latent"].make_log_p(
+            models.clip, models.text_features, caption_ids[indices], models.caption_labels))
+    return sample_batches(models, make_denoise, config, callback, x_T, make_log_p)
 
 
 def build_denoiser(method, models, targets, scale, interval, autoguidance, generators):
@@ -441,19 +456,22 @@ def build_denoiser(method, models, targets, scale, interval, autoguidance, gener
                             "python train.py ddpm --clip FILE --out runs/conditional")
     if method != "unclip":
         return guide.build_denoiser(method, models, targets, scale, interval, autoguidance)
-    text = guide.scale_features(models.text_features[targets])                # (B, E)
-    z = guide.scale_features(
-        unclip.sample_prior(require_prior(models), text, generators, models.alpha_bar))
+    z = sample_embeddings(models, models.text_features[targets], generators)  # (B, E)
     return unclip.decoder_denoiser(models.unet, models.alpha_bar, z, scale, interval)
 
 
-def require_prior(models):
-    """-> models.prior; UserError if there is none"""
+def sample_embeddings(models, text_features, generators):
+    """Sample image embeddings of texts, (B, E), from the prior -> z: (B, E), scaled
+
+    UserError if there is no prior
+    """
     if not models.prior:
         raise cli.UserError("there is no prior for this CLIP; train one with: python train.py "
                             "prior --clip FILE" if models.condition == "image" else
                             'these models are not for unclip: load_models(method="unclip")')
-    return models.prior
+    text = guide.scale_features(text_features)
+    return guide.scale_features(
+        unclip.sample_prior(models.prior, text, generators, models.alpha_bar))
 
 
 def sample_batches(models, make_denoise, config, callback=None, x_T=None, make_log_p=None):
@@ -463,20 +481,20 @@ def sample_batches(models, make_denoise, config, callback=None, x_T=None, make_l
     make_log_p: indices -> log_p, by which x_T is optimised first, a given one in smaller steps
     """
     images, native, device = [], models.unet.config.image_size, models.alpha_bar.device
-    for part in torch.arange(config.n).split(config.batch):
-        generators = [data.generator("sampling", config.seed, i) for i in part.tolist()]
-        noise = (x_T[part] if x_T is not None else
-                 tinyddpm.randn_per_image(generators, (3, native, native), device))
-        denoise = make_denoise(part, generators)
+    for indices in torch.arange(config.n).split(config.batch):
+        generators = [data.generator("sampling", config.seed, i) for i in indices.tolist()]
+        x_start = (x_T[indices] if x_T is not None else
+                   tinyddpm.randn_per_image(generators, (3, native, native), device))
+        denoise = make_denoise(indices, generators)
         if make_log_p:
-            noise = guide.optimize_x_T(
-                denoise, make_log_p(part), noise, generators, models.alpha_bar, config.steps,
+            x_start = guide.optimize_x_T(
+                denoise, make_log_p(indices), x_start, generators, models.alpha_bar, config.steps,
                 config.iterations, lr=guide.LR if x_T is None else guide.LR_EDIT)
         x_0 = tinyddpm.sample(
-            denoise, noise, generators, models.alpha_bar, config.steps, config.eta,
+            denoise, x_start, generators, models.alpha_bar, config.steps, config.eta,
             recurrence=config.recurrence, callback=None if images else callback)
         if config.size > native:
-            x_0 = unclip.upsample(models.upsampler, x_0, config.size, unclip.SAMPLED)
+            x_0 = unclip.upsample(models.upsampler, x_0, config.size, unclip.SAMPLED_AUG_LEVEL)
         images.append(x_0)
     return torch.cat(images)
 
@@ -488,12 +506,10 @@ def edit(models, x_0, prompt, config):
 
     x_0: (1, 3, H, W), inverted with n different noises
     """
-    if not models.clip.config.noise_aware:
-        raise cli.UserError("--edit needs a CLIP that was trained on noisy images")
     config = fill_in(replace(config, method="latent"), models)
     models, allowed = resolve_prompt(prompt, models)
     denoise = guide.autoguided(models.unet, models.weak, models.alpha_bar, config.autoguidance)
-    generators = [data.generator("sampling", config.seed, i) for i in range(config.n)]
+    generators = [data.generator("sampling", config.seed, i, 1) for i in range(config.n)]
     eps = tinyddpm.randn_per_image(generators, x_0.shape[1:], x_0.device)
     x_T = torch.cat([tinyddpm.invert(denoise, x_0.expand_as(part), part, models.alpha_bar)
                      for part in eps.split(config.batch)])
@@ -524,9 +540,9 @@ def decode(models, z, x_T, config):
     """
     config = fill_in(replace(config, method="unclip", n=len(z)), models)
 
-    def make_denoise(part, generators):
+    def make_denoise(indices, generators):
         noise = tinyddpm.randn_per_image(generators, z.shape[1:], z.device)
-        return unclip.decoder_denoiser(models.unet, models.alpha_bar, z[part], config.scale,
+        return unclip.decoder_denoiser(models.unet, models.alpha_bar, z[indices], config.scale,
                                        config.interval, config.vary, noise)
     return sample_batches(models, make_denoise, config, x_T=x_T)
 
@@ -539,11 +555,6 @@ def variations(models, x_0, config):
     return decode(models, embed(models, x_0).repeat(config.n // len(x_0), 1), None, config)
 
 
-def on_the_way(x, n):
-    """x: (2, ...) -> n from x[0] to x[1], (n, ...), by spherical interpolation"""
-    return torch.cat([unclip.slerp(x[:1], x[1:], f) for f in torch.linspace(0, 1, n).tolist()])
-
-
 def interpolate(models, x_0, config):
     """Decode embeddings on the way from one image to another -> (n, 3, size, size)
 
@@ -551,8 +562,8 @@ def interpolate(models, x_0, config):
     another config.scale the ends are not the given images (so for `diff`).
     """
     z = embed(models, x_0)
-    x_T = on_the_way(invert(models, x_0, z), config.n)
-    return decode(models, on_the_way(z, config.n), x_T, config)
+    x_T = unclip.slerp_path(invert(models, x_0, z), config.n)
+    return decode(models, unclip.slerp_path(z, config.n), x_T, config)
 
 
 def interpolate_texts(models, texts, config):
@@ -560,26 +571,24 @@ def interpolate_texts(models, texts, config):
 
     -> (n, 3, size, size), all from one x_T
     """
-    read = [resolve_prompt(text, models) for text in texts]
+    resolved = [resolve_prompt(text, models) for text in texts]
     features = torch.cat([extended.text_features[draw_captions(allowed, replace(config, n=1))]
-                          for extended, allowed in read])                     # (2, E)
+                          for extended, allowed in resolved])                 # (2, E)
     generators = [data.generator("sampling", config.seed, 0) for _ in range(2)]
-    z = unclip.sample_prior(require_prior(models), guide.scale_features(features), generators,
-                            models.alpha_bar)
-    native, device = models.unet.config.image_size, models.alpha_bar.device
-    x_T = tinyddpm.randn_per_image(generators[:1], (3, native, native), device)
-    return decode(models, on_the_way(guide.scale_features(z), config.n),
-                  x_T.expand(config.n, -1, -1, -1), config)
+    z = sample_embeddings(models, features, generators)
+    native = models.unet.config.image_size
+    x_T = tinyddpm.randn_per_image(generators[:1], (3, native, native), z.device)
+    return decode(models, unclip.slerp_path(z, config.n), x_T.expand(config.n, -1, -1, -1), config)
 
 
 def diff(models, x_0, text_from, text_to, config):
     """Change an image as one text differs from another -> (n, 3, size, size), little to much
 
-    x_0: (1, 3, H, W). Its noise stays the same, and with it what the texts do not speak of.
+    x_0: (1, 3, H, W). x_T stays the same, and with it what the texts do not mention.
     """
-    read = [resolve_prompt(text, models) for text in (text_from, text_to)]
+    resolved = [resolve_prompt(text, models) for text in (text_from, text_to)]
     features = [extended.text_features[allowed].mean(dim=0, keepdim=True)
-                for extended, allowed in read]
+                for extended, allowed in resolved]
     if torch.equal(*features):
         raise cli.UserError(f"{text_from!r} and {text_to!r} are the same to CLIP; what should "
                             "change?")
@@ -590,10 +599,13 @@ def diff(models, x_0, text_from, text_to, config):
     return decode(models, z, x_T, config)
 
 
+MODES = {"variations": variations, "interpolate": interpolate, "diff": diff, "edit": edit}
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 def parse(arguments):
-    """-> args, whose prompts are [None] if there are none; SamplingConfig"""
+    """Parse the flags -> args, whose prompts are [None] if there are none; SamplingConfig"""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, default = parser.add_argument, SamplingConfig()
     add("prompts", nargs="*", metavar="prompt", help="one file each; without a prompt: unguided")
@@ -609,15 +621,16 @@ def parse(arguments):
     add("--recurrence", type=int,
         help="take each step but the last this many times, with fresh noise in between")
     add("--autoguidance", type=float, help="scale of the guidance by a weak DDPM, 1 is none")
-    add("--iterations", type=int, help="how often --method latent and --edit ask CLIP; "
-        f"default {default.iterations}")
+    add("--iterations", type=int, default=default.iterations, help="gradient steps on x_T, of "
+        f"--method latent and --edit; default {default.iterations}")
     add("--seed", type=int, default=default.seed)
     add("--batch", type=int, default=default.batch, help="images at a time")
     add("--out", help="the PNG to write, or the folder if there are several prompts; default out")
     add("--gif", action="store_true", help="also an animation: x_t above, x_0_hat below")
     add("--size", type=int, help="pixels, such as 32, 64 or 128; default: as large as possible")
     add("--variations", nargs=1, metavar="IMAGE", help="other images of what this one shows")
-    add("--vary", type=float, default=0., help="hide so much of the image's embedding, 0 to 1")
+    add("--vary", type=float, default=default.vary, 
+        help="noise level of the image's embedding, 0 to 1")
     add("--interpolate", nargs=2, metavar=("FROM", "TO"), help="two images, or two prompts")
     add("--diff", nargs=3, metavar=("IMAGE", "TEXT1", "TEXT2"),
         help="change an image as TEXT2 differs from TEXT1")
@@ -635,15 +648,16 @@ def parse(arguments):
 def resolve_mode(args, parser):
     """Set mode, files, texts, method, scale, prompts ([None] if there are none); UserError for a
     flag that would change nothing"""
-    modes = [name for name in ("variations", "interpolate", "diff", "edit") if getattr(args, name)]
+    modes = [name for name in MODES if getattr(args, name)]
     if len(modes) + bool(args.prompts) > 1:
         raise cli.UserError("a prompt, --variations, --interpolate, --diff and --edit exclude each "
                             "other")
     args.mode, given = (modes[0], getattr(args, modes[0])) if modes else (None, [])
     args.files, args.texts = given[:1], given[1:]
     if args.mode == "interpolate":
-        texts = not any(Path(name).exists() or Path(name).suffix for name in given)
-        args.files, args.texts = ([], given) if texts else (given, [])
+        files = any(Path(name).exists() or Path(name).suffix.lower() in image_folders.EXTENSIONS
+                    for name in given)
+        args.files, args.texts = (given, []) if files else ([], given)
     default = (guide.DEFAULT if args.prompts else "latent" if args.mode == "edit" else
                "unclip" if modes else "none")
     args.method = args.method or default   # without a prompt the only one that fits
@@ -651,23 +665,24 @@ def resolve_mode(args, parser):
     where = (f"to --{args.mode}" if modes else "without a prompt" if not args.prompts else
              f"with --method {args.method}" if fits else "to a prompt")
     latent = args.method == "latent"
-    random = args.mode not in ("interpolate", "diff") or not args.files   # x_T, else inverted
+    x_T_is_random = args.mode not in ("interpolate", "diff") or not args.files   # else inverted
     guides = (args.prompts or modes) and not latent
     for flag, used in ((f"method {args.method}", fits), ("scale", guides), ("interval", guides),
                        ("clip", args.prompts or modes),
                        ("prior", args.method == "unclip" and not args.files),
                        ("autoguidance", args.method not in CONDITIONAL),
-                       ("weak", args.autoguidance or METHODS[args.method].autoguidance != 1),
-                       ("judge", args.prompts), ("seed", random),
-                       ("eta", random and not latent), ("recurrence", random and not latent),
-                       ("gif", not modes),
+                       ("weak", args.autoguidance is not None
+                        or METHODS[args.method].autoguidance != 1),
+                       ("judge", args.prompts), ("seed", x_T_is_random),
+                       ("eta", x_T_is_random and not latent),
+                       ("recurrence", x_T_is_random and not latent), ("gif", not modes),
                        ("vary", args.mode == "variations"), ("iterations", latent)):
         name = flag.split()[0]
         if getattr(args, name) != parser.get_default(name) and not used:
             raise cli.UserError(f"--{flag} is of no use {where}")
-    if args.iterations is None:
-        args.iterations = SamplingConfig.iterations
-    if not random and args.scale is None:
+    if args.mode in ("interpolate", "diff") and args.n == 1:
+        raise cli.UserError(f"--{args.mode} draws a way: -n must be 2 or more")
+    if not x_T_is_random and args.scale is None:
         args.scale = 1.   # that of the inversion: at others they would not begin with the image
     args.prompts = args.prompts or [None]
 
@@ -695,7 +710,7 @@ def output_paths(args):
     return paths
 
 
-def report(models, allowed, x_0, judge_model, content):
+def report(models, allowed, x_0, judge_model, judge_content):
     """Print the judge's prompt accuracy and CLIP's mean probability, optimistic if CLIP guided.
 
     An image is right if the judge's labels are those of an allowed caption. allowed: (K,) bool
@@ -706,16 +721,16 @@ def report(models, allowed, x_0, judge_model, content):
     if judge_model is None:
         print("not judged: there is no judge of these captions")
     else:
-        label_of = dict(zip(content["captions"], content["caption_labels"]))
+        label_of = dict(zip(judge_content["captions"], judge_content["caption_labels"]))
         labels = torch.tensor([label_of[text] for text in models.captions])[allowed]   # (n, A)
         predicted = judge.predict(judge_model, x_0).cpu()                     # (N, A)
         correct = (predicted[:, None] == labels).all(dim=2).any(dim=1)        # (N,)
         each = ", ".join(
             f"{name} {torch.isin(predicted[:, a], labels[:, a]).float().mean():.0%}"
-            for a, (name, values) in enumerate(content["attributes"].items())
+            for a, (name, values) in enumerate(judge_content["attributes"].items())
             if len(labels[:, a].unique()) < len(values))
         print(f"prompt accuracy by the judge: {int(correct.sum())} of {len(x_0)} ({each}); "
-              f"{content['path']}, {content['steps']:,} steps")
+              f"{judge_content['path']}, {judge_content['steps']:,} steps")
     size = models.unet.config.image_size
     x_0 = F.interpolate(x_0, (size, size), mode="area")
     p = models.clip.caption_probs(x_0, models.text_features)[:, allowed].sum(dim=1).mean()
@@ -723,13 +738,11 @@ def report(models, allowed, x_0, judge_model, content):
 
 
 def draw_from_images(models, args, config):
-    """--variations, ..., --edit -> (N, 3, size, size), the given images included"""
+    """Run --variations, ..., --edit -> (N, 3, size, size), the given images included"""
     if not args.files:
         return interpolate_texts(models, args.texts, config)
     x_0 = data.read_images(args.files, models.unet.config.image_size).to(models.alpha_bar.device)
-    draw = {"variations": variations, "interpolate": interpolate, "diff": diff, "edit": edit}[
-        args.mode]
-    drawn = draw(models, x_0, *args.texts, config)
+    drawn = MODES[args.mode](models, x_0, *args.texts, config)
     given = F.interpolate(x_0, drawn.shape[-2:])
     return torch.cat([given[:1], drawn, given[1:]])
 
@@ -741,20 +754,20 @@ def main(arguments=None):
     models = load_models(args.clip, args.ddpm, args.weak, args.prior, args.upsampler, device,
                          config.method)
     config = fill_in(config, models)   # for the metadata and the report
-    judge_model, content = (None, None) if args.prompts == [None] else load_judge(
+    judge_model, judge_content = (None, None) if args.prompts == [None] else load_judge(
         models.captions, args.judge, device)
     print(f"{models.description}, on {device}")
-    parts = {"CLIP": models.clip, "DDPM": models.unet, "weak DDPM": models.weak,
-             "prior": models.prior, "upsampler": models.upsampler}   # all that were loaded
+    loaded = {"CLIP": models.clip, "DDPM": models.unet, "weak DDPM": models.weak,
+              "prior": models.prior, "upsampler": models.upsampler}
     metadata = {**{f"{name} checksum": checkpoint.weights_checksum(model)
-                   for name, model in parts.items() if model}, **vars(config),
+                   for name, model in loaded.items() if model}, **vars(config),
                 "torch": torch.__version__, "bf16": cli.bf16_is_fast(device)}
-    zoom = max(1, 96 // config.size)   # small images get up to 96 pixels on the screen
+    zoom = lambda pixels: max(1, 96 // pixels)   # small images get up to 96 on the screen
     with cli.autocast(device):
         if args.mode:
             images = data.to_uint8(draw_from_images(models, args, config))
             given = ", ".join([Path(path).name for path in args.files] + args.texts)
-            data.save_grid(paths[0], images, min(10, len(images)), zoom, **metadata,
+            data.save_grid(paths[0], images, min(10, len(images)), zoom(config.size), **metadata,
                            **{args.mode: given})
             print(f"{len(images)} images -> {paths[0]}")
             return
@@ -767,13 +780,13 @@ def main(arguments=None):
                                 keep_frame if args.gif else None)
             images = data.to_uint8(x_0)   # waits for the device, so the time is right
             seconds = time.perf_counter() - start
-            data.save_grid(path, images, min(8, round(config.n ** 0.5)), zoom, **metadata,
-                           **({"prompt": prompt} if prompt else {}))
+            data.save_grid(path, images, min(8, round(config.n ** 0.5)), zoom(config.size),
+                           **metadata, **({"prompt": prompt} if prompt else {}))
             if frames:
                 data.save_gif(path.with_suffix(".gif"), frames, len(frames[0]) // 2,
-                              max(1, 96 // frames[0].shape[1]))
+                              zoom(frames[0].shape[1]))
             if prompt is not None:
-                report(extended, allowed, x_0, judge_model, content)
+                report(extended, allowed, x_0, judge_model, judge_content)
             how = (f"{config.recurrence} steps, {config.method}, scale {config.scale:g}"
                    if config.method != "latent" else f"{config.iterations} steps, latent")
             print(f"{config.n} images in {seconds:.1f} s ({config.steps} x {how}, autoguidance "

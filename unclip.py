@@ -221,7 +221,7 @@ def match_average(high, low):
 
 
 # aug_level for sampled images: at .05 torn edges become smooth; more blurs (experiments/UNCLIP.md)
-SAMPLED = 0.05
+SAMPLED_AUG_LEVEL = 0.05
 
 
 def upsample(upsampler, low, size, aug_level=0.):
@@ -250,6 +250,11 @@ def slerp(a, b, fraction):
     direction = (torch.sin((1 - fraction) * angle) * flat_a / length_a
                  + torch.sin(fraction * angle) * flat_b / length_b) / angle.sin()
     return (((1 - fraction) * length_a + fraction * length_b) * direction).view_as(a)
+
+
+def slerp_path(x, n):
+    """Interpolate in n even steps; x: (2, ...) -> n from x[0] to x[1], (n, ...)"""
+    return torch.cat([slerp(x[:1], x[1:], f) for f in torch.linspace(0, 1, n).tolist()])
 
 
 def text_diff(z, text_from, text_to, fraction):

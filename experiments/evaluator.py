@@ -90,7 +90,7 @@ def sample_cached(method, indices, models, args, scale=None):
     From the cache if they were made before, with their seconds: an interrupted experiment resumes.
     """
     given = {**vars(args), "scale": scale}
-    own = {name: getattr(METHODS[method], name) for name in sample.OWN if given[name] is None}
+    own = {name: getattr(METHODS[method], name) for name in sample.METHOD_SETTINGS if given[name] is None}
     args = Namespace(**{**given, **own})
     guidance = method, args.scale, tuple(args.interval), args.autoguidance
     path = cache_path(guidance, indices, models, args)
@@ -129,7 +129,8 @@ def generate(guidance, indices, models, args):
             log_p = guide.METHODS[method].make_log_p(
                 models.clip, models.text_features, part % len(models.captions),
                 models.caption_labels)
-            x_T = guide.optimize_x_T(denoise, log_p, x_T, generators, models.alpha_bar, args.steps)
+            x_T = guide.optimize_x_T(denoise, log_p, x_T, generators, models.alpha_bar,
+                                      args.steps, sample.SamplingConfig.iterations)
         images.append(data.to_uint8(tinyddpm.sample(   # waits for the device: the time is correct
             denoise, x_T, generators, models.alpha_bar, args.steps, args.eta,
             recurrence=args.recurrence)))

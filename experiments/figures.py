@@ -261,12 +261,11 @@ def unclip_parts(models, path):
     """From a text feature by way of three embeddings to images: prior, decoder, upsampler."""
     targets = torch.tensor([models.captions.index(CAPTION)] * 3)
     text = guide.scale_features(models.text_features[targets])
-    z = guide.scale_features(unclip.sample_prior(
-        models.prior, text, [data.generator("sampling", 0, i) for i in range(3)],
-        models.alpha_bar))
+    z = sample.sample_embeddings(models, models.text_features[targets],
+                                 [data.generator("sampling", 0, i) for i in range(3)])
     low = sample.decode(models, z, None, sample.SamplingConfig(
         method="unclip", size=models.unet.config.image_size))
-    high = unclip.upsample(models.upsampler, low, 4 * low.shape[-1], unclip.SAMPLED)
+    high = unclip.upsample(models.upsampler, low, 4 * low.shape[-1], unclip.SAMPLED_AUG_LEVEL)
     columns = {"text feature": text, "image embedding": z, "image": low, "larger image": high}
     image, draw = canvas(240 * len(columns) - 80, 520)
     for column, (name, x) in enumerate(columns.items()):

@@ -311,7 +311,9 @@ def interpolated(models, args):
 # ---- figures -------------------------------------------------------------------------------------
 
 def upsampled(models, x_0):
-    return unclip.upsample(models.upsampler, x_0, 128, unclip.SAMPLED) if models.upsampler else x_0
+    if not models.upsampler:
+        return x_0
+    return unclip.upsample(models.upsampler, x_0, 128, unclip.SAMPLED_AUG_LEVEL)
 
 
 def draw_optimised(models, path):
@@ -325,7 +327,7 @@ def draw_optimised(models, path):
         models.clip, models.text_features, targets, models.caption_labels), []
     best = guide.optimize_x_T(
         tinyddpm.denoiser(models.unet, models.alpha_bar), log_p, x_T, generators, models.alpha_bar,
-        callback=lambda x_0, value: seen.append(x_0))
+        STEPS, ITERATIONS, callback=lambda x_0, value: seen.append(x_0))
     shown = [x_T, *(upsampled(models, seen[i]) for i in columns), best]
     rows = [[figures.to_image(x[i], 112, Image.LANCZOS) for x in shown]
             for i in range(len(targets))]
@@ -401,7 +403,7 @@ def draw_interpolated(models, path):
             "two cars inverted": (tinyddpm.invert(plain, x_0, noise, models.alpha_bar), plain),
             "by the same noise": (tinyddpm.invert(plain, x_0, noise[:1].expand_as(noise),
                                                   models.alpha_bar), plain)}
-    rows = [upsampled(models, tinyddpm.sample(denoise, sample.on_the_way(x_T, n), None,
+    rows = [upsampled(models, tinyddpm.sample(denoise, unclip.slerp_path(x_T, n), None,
                                               models.alpha_bar, 50, eta=0.))
             for x_T, denoise in ends.values()]
     figures.labelled_grid([[figures.to_image(x, 96, Image.LANCZOS) for x in row] for row in rows],

@@ -572,11 +572,13 @@ def test_a_method_has_its_own_settings_unless_given():
 
 
 def test_a_clip_of_clean_images_guides_through_x_0_hat():
-    """Methods that need a noise-aware CLIP become x0-fast, with its own scale unless one was given;
-    all others stay, as all do with a noise-aware CLIP."""
-    for name in sample.METHODS:
+    """Methods that need a noise-aware CLIP become x0-fast, with its own scale unless one was given,
+    but latent, which is refused; all others stay, as all do with a noise-aware CLIP."""
+    with pytest.raises(cli.UserError, match="method latent and --edit need a CLIP that was trained"):
+        sample.fill_in(sample.SamplingConfig(method="latent"), with_clip(False))
+    for name in set(sample.METHODS) - {"latent"}:
         for scale in (None, 7.):
-            other = "x0-fast" if name in sample.FOR_NOISY_IMAGES else name
+            other = "x0-fast" if name in sample.NEED_NOISE_AWARE else name
             config, like = (sample.SamplingConfig(method=method, scale=scale, steps=5)
                             for method in (name, other))
             assert sample.fill_in(config, with_clip(True)).method == name
@@ -615,6 +617,10 @@ def test_autoguidance_by_a_weak_ddpm(weak, capsys):
         assert float(image.text["autoguidance"]) == guide.METHODS["none"].autoguidance > 1
     with pytest.raises(cli.UserError, match="--weak is of no use with --method lookahead"):
         sample.main(["red bus", *options])   # whose own scale is 1
+    sample.main(["red bus", *options, "--autoguidance", "0"])   # the weak one alone
+    with pytest.raises(cli.UserError, match="--autoguidance is of no use with --method class"):
+        sample.generate(sample.load_models(weak=weak), "red bus", method="classifier-free",
+                        autoguidance=2.)
     for flags in (["--weak", weak], ["--autoguidance", "2"]):
         for mode in (["red bus", "--method", "unclip"], ["--variations", "car.png"]):
             with pytest.raises(cli.UserError, match=f"{flags[0]} is of no use (with|to) --"):
@@ -698,7 +704,7 @@ def test_images_are_as_large_as_asked_for(here, size):
     assert large.shape == (2, 3, size, size) and large.abs().max() <= 1
     with torch.no_grad():
         enlarged = small if size == 16 else unclip.upsample(
-            models.upsampler, small, size, aug_level=unclip.SAMPLED)
+            models.upsampler, small, size, aug_level=unclip.SAMPLED_AUG_LEVEL)
     assert torch.equal(large, enlarged)
     assert sample.fill_in(sample.SamplingConfig(), models).size == 64
     with pytest.raises(cli.UserError, match="must be one of 16, 32, 64 with these models"):
@@ -853,13 +859,13 @@ def test_an_edit_begins_with_the_inverted_image(here, monkeypatch):
     assert [(len(x), *others) for x, *others in seen] == [
         (2, 10, 7, guide.LR_EDIT), (1, 10, 7, guide.LR_EDIT)]
     for i in range(3):
-        eps = torch.randn(1, 3, 16, 16, generator=data.generator("sampling", 0, i))
+        eps = torch.randn(1, 3, 16, 16, generator=data.generator("sampling", 0, i, 1))
         inverted = tinyddpm.invert(plain, x_0, eps, models.alpha_bar)
         assert torch.allclose(x_T[i:i + 1], inverted, atol=1e-3)
     drawn = tinyddpm.sample(plain, x_T + 1, None, models.alpha_bar, 10, eta=0.)
     assert torch.allclose(images, drawn, atol=1e-3)
     models.clip.config.noise_aware = False
-    with pytest.raises(cli.UserError, match="--edit needs a CLIP that was trained on noisy images"):
+    with pytest.raises(cli.UserError, match="--edit need a CLIP that was trained on noisy"):
         sample.edit(models, x_0, "a blue bus", config)
 
 
@@ -873,6 +879,9 @@ def test_an_edit_begins_with_the_inverted_image(here, monkeypatch):
     (["red bus", "--variations", "car.png"], "exclude each other"),
     (["--diff", "car.png", "a red bus", "the red bus"], "are the same to CLIP; what should change"),
     (["--diff", "car.png", "a bus", "a van", "--eta", "1"], "--eta is of no use to --diff"),
+    (["--diff", "car.png", "a bus", "a van", "-n", "1"], "--diff draws a way: -n must be 2 or"),
+    (["--interpolate", "a bus", "a van", "-n", "1"], "-n must be 2 or more"),
+    (["--interpolate", "a St. Bernard", "?!"], "has no letters or digits"),
     (["red bus", "--vary", "0.5"], "--vary is of no use with --method lookahead"),
     (["--method", "lookahead"], "--method lookahead is of no use without a prompt"),
     (["red bus", "--method", "none"], "--method none is of no use to a prompt"),
@@ -904,7 +913,7 @@ def test_mistakes_with_images_are_named(here, monkeypatch, capsys, arguments, me
                                  ("upsampler", "large.pt", {"captions": ["a cat"]})):
         content = torch.load(f"{source}/weights.pt", weights_only=True)
         torch.save({**content, **change}, name)
-    monkeypatch.setattr(sys, "argv", ["sample.py", *arguments, *FAST])
+    monkeypatch.setattr(sys, "argv", ["sample.py", *FAST, "-n", "2", *arguments])
     with pytest.raises(SystemExit) as error:
         cli.run_command(sample.main)
     assert error.value.code == 2
