@@ -174,13 +174,12 @@ def load_models(clip=None, ddpm=None, weak=None, prior=None, upsampler=None, dev
     """Load what a method needs: as given, else all of runs/, else all of weights/ -> Models
 
     Arguments are files; clip may be one of published weights. Method "none" needs a DDPM alone,
-    "unclip" a decoder in its place. A weak DDPM and an upsampler are loaded if there are such that
-    fit, and with a decoder of this CLIP a prior. UserError if what is given does not fit together.
+    "unclip" a decoder in its place. Weak DDPM, upsampler and, with a decoder, prior are loaded if
+    there are any that fit. UserError if what is given does not fit together.
     """
-    clip_path, ddpm_path = find_paths(clip, ddpm, method)
-    device, kinds = torch.device(device), ("ddpm", "decoder")
-    unet, ddpm_content = checkpoint.load_model(   # the first kind is what an error advises to train
-        ddpm_path, tinyddpm.UNet, *(kinds[::-1] if method == "unclip" else kinds))
+    device, (clip_path, ddpm_path) = torch.device(device), find_paths(clip, ddpm, method)
+    kinds = ("decoder",) if method == "unclip" else ("ddpm", "decoder")
+    unet, ddpm_content = checkpoint.load_model(ddpm_path, tinyddpm.UNet, *kinds)
     weak, weak_content = load_weak(ddpm_content, method, weak, device)
     upsampler, up_content = load_fitting("upsampler", unclip.Upsampler, lambda content: (
         set(ddpm_content["captions"]) <= set(content["captions"])
@@ -199,9 +198,6 @@ def load_models(clip=None, ddpm=None, weak=None, prior=None, upsampler=None, dev
     if method in CONDITIONAL and ddpm_content.get("clip", checksum) != checksum:
         raise cli.UserError(f"{ddpm_path} is conditional on the features of another CLIP; give "
                             "that one with --clip")
-    if method == "unclip" and ddpm_content["kind"] != "decoder":
-        raise cli.UserError(f"{ddpm_path} is no decoder; train one with: python train.py decoder "
-                            f"--clip {clip_path}")
     condition = None if ddpm_content.get("clip") != checksum else (
         "image" if ddpm_content["kind"] == "decoder" else "text")
     if condition == "image":
@@ -629,7 +625,7 @@ def parse(arguments):
     add("--gif", action="store_true", help="also an animation: x_t above, x_0_hat below")
     add("--size", type=int, help="pixels, such as 32, 64 or 128; default: as large as possible")
     add("--variations", nargs=1, metavar="IMAGE", help="other images of what this one shows")
-    add("--vary", type=float, default=default.vary, 
+    add("--vary", type=float, default=default.vary,
         help="noise level of the image's embedding, 0 to 1")
     add("--interpolate", nargs=2, metavar=("FROM", "TO"), help="two images, or two prompts")
     add("--diff", nargs=3, metavar=("IMAGE", "TEXT1", "TEXT2"),

@@ -8,6 +8,7 @@
     python train.py upsampler --ddpm FILE   from 32 to 128 pixels; FILE: a DDPM or decoder
     torchrun --nproc_per_node 2 train.py ddpm       data-parallel, on two GPUs
     python train.py ddpm -h                 fields of the config are flags, such as --channels 48
+    python train.py clip --data photos --preset photos      photographs in class folders
 
 A run's folder (runs/clip, ...) gets checkpoint.pt, to resume from; weights.pt, what sample.py uses;
 loss.png; a ddpm's, decoder's or upsampler's also samples.png. Step n draws its images, timesteps
@@ -20,6 +21,7 @@ images with texts within it.
 import argparse
 import copy
 import dataclasses
+import functools
 import math
 import time
 import zlib
@@ -50,12 +52,12 @@ class TrainConfig:
     images: int = 50_000         # built-in cars to render; of a folder all images are used
     flips: float = 0.            # probability that an image is mirrored left to right
     shift: int = 0               # pixels by which images are shifted at most, to all sides
-    cutout: int = 0              # side of a gray square in each image
+    cutout: int = 0              # side of a gray square that hides a part of each image, in pixels
     perturbation: float = 1.     # L2 norm of adversarial perturbations at t = 0; 0: none
 
 
-# What only some kinds take. Diffusion models would draw the traces of shift and cutout; and the
-# embedding of a mirrored image is another one.
+# What only some kinds take. Diffusion models would learn to draw the traces of shift and cutout;
+# decoder and prior use embeddings that were computed once, of images that are not mirrored.
 ONLY_OF = {"shift": ("clip", "judge"), "cutout": ("clip", "judge"), "perturbation": ("clip",),
            "flips": ("clip", "judge", "ddpm", "upsampler")}
 
@@ -67,7 +69,7 @@ def takes(kind, name):
 
 # ---- what each model is trained for --------------------------------------------------------------
 
-CLOSED_SET = 1024          # captions, all encoded in each step; more would take longer than images
+CLOSED_SET = 1024          # up to so many captions all are encoded in each step
 CLEAN_FRACTION = 0.125     # of the images of a micro-batch, shown to CLIP without noise
 PERTURBED_FRACTION = 0.5   # of the images, with and without noise, if perturbation is not 0
 PARTIAL_PER_STEP = 32      # partial captions ("a bus"), drawn at random for each micro-batch
@@ -80,28 +82,29 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     """Compute the loss of matching noised images with texts -> scalar
 
     x_0: (B, 3, H, W), caption_ids: (B,) int in 0..K-1, alpha_bar: (T + 1,); tokens: (S, K + P, L),
-    S templates of the K captions and of P partial captions; partial_true_of: (P, K) bool, which
-    captions those are true of. Each image is compared with N texts. clean_fraction of the images
-    get t = 0, for guidance by x_0_hat and for the text-to-image term of the loss, the others a
-    timestep in 1..T. PERTURBED_FRACTION are perturbed; perturbation: `norm` of perturb, or 0.
+    S templates of the K captions and of P partial captions; partial_true_of: (P, K) bool, whether
+    partial caption p is true of caption k. Each image is compared with N texts: all K captions and
+    at most PARTIAL_PER_STEP partial ones, or of many captions those of the images. clean_fraction
+    of the images get t = 0, for guidance by x_0_hat and for the text-to-image term of the loss, the
+    others a timestep in 1..T. PERTURBED_FRACTION are perturbed; perturbation: `norm` of perturb, 0:
+    none.
     """
     (B, *_), S, (P, K) = x_0.shape, len(tokens), partial_true_of.shape
+    randperm = functools.partial(torch.randperm, generator=generator, device=x_0.device)
     t = tinyddpm.stratified_timesteps(B, generator)
-    shuffled = torch.randperm(B, generator=generator, device=x_0.device)   # not t's order
-    clean = shuffled[:math.ceil(clean_fraction * B)]
+    clean = randperm(B)[:math.ceil(clean_fraction * B)]   # at random: t is ascending
     t[clean] = 0
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     x_t = tinyddpm.q_sample(x_0, t, eps, alpha_bar)
 
     closed = K <= CLOSED_SET   # else the captions of this micro-batch, as in CLIP
-    partial = torch.randperm(P, generator=generator, device=x_0.device)[:PARTIAL_PER_STEP]
+    partial = randperm(P)[:PARTIAL_PER_STEP]
     ids = torch.cat([torch.arange(K, device=x_0.device), K + partial]) if closed else caption_ids
     template = torch.randint(S, ids.shape, generator=generator, device=x_0.device)
     text_features = clip.encode_text(tokens[template, ids])                   # (N, E)
     if perturbation:
-        i = torch.randperm(B, generator=generator, device=x_0.device)
-        i = i[:round(PERTURBED_FRACTION * B)]
-        x_t[i] = perturb(clip, x_t[i], t[i], text_features[:K], alpha_bar, norm=perturbation)
+        moved = randperm(B)[:round(PERTURBED_FRACTION * B)]
+        x_t[moved] = perturb(clip, x_t[moved], t[moved], text_features[:K], alpha_bar, perturbation)
     logits = clip.logits(clip.encode_image(x_t, t), text_features, t)         # (B, N)
     if not closed:
         return tinyclip.contrastive_loss(logits, caption_ids)
@@ -208,7 +211,8 @@ def normalized_templates(dataset):
 
 
 def report_truncated_texts(texts, captions, tokenizer, context_length):
-    """Print how many texts exceed the context length, and how many captions are equal to CLIP."""
+    """Print how many texts exceed the context length, and how many captions CLIP cannot tell apart
+    """
     lengths = [len(tokenizer.encode(text)) + 2 for text in set(texts)]   # 2: start and end
     if max(lengths) > context_length:
         print(f"{sum(n > context_length for n in lengths):,} of {len(lengths):,} texts are longer "
@@ -281,10 +285,10 @@ def clip_task(config, options, dataset, validation, device):
     return Task("clip", tinyclip.CLIP(config, tokenizer), objective, preview, content, chance)
 
 
-def diffusion_task(kind, config, dataset, validation, device, condition, held_out, content):
+def diffusion_task(kind, config, dataset, validation, device, condition, validation_cond, content):
     """Set up a U-Net's training.
 
-    condition: (indices of images, generator) -> cond: (B, cond_dim), or None; held_out:
+    condition: (indices of images, generator) -> cond: (B, cond_dim), or None; validation_cond:
     (N, cond_dim), the condition of each validation image, for previews, or None
     """
     alpha_bar = tinyddpm.cosine_alpha_bar().to(device)
@@ -297,7 +301,7 @@ def diffusion_task(kind, config, dataset, validation, device, condition, held_ou
         generators, size = [data.generator("sampling", 0, i) for i in range(16)], config.image_size
         x_T = tinyddpm.randn_per_image(generators, (3, size, size), device)
         losses, images = [], []
-        for cond in [None] if held_out is None else [None, held_out[indices]]:
+        for cond in [None] if validation_cond is None else [None, validation_cond[indices]]:
             generator = data.generator("evaluation", 0, device=device)
             parts = zip(x_0.split(50), [None] * 10 if cond is None else cond.split(50))
             losses.append(torch.stack([ddpm_objective(model, x, c, alpha_bar, generator)
@@ -315,7 +319,7 @@ def diffusion_task(kind, config, dataset, validation, device, condition, held_ou
 
 
 def ddpm_task(config, options, dataset, validation, device, clip=None):
-    """clip: a trained CLIP, whose text features become the condition; None: unconditional"""
+    """Set up the training of a DDPM; clip: None, or whose text features are the condition"""
     if clip is None:
         no_condition = lambda indices, generator: None
         return diffusion_task("ddpm", config, dataset, validation, device, no_condition, None, {})
@@ -331,26 +335,26 @@ def ddpm_task(config, options, dataset, validation, device, clip=None):
 
 
 def decoder_task(config, options, dataset, validation, device, clip):
-    """clip: a trained CLIP, whose image embeddings are the condition"""
+    """Set up the training of a decoder; clip: whose image embeddings are the condition"""
     config = dataclasses.replace(config, cond_dim=clip.config.embed_dim + 1)
-    z, held_out = (embed_images(clip.to(device), d, device) for d in (dataset, validation))
-    no_noise = z.new_zeros(len(held_out), 1)
+    z, validation_z = (embed_images(clip.to(device), d, device) for d in (dataset, validation))
+    no_noise = z.new_zeros(len(validation_z), 1)
     condition = lambda indices, generator: noise_embeddings(z[indices], generator)
     content = {"clip": checkpoint.weights_checksum(clip)}
     return diffusion_task("decoder", config, dataset, validation, device, condition,
-                          unclip.decoder_condition(held_out, no_noise, 0.), content)
+                          unclip.decoder_condition(validation_z, no_noise, 0.), content)
 
 
 def prior_task(config, options, dataset, validation, device, clip):
-    """clip: a trained CLIP, of whose text and image features the prior learns"""
+    """Set up the training of a prior; clip: whose image features it learns to sample from text"""
     config, clip = dataclasses.replace(config, clip_dim=clip.config.embed_dim), clip.to(device)
     alpha_bar, K = tinyddpm.cosine_alpha_bar().to(device), len(dataset.captions)
-    z, held_out = embed_images(clip, dataset, device), embed_images(clip, validation, device)
+    z, validation_z = (embed_images(clip, d, device) for d in (dataset, validation))
     with torch.no_grad(), cli.autocast(device):
         text_features = torch.stack([guide.scale_features(clip.encode_captions(texts[:K]))
                                      for texts in normalized_templates(dataset)])   # (S, K, E)
-    caption_ids, held_out_ids = (torch.from_numpy(d.caption_ids).to(device)
-                                 for d in (dataset, validation))
+    caption_ids, validation_ids = (torch.from_numpy(d.caption_ids).to(device)
+                                   for d in (dataset, validation))
 
     def objective(model, x_0, indices, generator):
         return prior_objective(model, z[indices], caption_ids[indices], text_features, alpha_bar,
@@ -360,9 +364,9 @@ def prior_task(config, options, dataset, validation, device, clip):
     def preview(model, folder):
         _, indices = data.batch(validation, 0, 0, 500)
         generators = [data.generator("sampling", 0, i) for i in range(500)]
-        text = guide.scale_features(text_features.mean(dim=0))[held_out_ids[indices]]   # (500, E)
+        text = guide.scale_features(text_features.mean(dim=0))[validation_ids[indices]]   # (500, E)
         drawn = unclip.sample_prior(model, text, generators, alpha_bar)
-        cosine = F.cosine_similarity(drawn, held_out[indices]).mean()
+        cosine = F.cosine_similarity(drawn, validation_z[indices]).mean()
         return f"cosine of drawn and true embeddings of held-out images: {cosine:.3f}"
 
     content = {"clip": checkpoint.weights_checksum(clip)}
@@ -370,7 +374,7 @@ def prior_task(config, options, dataset, validation, device, clip):
 
 
 def upsampler_task(config, options, dataset, validation, device, ddpm):
-    """ddpm: a trained U-Net, which redraws half of the small images (unclip.redraw)"""
+    """Set up the training of an upsampler; ddpm: a trained U-Net, for unclip.redraw"""
     alpha_bar = tinyddpm.cosine_alpha_bar().to(device)
     denoise = tinyddpm.denoiser(ddpm.to(device), alpha_bar)
 
@@ -437,7 +441,7 @@ TASKS = {   # kind -> what makes its Task; default configs of the model and of i
     "upsampler": (upsampler_task, unclip.UpsamplerConfig(),
                   TrainConfig(steps=1500, batch=16, lr=3e-3, weight_decay=0.01, images=6000)),
     "judge": (judge_task, judge.JudgeConfig(), TrainConfig(steps=800))}
-# Other defaults, such as for photographs in class folders like CIFAR-10's 50,000: --preset photos
+# Other defaults. --preset photos is for photographs in class folders, such as CIFAR-10's 50,000.
 PRESETS = {"photos": {
     "clip": {"steps": 6000, "flips": 0.5, "shift": 4, "perturbation": 0.5},
     "ddpm": {"channels": 48, "batch": 64, "steps": 30_000, "flips": 0.5},
@@ -459,8 +463,8 @@ class Run:
                 repr(dataset.templates).encode() + dataset.caption_ids.tobytes()),
             "CLIP": task.content.get("clip"), "DDPM": task.content.get("ddpm"), "seed": seed,
             **dataclasses.asdict(task.model.config),
-            **{name: value for name, value in vars(options).items() if takes(task.kind, name)}}
-        del self.settings["accumulate"]   # a resumed run may use another one
+            **{name: value for name, value in vars(options).items()
+               if takes(task.kind, name) and name not in ("accumulate", "images")}}
         self.model = task.model.to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         # Muon takes less than half of AdamW's steps to the same loss; infra/muon.py says why.
@@ -662,31 +666,39 @@ def parse(arguments):
     return args, config, options
 
 
+def load_trained(args):
+    """Load the model that --clip or --ddpm names -> {"clip" or "ddpm": model}, content; or {}, None
+    """
+    for flag, model_class, *kinds in (("clip", tinyclip.CLIP, "clip"),
+                                      ("ddpm", tinyddpm.UNet, "ddpm", "decoder")):
+        if path := vars(args).get(flag):
+            model, content = checkpoint.load_model(path, model_class, *kinds)
+            return {flag: model}, content
+    return {}, None
+
+
 def main(arguments=None):
     distributed.init()
     args, config, options = parse(arguments)
     device, folder = distributed.pick_device(args.device), Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)   # or fail now, not after the first save
-    given, size = {}, getattr(config, "image_size", None)   # a trained model; pixels of the images
-    for flag, model_class, *kinds in (("clip", tinyclip.CLIP, "clip"),
-                                      ("ddpm", tinyddpm.UNet, "ddpm", "decoder")):
-        if path := vars(args).get(flag):
-            given[flag], content = checkpoint.load_model(path, model_class, *kinds)
-            used, its_size = f"--{flag} {path}", content["config"]["image_size"]
-            size = size or its_size
-    split, held_out, count = "train", "validation", min(2000, options.images)
+    trained, content = load_trained(args)
+    its_size = content and content["config"]["image_size"]
+    size = getattr(config, "image_size", its_size)   # of a prior, which has no images, its CLIP's
+    splits, count = ("train", "validation"), min(2000, options.images)
     if args.kind == "judge":   # trained on other images than CLIP and the diffusion model
-        split, held_out, count = "judge", "judge-test", min(5000, options.images)
+        splits, count = ("judge", "judge-test"), min(5000, options.images)
     with distributed.local_rank_0_first():
-        dataset = data.load(args.data, size, options.images, split)
-        validation = data.load(args.data, size, count, held_out)
+        dataset = data.load(args.data, size, options.images, splits[0])
+        validation = data.load(args.data, size, count, splits[1])
     print(f"{dataset.report}\n{validation.report}")
     expected = size // 4 if args.kind == "upsampler" else size
-    if given and (content["captions"], its_size) != (dataset.captions, expected):
-        raise cli.UserError(f"{used} was trained on {content['data']} at {its_size} pixels, but "
-                            f"{args.data} at {expected} is needed")
+    if trained and (content["captions"], its_size) != (dataset.captions, expected):
+        flag, = trained
+        raise cli.UserError(f"--{flag} {vars(args)[flag]} was trained on {content['data']} at "
+                            f"{its_size} pixels, but {args.data} at {expected} is needed")
     torch.manual_seed(args.seed)   # for the initial weights
-    task = TASKS[args.kind][0](config, options, dataset, validation, device, **given)
+    task = TASKS[args.kind][0](config, options, dataset, validation, device, **trained)
     with checkpoint.lock(folder):
         train(task, options, dataset, folder, args.seed, device, args.minutes, args.save_every,
               args.fresh)

@@ -90,7 +90,8 @@ def sample_cached(method, indices, models, args, scale=None):
     From the cache if they were made before, with their seconds: an interrupted experiment resumes.
     """
     given = {**vars(args), "scale": scale}
-    own = {name: getattr(METHODS[method], name) for name in sample.METHOD_SETTINGS if given[name] is None}
+    own = {name: getattr(METHODS[method], name)
+           for name in sample.METHOD_SETTINGS if given[name] is None}
     args = Namespace(**{**given, **own})
     guidance = method, args.scale, tuple(args.interval), args.autoguidance
     path = cache_path(guidance, indices, models, args)

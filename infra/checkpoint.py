@@ -73,7 +73,8 @@ def load(path, *kinds):
         raise UserError(f"{path} is not a readable checkpoint ({name}); {advice}") from None
     actual = content.get("kind") if isinstance(content, dict) else type(content).__name__
     if actual not in kinds:
-        raise UserError(f"{path} holds {actual!r}, but a checkpoint of kind {kinds[0]!r} is needed")
+        raise UserError(f"{path} holds {actual!r}, but a checkpoint of kind {kinds[0]!r} is "
+                        f"needed; {advice}")
     return content
 
 

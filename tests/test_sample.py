@@ -574,7 +574,7 @@ def test_a_method_has_its_own_settings_unless_given():
 def test_a_clip_of_clean_images_guides_through_x_0_hat():
     """Methods that need a noise-aware CLIP become x0-fast, with its own scale unless one was given,
     but latent, which is refused; all others stay, as all do with a noise-aware CLIP."""
-    with pytest.raises(cli.UserError, match="method latent and --edit need a CLIP that was trained"):
+    with pytest.raises(cli.UserError, match="latent and --edit need a CLIP that was trained"):
         sample.fill_in(sample.SamplingConfig(method="latent"), with_clip(False))
     for name in set(sample.METHODS) - {"latent"}:
         for scale in (None, 7.):
@@ -898,7 +898,8 @@ def test_an_edit_begins_with_the_inverted_image(here, monkeypatch):
     (["--variations", "car.png", "--method", "x0"], "--method x0 is of no use to --variations"),
     (["--variations", "car.png", "--gif"], "--gif is of no use to --variations"),
     (["red bus", "--size", "17"], "--size must be one of 16 with these models, not 17"),
-    (["--variations", "car.png", "--ddpm", "runs/ddpm/weights.pt"], "is no decoder; train one"),
+    (["--variations", "car.png", "--ddpm", "runs/ddpm/weights.pt"],
+     "holds 'ddpm', but a checkpoint of kind 'decoder' is needed; train one"),
     (["--variations", "car.png", "--ddpm", "foreign.pt"], "the features of another CLIP"),
     (["red bus", "--method", "unclip", "--prior", "prior.pt"], "does not fit the other models"),
     (["red bus", "--upsampler", "large.pt"], "does not fit the other models"),
