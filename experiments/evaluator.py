@@ -1,4 +1,4 @@
-"""Samples for hundreds of captions and their scores, of which most experiments are made.
+"""Samples for hundreds of captions, and their scores: what most experiments are built on.
 
 N images, K captions, A attributes, F features; models is a sample.Models, args the flags. An index
 i stands for one image: of caption i % K, from noise of its own, whatever the method.
@@ -26,7 +26,7 @@ from infra import checkpoint, cli
 from judge import predict
 
 HELD_OUT = 2000   # images of the validation split for experiments without samples
-REAL = 4000       # rendered cars for each sample of a caption, to have real images of all captions
+REAL = 4000       # held-out cars to render for each of --each: enough of every caption
 POOL = 2000       # unguided images from which best_of chooses
 METHODS = {**sample.METHODS, **variants.VARIANTS}
 # The source code as it was imported: a file may be edited while an experiment runs.
@@ -201,8 +201,8 @@ def real_images(models, targets, args, skip=0):
     return dataset.images[indices]
 
 
-def exchanged_colours(predicted, labels, attributes):
-    """How many of the cars of two colours have them in the other order -> {"exchanged": fraction}
+def swapped_colours(predicted, labels, attributes):
+    """How many of the cars of two colours have them in the other order -> {"swapped": fraction}
 
     predicted, labels: (N, A)
     """
@@ -211,7 +211,7 @@ def exchanged_colours(predicted, labels, attributes):
     main, second = (list(attributes).index(name) for name in ("main", "second"))
     two = labels[:, main] != labels[:, second]
     other = (predicted[:, [main, second]] == labels[:, [second, main]]).all(dim=1)
-    return {"exchanged": metrics.mean(other[two]) if two.any() else None}
+    return {"swapped": metrics.mean(other[two]) if two.any() else None}
 
 
 def score(images, targets, models, evaluator, unguided_real=None):
@@ -239,7 +239,7 @@ def score(images, targets, models, evaluator, unguided_real=None):
     spread, real_spread = (metrics.diversity(f / std, targets) for f in (features, real))
     return {**metrics.accuracy_row(correct.all(1)),
             **dict(zip(evaluator.attributes, correct.float().mean(0).tolist())),
-            **exchanged_colours(predicted, labels, evaluator.attributes),
+            **swapped_colours(predicted, labels, evaluator.attributes),
             "second_judge": second[0], "disagree": second[1], "clip_prob": metrics.mean(probs),
             "kid": kid, "kid_error": error,
             "diversity": None if math.isnan(spread) else spread / real_spread}

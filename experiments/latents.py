@@ -86,7 +86,7 @@ def optimised(models, args):
     """From pure noise to an image of a caption, by ways to compute and to bound the gradient.
 
     mean, neighbours: of x_T, the mean size of a channel's mean (white noise: .025) and the
-    correlation of neighbouring pixels (0); moved: how far each pixel of x_T has, root mean square.
+    correlation of neighbouring pixels (0); moved: root mean square change of a pixel of x_T.
     """
     indices, targets, scores = guidance.prepare(models, args)
     for way in WAYS:
@@ -114,10 +114,10 @@ def gradients(models, args):
 
     step: its length relative to that of x_T; log p: on noisy copies, as optimize_x_T takes it.
     """
-    targets = torch.arange(0, len(models.captions), 18)
-    generators, x_T = start_noise(models, torch.arange(len(targets)), args)
-    t, noise = torch.full((len(targets),), guide.T_LATENT), [
-        tinyddpm.randn_per_image(generators, x_T.shape[1:]) for _ in range(8)]
+    targets, device = torch.arange(0, len(models.captions), 18), models.alpha_bar.device
+    generators, x_T = start_noise(models, targets // 18, args)
+    t = torch.full((len(targets),), guide.T_LATENT, device=device)
+    noise = [tinyddpm.randn_per_image(generators, x_T.shape[1:], device) for _ in range(8)]
     log_p = guide.noise_aware(models.clip, models.text_features, targets, models.caption_labels)
     value = lambda x_0: sum(log_p(tinyddpm.q_sample(x_0, t, eps, models.alpha_bar), t, x_0)
                             for eps in noise) / len(noise)
@@ -271,7 +271,8 @@ def shared(models, args):
 # ---- interpolated --------------------------------------------------------------------------------
 
 def on_paths(x):
-    """x: (2 PATHS, ...) -> x on the way from each even to the next (ON_THE_WAY, PATHS, ...)"""
+    """Interpolate from each even image to the next; x: (2 PATHS, ...) -> ON_THE_WAY x (PATHS, ...)
+    """
     return [torch.cat([unclip.slerp(x[i:i + 1], x[i + 1:i + 2], f) for i in range(0, len(x), 2)])
             for f in torch.linspace(0, 1, ON_THE_WAY).tolist()]
 
@@ -279,8 +280,8 @@ def on_paths(x):
 def interpolated(models, args):
     """Slerp between two x_T, random or inverted, with and without a caption in common.
 
-    largest step: the largest distance of two successive images, relative to that of the ends; same:
-    of images between two ends with the same body or main colour, how many share it.
+    largest step: the largest distance of two successive images, relative to that of the ends; body
+    of an end: how many of the images between have the body of one end or of the other.
     """
     judge, _ = sample.load_judge(models.captions, args.judge, models.alpha_bar.device)
     plain = guide.autoguided(models.unet, models.weak, models.alpha_bar, 1.)
@@ -299,12 +300,12 @@ def interpolated(models, args):
             steps = distance(images[1:], images[:-1])                 # (ON_THE_WAY - 1, PATHS)
             ends = distance(images[0], images[-1]).clamp(min=1e-3)
             found = torch.stack([predict(judge, x).cpu() for x in images])
-            is_car = (found == found[:1]) | (found == found[-1:])     # (ON_THE_WAY, PATHS, 3)
+            of_an_end = (found == found[:1]) | (found == found[-1:])  # (ON_THE_WAY, PATHS, 3)
             data.save_grid(args.out / f"slerp-{(way + common).replace(' ', '-')}.png",
                            data.to_uint8(images[:, :6].transpose(0, 1).flatten(0, 1)), 9, zoom=2)
             yield {"task": "slerp", "way": way + common,
                    "largest step": (steps.amax(dim=0) / ends).mean().item(),
-                   **{f"{name} of an end": metrics.mean(is_car[1:-1, :, i])
+                   **{f"{name} of an end": metrics.mean(of_an_end[1:-1, :, i])
                       for i, name in enumerate(("body", "main", "second"))}}
 
 
@@ -337,7 +338,7 @@ def draw_optimised(models, path):
 
 
 def draw_edited(models, path):
-    """Held-out cars, each edited in seven ways: another noise each."""
+    """Held-out cars, each edited from seven different noises."""
     x_0, labels = figures.render_held_out(32, 3)
     large, _ = figures.render_held_out(128, 3)
     images, titles = [], []

@@ -20,12 +20,13 @@ from judge import predict
 CLASS = "airplane"                # the poster's
 SIZES = 100, 2000                 # images of a row
 SAMPLER = {"steps": 50, "eta": 1., "recurrence": 1, "autoguidance": 1.}   # of the first three ROWS
-ROWS = {   # -> method, flags other than its own; relative_time: unconditional = 1
+ROWS = {   # -> method, flags other than its own
     "unconditional": ("none", SAMPLER), "spherical": ("spherical", SAMPLER),
     "contrastive": ("contrastive", SAMPLER), "default": (guide.DEFAULT, {}),
     "classifier-free": ("classifier-free", {}), "latent": ("latent", {})}
 CURVES = {   # one of ROWS -> scales
-    "contrastive": (1, 2, 4, 8, 16, 32), "default": (16, 32, 64, 128, 256, 512),
+    "spherical": (2, 4, 8, 16, 32, 64), "contrastive": (1, 2, 4, 8, 16, 32),
+    "default": (16, 32, 64, 128, 256, 512),
     "classifier-free": (1, 1.5, 2, 3, 5, 8)}
 
 
@@ -82,7 +83,7 @@ class Photographs:
 
 
 def available(models, names):
-    """Leave out those of ROWS that this DDPM has no condition for"""
+    """Leave out classifier-free guidance if this DDPM is not conditional on texts"""
     return [name for name in names if name != "classifier-free" or models.condition == "text"]
 
 
@@ -103,27 +104,29 @@ def save_by_class(path, x, targets, names):
 def poster(models, args):
     """A poster's table: airplanes and all classes, 100 and 2,000 images, prompt accuracy, KID.
 
-    real: other photographs than those that all rows are compared with.
+    All rows are compared with training images, as the validation split has too few; real: other
+    ones of these. relative_time: unconditional = 1. All rows are of one U-Net; a conditional one
+    takes no condition but in classifier-free.
     """
     photographs, K = Photographs(models, args), len(models.captions)
-    classes, every = [sample.class_name(text) for text in models.captions], torch.arange(SIZES[-1])
-    groups = {CLASS: classes.index(CLASS) + K * every} if CLASS in classes else {}
-    for group, indices in {**groups, "all": every}.items():
+    classes, numbers = list(map(sample.class_name, models.captions)), torch.arange(SIZES[-1])
+    groups = {CLASS: classes.index(CLASS) + K * numbers} if CLASS in classes else {}
+    for group, indices in {**groups, "all": numbers}.items():
         for n in SIZES:
             targets = indices[:n] % K
             real, unguided_seconds = photographs.of(targets), None
-            some = targets[:500]   # 2,969 airplanes are to train on, and 2,000 of them `real`
-            others = photographs.of(some, skip=int(targets.bincount().max()))
-            yield {"captions": group, "n": n, "method": "real",
-                   **photographs.score(others, some, real[:500])}
+            subset = targets[:500]   # CIFAR-10's training split has 2,969 airplanes
+            others = photographs.of(subset, skip=int(targets.bincount().max()))
+            yield {"captions": group, "n": len(subset), "method": "real",
+                   **photographs.score(others, subset, real[:len(subset)])}
             for name in available(models, ROWS):
                 samples = draw(name, indices[:n], models, args)
                 unguided_seconds = unguided_seconds or samples.seconds
                 x = data.to_float(samples.images)
                 if group == "all" and n == SIZES[0]:
                     save_by_class(args.out / f"photographs-{name}.png", x, targets, classes)
-                regardless = name == "unconditional" and group == "all"   # of captions
-                row = photographs.score(x, targets, photographs.random(n) if regardless else real)
+                any_caption = name == "unconditional" and group == "all"
+                row = photographs.score(x, targets, photographs.random(n) if any_caption else real)
                 yield {"captions": group, "n": n, "method": name, **row,
                        "cost_per_success": samples.cost_per_success(row["prompt_accuracy"]),
                        "unet_evaluations": samples.unet_evaluations, "seconds": samples.seconds,

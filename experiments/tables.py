@@ -21,12 +21,14 @@ PAGES = "README.md", "UNCLIP.md", "LATENTS.md", "PHOTOGRAPHS.md"
 SECTION = re.compile(r"(<!-- table (\w+)(?: (\w+)=(.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 FRACTIONS = {"prompt_accuracy", "low", "body", "main", "second", "second_judge", "disagree",
-             "clip_prob", "exchanged", "top-1", "swapped", "different", "order", "paraphrase",
+             "clip_prob", "top-1", "swapped", "all", "different", "order", "paraphrase",
              "captions@1", "captions@5", "captions@10", "images@1", "images@5", "images@10",
              "as the word", "changed", "others kept", *(f"t = {t}" for t in range(0, 1000, 50))}
 PAIRS = {"low": ("high", " to "), "kid": ("kid_error", " ± "),   # printed in one column
+         "pixel_kid": ("pixel_kid_error", " ± "),
          "unet_evaluations": ("unet_backwards", " + ")}
-HEADINGS = {"low": "95 % interval", "kid": "KID", "ece": "ECE", "clip_prob": "CLIP's probability",
+HEADINGS = {"low": "95 % interval", "kid": "KID", "pixel_kid": "KID of pixels", "ece": "ECE",
+            "clip_prob": "CLIP's probability",
             "unet_evaluations": "U-Net evaluations", "parameters_m": "M parameters",
             "peer_parameters_m": "peer's", "ratio_to_default": "ratio to the peer's default"}
 
@@ -39,7 +41,7 @@ def format_number(key, value):
         return f"{100 * value:.3g}"
     if isinstance(value, int):
         return f"{value:,}"
-    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.3f}" if key == "kid" else f"{value:.3g}")
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.3f}" if "kid" in key else f"{value:.3g}")
 
 
 def format_cell(key, row):
@@ -53,7 +55,8 @@ def markdown_table(rows):
     """Format dictionaries as a Markdown table; columns are the keys in order of appearance."""
     partners = {partner for partner, _ in PAIRS.values()}
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in partners]
-    names = [HEADINGS.get(key, key.replace("_", " ")) + " (%)" * (key in FRACTIONS) for key in keys]
+    fractions = {key for key in FRACTIONS if not any(isinstance(row.get(key), str) for row in rows)}
+    names = [HEADINGS.get(key, key.replace("_", " ")) + " (%)" * (key in fractions) for key in keys]
     lines = [" | ".join(names), "|".join(["---"] * len(keys)),
              *(" | ".join(format_cell(key, row) for key in keys) for row in rows)]
     return "".join(f"| {line} |\n" for line in lines)

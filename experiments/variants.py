@@ -16,7 +16,7 @@ def joint(clip, text_features, targets, labels):
 
 
 def dot_product(clip, text_features, targets, labels):
-    """Dot product of features that are not normalised, CLIP at t = 0: a common first attempt."""
+    """Dot product with image features that are not normalised, CLIP at t = 0: a common attempt."""
     def log_p(x_t, t, x_0_hat):
         image_features = clip.encode_image(x_t, torch.zeros_like(t))          # (B, E)
         return (image_features * text_features[targets]).sum(dim=1).float()
@@ -28,7 +28,7 @@ LIKE_DEFAULT = guide.METHODS[guide.DEFAULT]
 VARIANTS = {   # name -> guide.Method
     "joint": LIKE_DEFAULT._replace(make_log_p=joint),
     "contrastive": guide.Method(   # log p(caption | x_t) as it is
-        functools.partial(guide.noise_aware, temperature=1.), 8., (1, 1000)),
+        functools.partial(guide.noise_aware, temperature=1.), 8., (1, 950)),
     "dot product, scale 0.1": guide.Method(dot_product, 0.1, (1, 950)),
     **{f"{part} {value}": LIKE_DEFAULT._replace(
         make_log_p=functools.partial(guide.lookahead, **{part: value}))

@@ -641,16 +641,16 @@ def test_the_ddpm_is_sampled_with_each_number_of_steps_and_eta(here, models, mon
     assert len({row["kid"] for row in rows}) == 3   # of one step, eta changes nothing
 
 
-def test_exchanged_colours_by_hand():
+def test_swapped_colours_by_hand():
     """Of three cars of two colours one has them in the other order; body and one colour do not
     count."""
     labels = torch.tensor([[0, 1, 2], [0, 1, 2], [1, 3, 4], [1, 5, 5]])
     predicted = torch.tensor([[3, 2, 1], [0, 1, 2], [1, 4, 4], [1, 5, 5]])
     attributes = {"body": "abcd", "main": "abcdef", "second": "abcdef"}
-    exchanged = evaluator.exchanged_colours(predicted, labels, attributes)["exchanged"]
-    assert exchanged == pytest.approx(1 / 3)
-    assert evaluator.exchanged_colours(predicted[3:], labels[3:], attributes)["exchanged"] is None
-    assert evaluator.exchanged_colours(predicted, labels, {"class": "ab"}) == {}
+    swapped = evaluator.swapped_colours(predicted, labels, attributes)["swapped"]
+    assert swapped == pytest.approx(1 / 3)
+    assert evaluator.swapped_colours(predicted[3:], labels[3:], attributes)["swapped"] is None
+    assert evaluator.swapped_colours(predicted, labels, {"class": "ab"}) == {}
 
 
 def test_ways_from_text_to_image_embedding(here, monkeypatch):
