@@ -314,7 +314,7 @@ NUMBERS = [   # near this text, the README has this figure; results file, row, k
      {"command": "python train.py judge --data photos --steps 1500"}, "accuracy", fraction),
     *(("`python train.py clip`", text, "training_loss", {"model": "clip"}, step, "{:.2f}".format)
       for text, step in (("6.75 at step 50", "50"), ("4.39 at 200", "200"), ("2.07", "2,100"))),
-    *(("Without a prompt guide", text, "guidance", {"method": method}, "kid", short)
+    *(("Without a prompt, guide", text, "guidance", {"method": method}, "kid", short)
       for text, method in ((".017", "none"), (".124", "none, without autoguidance"))),
     *(("--out runs/weak", text, "training_loss", {"model": "weak"}, step, form)
       for text, step, form in (("2", "minutes", str), (".642 at step 50", "50", short),
