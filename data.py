@@ -21,7 +21,7 @@ from PIL import Image, PngImagePlugin
 import cars
 from infra import cache, checkpoint, cli, image_folders
 
-CACHE = Path(os.environ.get("CLIP_DDPM_CACHE") or "cache").expanduser()   # packed data sets
+CACHE = Path(os.environ.get("CLIP_DDPM_CACHE") or "cache").expanduser()   # of images and embeddings
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -47,8 +47,8 @@ PURPOSES = "sampling", "captions", "training", "dropout", "evaluation"
 
 def generator(purpose, *entropy, device="cpu"):
     """Make a torch.Generator from a purpose, one of PURPOSES, and integers, such as "sampling",
-    seed, index of the image. Any others give unrelated random numbers, which `manual_seed(seed +
-    index)` does not promise: image 1 of seed 0 would be image 0 of seed 1."""
+    seed, index of the image. As many others, below 2^32, give unrelated random numbers, which
+    `manual_seed(seed + index)` does not promise: image 1 of seed 0 would be image 0 of seed 1."""
     key = PURPOSES.index(purpose)
     sequence = np.random.SeedSequence(entropy, spawn_key=(key,) if key else ())
     return torch.Generator(device).manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
@@ -60,11 +60,11 @@ class Dataset(NamedTuple):
     """N images with K different captions, each with A attributes, such as its colours.
 
     A caption names all attributes, a partial caption leaves some open. Each of S lists in templates
-    writes all K captions and, behind them, P partial captions in one way; in each step training
-    draws one of the S ways for each. Two of the cars' 192 lists:
+    writes all K captions, followed by P partial captions, in one way; in each step training draws
+    one of the S ways for each. Two of the cars' 192 lists:
         "a red car", "a red and green car", ..., "a car with a red body", ..., "something"
         "an auto in red", "a red sedan, its roof is green", ..., "a red-bodied car", ..., "anything"
-    and for a folder of classes "a photo of a cat", ...; "cat", ...; "a picture of a cat", ...
+    and for a folder of classes "a photo of a cat", ...; "a cat", ...; "a picture of a cat", ...
     """
     name: str                     # "cars", or "./" and the folder's name
     images: np.ndarray            # (N, H, W, 3) uint8, perhaps memory-mapped
@@ -73,7 +73,7 @@ class Dataset(NamedTuple):
     templates: list               # S lists of K + P texts
     partial_true_of: np.ndarray   # (P, K) bool, the captions that each is true of; folders: P = 0
     caption_labels: np.ndarray    # (K, A) int64, the attributes that each caption names; its own
-                                  # number, A = 1, if none is known
+                                  # index, A = 1, if none is known
     attributes: dict              # name of attribute -> its values; empty if none is known
     report: str                   # one line: what was found
 
@@ -83,7 +83,7 @@ class Dataset(NamedTuple):
         return self.caption_labels[self.caption_ids]
 
 
-# Index ranges of the built-in cars. In a folder, a hash of an image's file name picks its split.
+# The first index of each split's cars. In a folder a hash of an object's name picks its split.
 SPLITS = {"train": cars.TRAIN, "validation": cars.VALIDATION, "judge": cars.JUDGE_TRAIN,
           "judge-2": cars.JUDGE_2_TRAIN, "judge-test": cars.JUDGE_TEST}
 
@@ -103,7 +103,7 @@ def load(name, size, count, split="train"):
 
 
 def _load_cars(size, count, split):
-    checksum = zlib.crc32(cars.render(0, range(12), 24)[0].tobytes())   # another if cars.py changes
+    checksum = zlib.crc32(cars.render(0, range(12), 24)[0].tobytes())   # another if these change
     path = CACHE / f"cars-{checksum:08x}-{split}-{size}px-{count}.raw"
     indices = range(SPLITS[split], SPLITS[split] + count)
     images, caption_ids = cache.load_packed(indices, _render_cars, size, path)
@@ -129,7 +129,7 @@ def _load_folder(name, size, split):
         raise cli.UserError(f"--data {name}: {error}") from None
     files = [scan.files[i] for i in indices]
     path = CACHE / f"images-{image_folders.fingerprint(files):08x}-{split}-{size}px.raw"
-    images, numbers = cache.load_packed(files, image_folders.read_images, size, path)
+    images, numbers = cache.load_packed(files, image_folders.make_images, size, path)
     readable = np.flatnonzero(numbers >= 0)   # -1: cannot be read
     if not len(readable):
         raise cli.UserError(f"--data {name}: none of {len(files):,} images can be read, such as "
@@ -146,12 +146,12 @@ def _load_folder(name, size, split):
                    np.empty((0, len(captions)), bool), labels, attributes, report)
 
 
-def batch(dataset, seed, step, size, device="cpu", rank=0):
-    """Draw random images with replacement, a function of (seed, step, rank).
+def batch(dataset, seed, step, n, device="cpu", rank=0):
+    """Draw n random images with replacement, a function of (seed, step, rank).
 
-    -> x_0: (size, 3, H, W) in [-1, 1] on the device, indices: (size,) int64 numpy
+    -> x_0: (n, 3, H, W) in [-1, 1] on the device, indices: (n,) int64 numpy
     """
-    indices = np.random.default_rng([seed, step, rank]).integers(len(dataset.images), size=size)
+    indices = np.random.default_rng([seed, step, rank]).integers(len(dataset.images), size=n)
     return to_float(torch.from_numpy(dataset.images[indices]).to(device)), indices
 
 
@@ -225,8 +225,11 @@ def save_gif(path, frames, columns=4, zoom=2):
 
 if __name__ == "__main__":
     dataset = load("cars", size=32, count=256, split="validation")
-    x_0, indices = batch(dataset, seed=0, step=0, size=16)
+    x_0, indices = batch(dataset, seed=0, step=0, n=16)
     caption = dataset.captions[dataset.caption_ids[indices[0]]]
     print(f"{len(dataset.images)} images, {len(dataset.captions)} captions; a batch is "
           f"{tuple(x_0.shape)} in [{x_0.min():.2f}, {x_0.max():.2f}], its first image {caption!r}")
     save_grid("out/batch.png", to_uint8(x_0), zoom=2)
+
+# 256 images, 294 captions; a batch is (16, 3, 32, 32) in [-0.95, 1.00], its first image 'a blue and
+# yellow jeep'

@@ -10,9 +10,9 @@
         arxiv.org/abs/2207.12598
     Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself" (autoguidance)
         arxiv.org/abs/2406.02507
-    Song et al. 2023, "Pseudoinverse-Guided Diffusion Models" (r_t)
+    Song et al. 2023, "Pseudoinverse-Guided Diffusion Models for Inverse Problems" (r_t)
         openreview.net/forum?id=9_gsMA8MRKQ
-    Wallace et al. 2023, "End-to-End Diffusion Latent Optimization" (x_T)
+    Wallace et al. 2023, "End-to-End Diffusion Latent Optimization Improves ..." (x_T)
         arxiv.org/abs/2303.13703
     Crowson 2021, notebooks for CLIP-guided diffusion (the spherical distance)
 
@@ -44,7 +44,8 @@ a log_p from a CLIP and a target; METHODS at the end names them, with their scal
 Shapes: B images, K captions, E embedding width, A attributes; x_t, x_0_hat, grad (B, 3, H, W);
 t (B,) int in 1..T, the same for the whole batch; text_features (K, E) of all captions; targets (B,)
 int in 0..K-1, the caption that each image should have; labels (K, A) int, the attributes that each
-caption names, such as body and colours, -1 for none (if none are known, A = 1: its index).
+caption names, such as body and colours, -1 for none (if none are known, A = 1: the caption's own
+index).
 """
 import functools
 import math
@@ -90,16 +91,18 @@ def guided(denoise, log_p, alpha_bar, scale, interval=(1, math.inf), through_une
 
 # ---- log p(text | x_t), in six ways --------------------------------------------------------------
 
-# Tuned; from 5 to 20 it matters little: experiments/LOG.md. It softens what guidance follows;
-# CLIPConfig.max_logit_scale limits how certain CLIP may become in training.
+# CLIP's logits are divided by it, which softens the softmax that guidance follows. Tuned; from 5 to
+# 20 it matters little: experiments/LOG.md. (CLIPConfig.max_logit_scale limits how certain CLIP may
+# become in training.)
 TEMPERATURE = 5.
 
 
 def noise_aware(clip, text_features, targets, labels, temperature=TEMPERATURE):
     """Make log_p from CLIP's softmax over all captions, at the noise level of x_t.
 
-    log_p = sum over attributes of log p(value | x_t), such as log p(car) + log p(white body) +
-    log p(red roof): p(value | x_t) is the sum of p over the captions that have the target's value.
+    log_p = sum over attributes of log p(value | x_t), such as log p(body is a car) +
+    log p(main colour is white) + log p(second colour is red): p(value | x_t) is
+    the sum of p over the captions that have the target's value.
     With A = 1 this is log p(caption | x_t), whose gradient is that of the target's logit minus the
     mean of all logits' gradients, weighted by p: what counts is what distinguishes the target from
     similar captions. With more, every attribute that is still wrong has a gradient of its own. (As
@@ -179,8 +182,9 @@ def lookahead_log_p(log_p, alpha_bar, t_fraction):
 
     The gradient does not go through the U-Net: Cov(x_0 | x_t) in x0 is replaced by a scalar,
         r_t^2 = s^2 (1 - alpha_bar) / (1 - alpha_bar + s^2 alpha_bar),
-    its value if pixels were independent and normal with standard deviation s: then 1 / r_t^2 = 1 /
-    s^2 + alpha_bar / (1 - alpha_bar), prior and likelihood. (They are not, and the default scale
+    its value if pixels were independent and normal with standard deviation s: then
+        1 / r_t^2 = 1 / s^2 + alpha_bar / (1 - alpha_bar),
+    the precision of the prior and that of the likelihood. (They are not, and the default scale
     makes up for it: see METHODS. Song et al. 2023 choose r_t so, with s = 1. Pixels of the cars
     have a standard deviation of .61 about their mean, .34 about the mean image: about .5.) Then
     x_0_hat changes by scale r_t^2 times the gradient of log_p with respect to x_0_hat, eps_hat held
@@ -205,7 +209,7 @@ T_FRACTION = 0.75   # found by a sweep: experiments/LOG.md
 
 
 def lookahead(clip, text_features, targets, labels, t_fraction=T_FRACTION, temperature=TEMPERATURE):
-    """Make log_p from noise-aware CLIP, applied at three quarters of the timestep. The default."""
+    """Make log_p from noise-aware CLIP, applied at timestep t_fraction * t. The default method."""
     log_p = noise_aware(clip, text_features, targets, labels, temperature)
     return lookahead_log_p(log_p, cosine_alpha_bar().to(text_features.device), t_fraction)
 
@@ -262,7 +266,7 @@ def autoguided(unet, weak, alpha_bar, scale):
 # ---- optimising the noise ------------------------------------------------------------------------
 
 LIMIT = 3.                  # of Fourier coefficients: in white noise 1 in 8,000 is larger
-T_LATENT, COPIES = 700, 4   # CLIP gets so many copies of x_0, noised to this timestep
+T_LATENT, COPIES = 700, 4   # log_p is averaged over COPIES of x_0, noised to timestep T_LATENT
 LR, LR_EDIT = 0.1, 0.05     # from random noise; from inverted images, to keep more of their shape
 DECAY = 0.1                 # weight decay, towards the noise at the start
 
@@ -287,8 +291,8 @@ def optimize_x_T(denoise, log_p, x_start, generators, alpha_bar, steps, iteratio
 
     x_start: (B, 3, H, W) standard normal, or inverted images; generators: B CPU generators; steps:
     of sampling, eta = 0; iterations: gradient steps on x_T; lr: of Adam, about how far a pixel of
-    x_T moves in an iteration, before it goes a fraction DECAY of the way back to x_start;
-    callback(x_0, value): called in each iteration, value: (B,) is log_p
+    x_T moves in an iteration, before it goes a fraction DECAY of the way back to x_start and is
+    projected to white noise; callback(x_0, value): called in each iteration, value: (B,) is log_p
 
     Guidance changes every x_t on its way to the image. Here the way is that of the unguided
     denoiser, and only its start changes. log_p is averaged over noisy copies of x_0, by which CLIP
@@ -305,16 +309,19 @@ def optimize_x_T(denoise, log_p, x_start, generators, alpha_bar, steps, iteratio
     optimizer = torch.optim.Adam([x_T], lr, maximize=True)
     best, highest = x_start, x_T.new_full((len(x_T),), -torch.inf)
     t = torch.full((len(x_T),), T_LATENT, device=x_T.device)
+
+    def log_p_of_copy(x_0):
+        eps = randn_per_image(generators, x_0.shape[1:], x_0.device)
+        return log_p(q_sample(x_0, t, eps, alpha_bar), t, x_0)                # (B,)
+
     run = functools.partial(checkpoint, denoise, use_reentrant=False) if through_unet else denoise
     for _ in range(iterations):
         with torch.set_grad_enabled(through_unet):
             x_0 = sample(run, x_T, None, alpha_bar, steps, eta=0.)
         with torch.enable_grad():
-            if not through_unet:   # subtle: its value is x_0, its derivative by x_T the identity
-                x_0 = x_0 + x_T - x_T.detach()
-            value = sum(log_p(q_sample(x_0, t, randn_per_image(
-                generators, x_0.shape[1:], x_0.device), alpha_bar), t, x_0)
-                for _ in range(COPIES)) / COPIES                              # (B,)
+            if not through_unet:   # subtle: its value is x_0, d x_0 / d x_T becomes the identity
+                x_0 = x_0 + (x_T - x_T.detach())
+            value = sum(log_p_of_copy(x_0) for _ in range(COPIES)) / COPIES   # (B,)
             x_T.grad, = torch.autograd.grad(value.sum(), x_T)
         with torch.no_grad():
             better = (value > highest)[:, None, None, None]

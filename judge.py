@@ -1,11 +1,12 @@
 """Chapter 7: an independent classifier: does the image show what the caption says?
 
-Whoever guided an image must not also grade it. Gradient ascent on a network's output finds images
-that satisfy that network alone (adversarial examples), and they look like success. So the judge is
-a different kind of network from the CLIP that guides, a convolutional classifier without text and
-without t, trained on images that neither CLIP nor the diffusion model was trained on. An image
-is right when all attributes of its caption are: body, main and second colour for the built-in
-cars, the class for class folders. The fraction of images that are right is the prompt accuracy.
+The network that guided an image must not also judge it. Gradient ascent on a network's output finds
+images that satisfy that network alone (adversarial examples), and they look like success. So the
+judge is a different kind of network from the CLIP that guides, a convolutional classifier without
+text and without t, trained on images that neither CLIP nor the diffusion model was trained on. An
+image is right when all attributes of its caption are: kind of body, main and second colour for the
+built-in cars, the class for class folders. The fraction of images that are right is the prompt
+accuracy.
 
 Shapes: B images (N where there may be many), A attributes; images (B, 3, H, W) in [-1, 1], H = W.
 """

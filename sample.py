@@ -145,7 +145,7 @@ def load_published(path, ddpm_content):
         reason = str(error).splitlines()[0]
         raise cli.UserError(f"{path} does not fit the published layout: {reason}") from None
     names = [class_name(text) for text in captions]
-    return tinyclip.from_pixels(clip), {
+    return tinyclip.accept_pixels(clip), {
         "captions": captions, "caption_labels": [[i] for i in range(len(captions))],
         "partial": [], "words": [],
         "templates": [[template.format(name) for name in names]

@@ -12,6 +12,7 @@
 Two encoders map images and captions to features of the same width; a cosine says how well they
 fit. This CLIP is noise-aware: t = 0 is a clean image, t = 1..T the x_t of the diffusion model, and
 both the image features and logit_scale(t) depend on t. So it can guide every sampling step.
+"published" is what OpenAI published, code and weights: github.com/openai/CLIP.
 
 Shapes: B images, K captions, L tokens, D width, E embedding width; images (B, 3, H, W) in [-1, 1]
 with H = W = image_size.
@@ -192,7 +193,7 @@ class Tokenizer:
     def batch(self, texts, context_length):
         """Encode K texts -> (K, L) int64, L = context_length: start, ids, end, zeros.
 
-        The zeros stand behind the end token, which does not attend to them. A text that is too long
+        The zeros follow the end token, which does not attend to them. A text that is too long
         loses its tail; the end token stays.
         """
         tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
@@ -317,7 +318,7 @@ class PatchStem(nn.Module):
 class ConvStem(nn.Module):
     """Convolutions to the same grid of tokens, each normalised, then scaled and shifted by t.
 
-    differs from the paper: a small ViT on few images first has to learn that neighbouring pixels
+    differs from CLIP: a small ViT on few images first has to learn that neighbouring pixels
     belong together, and its gradient with respect to the pixels shows the borders of the patches.
     Convolutions start with that knowledge (experiments/LOG.md has the figures).
     """
@@ -335,7 +336,7 @@ class ConvStem(nn.Module):
             nn.Linear(config.width, 2 * c_out) for _, c_out, _ in layers)
 
     def forward(self, x, time):
-        """x: (B, 3, H, W), time: (B, D) -> (B, D, H/patch, W/patch)"""
+        """x: (B, 3, H, W), time: (B, D) or (1, D) -> (B, D, H/patch, W/patch)"""
         for conv, norm, time_proj in zip(self.convs, self.norms, self.time_projs):
             scale, shift = time_proj(time)[:, :, None, None].chunk(2, dim=1)  # (B, c_out, 1, 1)
             x = F.silu(norm(conv(x)) * (1 + scale) + shift)
@@ -343,7 +344,8 @@ class ConvStem(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Vision Transformer: stem, class token, position embedding, blocks, LayerNorm, projection.
+    """Vision Transformer: stem, class token, position embedding, LayerNorm, blocks, LayerNorm,
+    projection.
 
     The time embedding is added to the class token and scales the conv stem's layers. (GLIDE's
     released code has one token for each t.)
@@ -379,7 +381,7 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """Text Transformer with a causal mask; the feature is that of the end token, projected.
 
-    The end token attends to the whole text, and not to the padding behind it.
+    The end token attends to the whole text, and not to the padding that follows.
     """
 
     def __init__(self, config, tokenizer):
@@ -430,7 +432,8 @@ class CLIP(nn.Module):
         self.tokenizer = tokenizer
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config, tokenizer)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))   # sec. 2.5 of the paper
+        scale = min(1 / 0.07, config.max_logit_scale)   # sec. 2.5 of the paper
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         if config.noise_aware:
             # One number in, so smooth in t: nothing jumps from one sampling step to the next.
             self.time_mlp = nn.Sequential(nn.Linear(1, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU())
@@ -470,16 +473,16 @@ class CLIP(nn.Module):
         tokens = self.tokenizer.batch(texts, self.config.context_length)
         return self.encode_text(tokens.to(self.log_scale.device))
 
-    def encode_ensemble(self, templates):
+    def encode_ensemble(self, phrasings):
         """Encode S lists of N texts, ways to write the same -> (N, E), the mean of their features
 
         Each is normalised before the mean (sec. 3.1.4 of the paper); `logits` normalises the mean.
         """
         return sum(F.normalize(self.encode_captions(texts).float(), dim=-1)
-                   for texts in templates) / len(templates)
+                   for texts in phrasings) / len(phrasings)
 
     def logit_scale(self, t=None):
-        """t: as in encode_image -> (B, 1), None: (1, 1), in (0, max_logit_scale]
+        """t: as in encode_image -> (B, 1), or (1, 1) if it is the same for all; <= max_logit_scale
 
         Learned: the more noise, the less certain CLIP can be, and the flatter the softmax must be.
         """
@@ -519,8 +522,8 @@ class CLIP(nn.Module):
         (QuickGELU, 64 channels a head: other projects' weights in this layout may differ in that.)
 
         weights: name -> tensor in the published layout; tokenizer: Tokenizer.from_openai. Sizes
-        come from the shapes; every tensor is used. ValueError if the weights are of another kind.
-        encode_image then takes images from `preprocess`; see from_pixels for guidance.
+        come from the shapes, all weights are used. ValueError if the weights are of another kind.
+        encode_image then takes images from `preprocess`; see accept_pixels for guidance.
         """
         weights = {name: w.float() for name, w in weights.items()   # stored as fp16
                    if name not in ("input_resolution", "context_length", "vocab_size")}
@@ -604,7 +607,7 @@ def preprocess_pixels(x, size):
     return (x - mean) / std
 
 
-def from_pixels(clip):
+def accept_pixels(clip):
     """Change encode_image of a published CLIP to take what ours takes: (B, 3, H, W) in [-1, 1], of
     any size, and a t, which it ignores -> clip, the same object"""
     encode_image, size = clip.encode_image, clip.config.image_size
@@ -638,7 +641,7 @@ def closed_set_loss(logits, is_true, clean):
     """Compute the loss of each image against all N texts of a closed set -> scalar
 
     logits: (B, N); is_true: (B, N) bool, which texts are true of each image: of "a bus" and
-    "something red" both may be, or none; clean: (n,) int, indices of the images without noise
+    "something red" both may be true, or neither; clean: (n,) int, indices of images without noise
 
     differs from the paper: where captions are few, use them all, not only those of the batch. No
     batch is too small, and the hardest negatives ("red and white") are always there. The softmax

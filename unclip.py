@@ -89,14 +89,16 @@ def sample_prior(prior, text, generators, alpha_bar, steps=25, draws=2, scale=1)
     """Sample image embeddings for text features, the best of several draws -> z: (B, E)
 
     text: (B, E), scaled; the best has the largest dot product with it (Ramesh et al., sec. 2.2;
-    here one draw is as good: experiments/UNCLIP.md). z has only about that length: scale_features
-    makes it exact. scale: of classifier-free guidance, for which training drops one text in ten.
+    here one draw is as good: experiments/UNCLIP.md). The length of z is only about sqrt(E):
+    scale_features makes it exact. scale: of classifier-free guidance, for which training drops
+    one text in ten.
     """
-    denoise, z = classifier_free(prior, alpha_bar, text, scale), []
+    denoise, candidates = classifier_free(prior, alpha_bar, text, scale), []
     for _ in range(draws):
         z_T = randn_per_image(generators, (text.shape[1], 1, 1), text.device)
-        z.append(sample(denoise, z_T, generators, alpha_bar, steps, clamp=False).flatten(1))
-    z = torch.stack(z)                                                        # (draws, B, E)
+        z = sample(denoise, z_T, generators, alpha_bar, steps, clamp=False)   # (B, E, 1, 1)
+        candidates.append(z.flatten(1))
+    z = torch.stack(candidates)                                               # (draws, B, E)
     best = (z * text).sum(dim=2).argmax(dim=0)                                # (B,)
     return z[best, torch.arange(len(text), device=text.device)]
 
@@ -110,8 +112,8 @@ def decoder_condition(z, noise_level, noise):
     standard normal like z
 
     With s for the level, z_s = sqrt(1 - s^2) z + s noise is multiplied by sqrt(1 - s^2), which
-    makes it the mean of z given z_s, if z is standard normal; 1 - s behind it tells the decoder how
-    much to rely on it.
+    makes it the mean of z given z_s, if z is standard normal; 1 - s, appended, tells the decoder
+    how much to rely on it.
     So at s = 1 the condition is zero, as without one: classifier-free guidance is possible.
     differs from the paper: there the embedding has no noise (Ho et al. 2022 noise their condition).
     """
@@ -120,7 +122,7 @@ def decoder_condition(z, noise_level, noise):
 
 
 def decoder_denoiser(unet, alpha_bar, z, scale, interval=(1, T), noise_level=0., noise=0.):
-    """Build a denoiser that draws images of embeddings
+    """Build a denoiser conditional on image embeddings
 
     z: (B, E), scaled; noise_level: from 0 to 1, and noise: see decoder_condition; scale, interval:
     see classifier_free
@@ -166,8 +168,8 @@ class Upsampler(nn.Module):
 
     It predicts what bicubic interpolation lacks. All layers work at the small size; the last makes
     12 channels of it, which PixelShuffle lays out as 2 x 2 pixels of 3 (Shi et al. 2016).
-    differs from the paper: regression in one pass, no diffusion, which takes four or more, has a
-    lower PSNR (27.7, not 29.7 dB) and speckles (experiments/UNCLIP.md).
+    differs from unCLIP: regression in one pass, no diffusion, which takes four or more, has a lower
+    PSNR (27.7, not 29.7 dB) and speckles (experiments/UNCLIP.md).
     """
 
     def __init__(self, config):
@@ -201,10 +203,11 @@ def enlarge(low):
 
 
 def redraw(denoise, low, t, eps, alpha_bar):
-    """Noise images up to timestep t and denoise them again: they show a sampler's artefacts
+    """Noise images up to timestep t and denoise them, so that they show a sampler's artefacts
 
     low: (B, 3, H, W), t: int, eps: standard normal like low -> (B, 3, H, W). (SDEdit: Meng et al.
-    2021, arXiv 2108.01073.) From pairs of redrawn and real images the upsampler learns to mend.
+    2021, arXiv 2108.01073.) From pairs of redrawn and real images the upsampler learns to
+    remove these.
     """
     x_t = q_sample(low, torch.full((len(low),), t, device=low.device), eps, alpha_bar)
     # `sample` starts at the last entry of alpha_bar, here t; its steps span at most 50 timesteps.
@@ -227,7 +230,7 @@ SAMPLED_AUG_LEVEL = 0.05
 def upsample(upsampler, low, size, aug_level=0.):
     """Double images until they have size x size pixels -> (B, 3, size, size) in [-1, 1]
 
-    low: (B, 3, H, W) in [-1, 1]; size: H, 2H or 4H; aug_level: see Upsampler. At 0, for real
+    low: (B, 3, H, H) in [-1, 1]; size: H, 2H or 4H; aug_level: see Upsampler. At 0, for real
     images, the average of each block becomes the pixel of low, as far as [-1, 1] allows.
     """
     high, levels = low, low.new_full((len(low),), aug_level)

@@ -254,7 +254,7 @@ def shared(models, args):
     for t in (1000, 900, 700, 500, 300, 100):
         branches = []
         for b in range(BRANCHES):
-            own = [data.generator("sampling", args.seed, i, b) for i in range(SHARED)]
+            own = [data.generator("sampling", args.seed, i, 1 + b) for i in range(SHARED)]
             x_t = visited[t] if t < tinyddpm.T else x_T
             branches.append(tinyddpm.sample(denoise, x_t, own, models.alpha_bar[:t + 1],
                                             max(1, t // 20)))
@@ -376,7 +376,7 @@ def draw_shared(models, path):
     """Seven images that go on from one x_t; below, the same x_T with several numbers of steps."""
     denoise, visited = guide.autoguided(models.unet, models.weak, models.alpha_bar, 1.5), {}
     draw = lambda x_t, t, steps, seeds, eta: upsampled(models, tinyddpm.sample(
-        denoise, x_t, [data.generator("sampling", 0, 0, s) for s in seeds],
+        denoise, x_t, [data.generator("sampling", 0, 0, 1 + s) for s in seeds],
         models.alpha_bar[:t + 1], steps, eta))
     noise = tinyddpm.randn_per_image([data.generator("sampling", 0, i) for i in range(7)],
                                      (3, 32, 32))

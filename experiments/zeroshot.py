@@ -75,7 +75,7 @@ def predict_folder(clip, folder, size):
         raise cli.UserError(f"{folder}: {error}") from None
     if not scan.classes:
         raise cli.UserError(f"{folder} holds {scan.layout}; put each class in a folder of its own")
-    images, readable = image_folders.read_images(scan.files, size)
+    images, readable = image_folders.make_images(scan.files, size)
     readable = np.flatnonzero(np.array(readable) >= 0)   # -1: cannot be read
     captions, templates, caption_ids = image_folders.captions_and_templates(scan)
     print(image_folders.report(scan, "test", range(len(images)), readable, len(captions)))

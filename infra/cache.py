@@ -25,7 +25,7 @@ CHUNK = 200   # images that one process makes at a time
 
 def load_packed(items, make, size, path):
     """Load the images of the items, made by `pack` now or earlier -> images: (N, size, size, 3)
-    uint8, memory-mapped; numbers: (len(items),), N of them >= 0"""
+    uint8, memory-mapped; numbers: (len(items),), as `make` gave them, N of them >= 0"""
     try:
         images, numbers, checksum = _open_packed(size, path)
         if len(numbers) == len(items) and zlib.crc32(images) == checksum:
@@ -38,7 +38,8 @@ def load_packed(items, make, size, path):
             raise
     if path.exists():
         print(f"{path} is not whole, and is made again")
-        path.unlink(missing_ok=True)
+    for stale in (path, path.with_suffix(".npz")):   # else pack takes the .npz for a new one
+        stale.unlink(missing_ok=True)
     pack(items, make, size, path)
     return _open_packed(size, path)[:2]
 
@@ -56,7 +57,8 @@ def pack(items, make, size, path):
     """Make an image of each item, all into `path`; a number for each and a checksum into its .npz.
 
     make(some items, size), a function at the top level of a module, -> images: (n, size, size, 3)
-    uint8; numbers: (n,) int, -1 for an item that cannot be read and is left out"""
+    uint8; numbers: (n,) int, such as the index of a caption, -1 for an item that cannot be read and
+    is left out"""
     folder = path.with_suffix(".chunks")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,9 @@ from infra.cli import UserError
 
 
 # What commands read of weights.pt besides what from_checkpoint does.
-HOLDS = {"clip": ["caption_labels", "templates", "partial", "partial_true_of", "words"],
-         "ddpm": [], "decoder": ["clip"], "prior": ["clip"], "upsampler": [],
-         "judge": ["caption_labels"]}
+REQUIRED_KEYS = {
+    "clip": ["caption_labels", "templates", "partial", "partial_true_of", "words"], "ddpm": [],
+    "decoder": ["clip"], "prior": ["clip"], "upsampler": [], "judge": ["caption_labels"]}
 
 
 @contextlib.contextmanager
@@ -63,7 +63,8 @@ def save(path, content):
 
 def load(path, *kinds):
     """Load what `save` wrote, on the CPU; UserError unless its kind is one of these."""
-    advice = "train one with: python train.py " + kinds[0].replace(" run", " --fresh")
+    advice = ("delete it, and it is made again" if kinds[0] == "embeddings" else
+              "train one with: python train.py " + kinds[0].replace(" run", " --fresh"))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -82,7 +83,7 @@ def load_model(path, model_class, *kinds):
     """Load a model -> (model_class.from_checkpoint(content), content); UserError if it misfits."""
     content = load(path, *kinds)
     try:
-        for key in ("data", "steps", "captions", *HOLDS[content["kind"]]):
+        for key in ("data", "steps", "captions", *REQUIRED_KEYS[content["kind"]]):
             content[key]   # or KeyError
         return model_class.from_checkpoint(content), content
     except KeyError as error:

@@ -58,7 +58,8 @@ def run_command(main):
         sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as error:   # OSError: a full disk, ...
         text = str(error)
-        if isinstance(error, MemoryError) or any(part in text for part in OUT_OF_MEMORY):
+        if isinstance(error, MemoryError) or not isinstance(error, UserError) and any(
+                part in text for part in OUT_OF_MEMORY):
             text = "memory is full; try a smaller --batch, or, in training, --accumulate 2"
         elif isinstance(error, RuntimeError):
             raise
@@ -112,7 +113,8 @@ def autocast(device, bf16=None):
 @functools.cache
 def bf16_is_fast(device):
     """Whether the device computes faster in bfloat16 than in float32. On a CPU it is measured: of
-    two with "AVX512-BF16" one multiplies matrices five times faster in it, the other slower."""
+    two CPUs with "AVX512-BF16" one multiplies matrices five times faster in it, the other
+    slower."""
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     matrices = [torch.ones(384, 384, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]

@@ -7,9 +7,9 @@
     class folders   CLASS/**/*.png, captioned "a photo of a CLASS"; also below train/, val/ and
                     test/, whose images are all put together and split anew
 
-Several captions of an image, one a line or one a row, are ways to write the same.
-SRN cars and captions.csv are taken where they are, text files if there are at least half as many as
-images in folders; a folder that holds nothing but another is entered.
+Several captions of an image, one per line or row, are alternative wordings. The layouts are tried
+in this order; text files need captions for at least half as many images as lie in folders. A folder
+is entered that stands alone, beside no image and no table, and holds folders or a table.
 Any image that can be read becomes square RGB; what cannot be read is left out and reported.
 """
 import contextlib
@@ -27,17 +27,17 @@ from PIL import Image, ImageCms, ImageOps
 
 from infra.cli import UserError
 
-NO_IMAGES = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}   # which Pillow alone cannot read
-FORMATS = sorted({*Image.registered_extensions().values()} & {*Image.OPEN} - NO_IMAGES)
+UNREADABLE = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}   # which Pillow alone cannot read
+FORMATS = sorted({*Image.registered_extensions().values()} & {*Image.OPEN} - UNREADABLE)
 EXTENSIONS = {extension for extension, kind in Image.registered_extensions().items()
               if kind in FORMATS}
 MAX_PIXELS = 90_000_000   # to hold in memory at a time; of a JPEG, after it is made smaller
-PARTS = "train training val valid validation dev eval test testing".split()   # are no classes
+SPLIT_FOLDERS = "train training val valid validation dev eval test testing".split()   # no classes
 TEMPLATES = ("a photo of {}", "{}", "a picture of {}", "a blurry photo of {}",
              "a close-up photo of {}", "a small photo of {}")   # of class names
 SPLITS = {"train": range(8, 20), "validation": [0], "judge": range(2, 8), "judge-test": [1]}
+# Errors of the machine's or the owner's: what cannot be read today may be readable tomorrow.
 TRANSIENT = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM}
-# These are the machine's or the owner's: what cannot be read today may be readable tomorrow.
 
 
 class ImageFolder(NamedTuple):
@@ -77,14 +77,17 @@ def scan_folder(folder):
         others = f"; other files: {len(files):,}, such as {files[0][1]}" if files else ""
         raise UserError(f"there are no images in it{others}")
     texts, object_of = {}, {}
-    for file, text, object_of[file] in captioned:
+    for file, text, name in captioned:
         texts.setdefault(file, []).append(text)
+        object_of[file] = name
     paths, texts, objects = list(texts), list(texts.values()), list(object_of.values())
     classes = sorted({name for name, in texts}) if layout == "class folders" else []
     texts = [[_fill(TEMPLATES[0], name)] for name, in texts] if classes else texts
-    used = {"SRN cars": {".txt"}, "captions.csv": {".csv"}, "text files": {".txt"}}
+    used = {"SRN cars": {folder / "cars.txt", folder / "cars_train" / "cars.txt"},
+            "captions.csv": {folder / "captions.csv"},
+            "text files": {file.with_suffix(".txt") for file, _ in images}}.get(layout, ())
     others = [name for file, name in files
-              if file.suffix.lower() not in EXTENSIONS and file.suffix not in used.get(layout, ())]
+              if file.suffix.lower() not in EXTENSIONS and file not in used]
     left_out = len({file for file, _ in images} - set(paths))
     return ImageFolder(layout, paths, texts, objects, classes, left_out, others)
 
@@ -123,6 +126,8 @@ def _captions_csv(folder, images):
                                 f"{len(columns)} fields; put captions with commas in quotes")
             if row["image"]:
                 rows.append((row["image"], (row["caption"] or "").strip()))
+            elif row["caption"]:
+                raise UserError(f"captions.csv, line {reader.line_num}, names no image")
     except csv.Error as error:
         raise UserError(f"captions.csv, near line {reader.line_num}: {error}") from None
     for name, _ in rows:
@@ -140,9 +145,9 @@ def _text_files(folder, images):
 
 def _class_folders(folder, images):
     found, paths = [], [name.split("/")[:-1] for _, name in images]
-    in_parts = all(path[0].lower() in PARTS for path in paths if path)
+    in_parts = all(path[0].lower() in SPLIT_FOLDERS for path in paths if path)
     for (file, name), path in zip(images, paths):
-        if path and path[0].lower() in PARTS and (in_parts or len(path) > 1):
+        if path and path[0].lower() in SPLIT_FOLDERS and (in_parts or len(path) > 1):
             path = path[1:]   # train/cat/1.png is a cat
         directory = next(iter(path), "")
         words = " ".join(directory.replace("_", " ").lower().split())   # "Polar__bear"
@@ -185,8 +190,8 @@ def _fill(template, name):   # "a photo of {}", "airplane" -> "a photo of an air
 
 
 def captions_and_templates(image_folder):
-    """-> captions: K texts, where case and white space do not count, the first ones of images;
-    templates: S lists of K texts, all ways to write them; caption_ids: N indices of captions"""
+    """-> captions: K texts, each image's first one, without duplicates (case and white space do not
+    count); templates: S lists of K texts, all ways to write them; caption_ids: N of captions"""
     ways, firsts = {}, []
     for texts in image_folder.texts:
         first, *more = [" ".join(text.lower().split()) for text in texts]
@@ -202,50 +207,49 @@ def captions_and_templates(image_folder):
 
 def split_indices(image_folder, split):
     """The indices of a split's files; UserError if there are none. A hash of the object's name
-    picks one of 20 parts: all its images go into one split, also when others join. Of fewer than
-    100 objects some part could be empty: the hash's rank picks it, and changes when others join."""
+    picks one of 20 buckets: all its images go into one split, also when others join. Of fewer than
+    100 objects some bucket could be empty: the hash's rank picks, and changes when others join."""
     hash_of = {name: zlib.crc32(os.fsencode(name)) for name in image_folder.objects}
-    part = {name: number % 20 for name, number in hash_of.items()}
-    if len(part) < 100:
+    bucket = {name: number % 20 for name, number in hash_of.items()}
+    if len(bucket) < 100:
         ranked = sorted(hash_of, key=lambda name: (hash_of[name], name))
-        part = {name: rank * 20 // len(ranked) for rank, name in enumerate(ranked)}
-    indices = [i for i, name in enumerate(image_folder.objects) if part[name] in SPLITS[split]]
+        bucket = {name: rank * 20 // len(ranked) for rank, name in enumerate(ranked)}
+    indices = [i for i, name in enumerate(image_folder.objects) if bucket[name] in SPLITS[split]]
     if not indices:
-        raise UserError(f"{len(part):,} objects are too few: none of them belongs to the "
+        raise UserError(f"{len(bucket):,} objects are too few: none of them belongs to the "
                         f"{split} split; at least 20 are needed")
     return indices
 
 
 def report(image_folder, split, indices, readable, K):
     """Describe a split in one line; indices of its files, and which of these can be read."""
-    layout, files, texts, objects, _, left_out, others = image_folder
-    text_of = {objects[i]: texts[i][0] for i in indices}
+    text_of = {image_folder.objects[i]: image_folder.texts[i][0] for i in indices}
     first = ", ".join(f"{name}: {text!r}" for name, text in list(text_of.items())[:3])
     line = (f"{split}: found {len(text_of):,} objects, {len(readable):,} images, "
-            f"{K:,} captions ({layout}); first three: {first}")
-    if left_out:
-        line += f"; {left_out:,} images of the folder have no caption and are left out"
-    if others:
+            f"{K:,} captions ({image_folder.layout}); first three: {first}")
+    if image_folder.left_out:
+        line += f"; {image_folder.left_out:,} images of the folder have no caption and are left out"
+    if others := image_folder.others:
         line += f"; other files: {len(others):,}, such as {', '.join(others[:3])}"
-    broken = [str(files[i]) for i in np.delete(indices, readable)]
+    broken = [str(image_folder.files[i]) for i in np.delete(indices, readable)]
     if broken:
         names = ", ".join(broken[:3])
         line += f"; left out because they cannot be read: {len(broken):,}, such as {names}"
     return line.encode("utf-8", "replace").decode("utf-8")   # file names can hold any bytes
 
 
-READER = 4   # counts the changes of read_image, after which images have to be packed again
+READER_VERSION = 4   # counts the changes of read_image, after which images have to be packed again
 
 
 def fingerprint(files):
-    """A number that changes with the files' names, sizes and times of change, and with READER."""
+    """A number that changes with the files' names, sizes and times of change, and READER_VERSION"""
     stats = [path.stat() if os.path.exists(path) else None for path in files]
-    return zlib.crc32(repr([READER, *((str(path), stat and (stat.st_size, stat.st_mtime_ns))
+    return zlib.crc32(repr([READER_VERSION, *((str(path), stat and (stat.st_size, stat.st_mtime_ns))
                                       for path, stat in zip(files, stats))]).encode())
 
 
 def read_image(path, size):
-    """Read an image file: upright, on white, center crop, area-averaged -> (size, size, 3) uint8"""
+    """Read an image file: upright, on white, centre crop, area-averaged -> (size, size, 3) uint8"""
     with Image.open(path, formats=FORMATS) as image:
         kind = image.format
         image.draft(None, (4 * size, 4 * size))   # a JPEG may be decoded at 1/2, 1/4 or 1/8
@@ -258,7 +262,7 @@ def read_image(path, size):
             levels, top = np.asarray(image, np.float32), 1 if image.mode == "F" else 65535
             if not 0 <= levels.min() <= levels.max() <= top or (
                     image.mode == "I" and kind not in ("PNG", "PPM")):   # these state it
-                raise ValueError("nobody knows the range of its values")
+                raise ValueError("the range of its values is unknown")
             image = Image.fromarray((levels * (255 / top)).round().astype(np.uint8))
         alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
         if profile:
@@ -274,7 +278,7 @@ def read_image(path, size):
     return np.asarray(ImageOps.fit(image, (size, size), method))
 
 
-def read_images(files, size):
+def make_images(files, size):
     """Read files for cache.pack -> images: (n, size, size, 3) uint8; numbers: n times 0 or -1"""
     warnings.simplefilter("ignore")   # Pillow's, about files that it can read all the same
     warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -91,7 +91,8 @@ MUTANTS = {"tinyddpm.py": [
     (" + self.position_embedding[:length]", "", "order_of_words"),
     ("text_heads, causal=True)", "text_heads, causal=False)", "padding"),
     ("device=x.device), end_index]", "device=x.device), -1]", "padding"),
-    ("math.log(1 / 0.07)", "math.log(100)", "at_start"),
+    ("min(1 / 0.07,", "min(100,", "at_start"),
+    ("min(1 / 0.07, config.max_logit_scale)", "1 / 0.07", "low_limit"),
     ("nn.init.zeros_(self.log_scale_time.weight)", "pass", "at_start"),
     ("x.device.type, enabled=False)", "x.device.type, torch.bfloat16)", "full_precision"),
     (".clamp(max=math.log(self.config.max_logit_scale))", "", "scaled_cosines"),
@@ -124,7 +125,7 @@ MUTANTS = {"tinyddpm.py": [
      "                x", "cost"),
     ("set_grad_enabled(through_unet):\n                x", "set_grad_enabled(True):\n"
      "                x", "cost"),
-    ("x_0 = x_0 + x_T - x_T.detach()", "x_0 = x_0 - x_T + x_T.detach()", "optimising"),
+    ("x_0 = x_0 + (x_T - x_T.detach())", "x_0 = x_0 - (x_T - x_T.detach())", "optimising"),
     ("if through_unet else denoise", "if False else denoise", "through_the_unet"),
     ("x_T.lerp(x_start, DECAY)", "x_T", "optimising"),
     ("abs().clamp(min=LIMIT))", "abs().clamp(min=9 * LIMIT))", "white_noise"),
@@ -172,7 +173,7 @@ MUTANTS = {"tinyddpm.py": [
     ("dtype=np.int64)[:, None]  ", "dtype=np.int64)[::-1, None]  ", "class_folder"),
     ("default_rng([seed, step, rank])", "default_rng([seed, step])", "a_batch"),
     ("default_rng([seed, step, rank])", "default_rng([step, rank])", "a_batch"),
-    ("len(dataset.images), size", "len(dataset.images) // 2, size", "equally_often"),
+    ("len(dataset.images), size=n", "len(dataset.images) // 2, size=n", "equally_often"),
     ("(2, B, 1, 1))", "(2, 1, 1, 1))", "augmented"),
     ("(offset < cutout)", "(offset <= cutout)", "augmented")],
 "cars.py": [
@@ -345,8 +346,8 @@ MUTANTS = {"tinyddpm.py": [
     ('"train": range(8, 20)', '"train": range(0, 20)', "split; data: disjoint"),
     ('"validation": [0]', '"validation": [5]', "split; data: disjoint"),
     ('"judge-test": [1]', '"judge-test": [2]', "split; data: disjoint"),
-    ("(image_folder.objects) if part", "(image_folder.files) if part", "never_split"),
-    ("if len(part) < 100:", "if False:", "split"),
+    ("(image_folder.objects) if bucket", "(image_folder.files) if bucket", "never_split"),
+    ("if len(bucket) < 100:", "if False:", "split"),
     ("for template in TEMPLATES]", "for template in TEMPLATES[:1]]", "data: class_folder"),
     ("[first] for first in firsts]", "[first] for first in firsts[::-1]]", "data: class_folder"),
     ("w[s % len(w)] for w in ways]", "w[0] for w in ways]", "several_captions"),
@@ -359,6 +360,7 @@ MUTANTS = {"tinyddpm.py": [
     ("in fp16_weights(model).values()))", "in [*fp16_weights(model).values()][:1]))", "checksum")],
 "infra/cache.py": [
     ("zlib.crc32(images) == checksum", "True", "damaged"),
+    ("in (path, path.with_suffix(\".npz\")):", "in (path,):", "full_disk"),
     ("images[np.asarray(numbers) >= 0]", "images", "in_order"),
     ("if not task[-1].exists()]", "]", "full_disk")],
 "experiments/metrics.py": [

@@ -64,6 +64,17 @@ def test_in_order_and_without_what_cannot_be_read(tmp_path):
     check_packed(path, 1130, 3)
 
 
+def test_a_full_disk_is_not_taken_for_another_commands_success(tmp_path):
+    """Where the images are gone and only their .npz is left; finished chunks are kept."""
+    path = tmp_path / "a.raw"
+    cache.load_packed(range(1000), paint, 3, path)
+    path.unlink()
+    with pytest.raises(OSError, match="No space left on device"):
+        cache.load_packed(range(1000), paint_until_600, 3, path)
+    images, _ = cache.load_packed(range(1000), paint_from_600, 3, path)
+    check_packed(path, 1000, 3)
+
+
 @pytest.mark.parametrize("name, content", [
     ("a.raw", b""), ("a.raw", b"x" * 100), ("a.raw", "flipped"), ("a.npz", b""),
     ("a.npz", b"nonsense"), ("a.npz", None)])
@@ -211,7 +222,7 @@ def test_where_workers_are_spawned(tmp_path):
     multiprocessing.set_start_method("spawn")
     from infra import cache, image_folders
     files = [pathlib.Path("a.png"), pathlib.Path("none.png")]
-    images, numbers = cache.load_packed(files, image_folders.read_images, 8, pathlib.Path("p.raw"))
+    images, numbers = cache.load_packed(files, image_folders.make_images, 8, pathlib.Path("p.raw"))
     print(images.nbytes, numbers)
 """)
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True,

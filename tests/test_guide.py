@@ -411,7 +411,7 @@ def test_white_noise_stays_what_it_is_and_a_colour_does_not():
 def optimize(alpha_bar, denoise, log_p, x_start, **options):
     """guide.optimize_x_T with 5 steps of sampling -> x_T and the images it leads to"""
     x_T = guide.optimize_x_T(denoise, log_p, x_start, generators(len(x_start)), alpha_bar, 5,
-                             **options)
+                             **{"iterations": 50, **options})
     return x_T, sample(denoise, x_T, None, alpha_bar, 5, eta=0.)
 
 

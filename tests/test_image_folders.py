@@ -19,7 +19,7 @@ def load(folder, split, size=8):
     found = image_folders.scan_folder(folder)
     indices = image_folders.split_indices(found, split)
     captions, templates, caption_ids = image_folders.captions_and_templates(found)
-    images, numbers = image_folders.read_images([found.files[i] for i in indices], size)
+    images, numbers = image_folders.make_images([found.files[i] for i in indices], size)
     readable = np.flatnonzero(np.array(numbers) >= 0)
     return SimpleNamespace(
         images=images[readable], captions=captions, templates=templates,
@@ -222,6 +222,8 @@ def test_text_files(tmp_path):
     assert splits["train"].captions == [f"a thing number {i}" for i in range(3)]
     assert pairs(splits) == {8 * i: f"a thing number {i % 3}" for i in range(30)}
     assert "1 images of the folder have no caption" in splits["train"].report
+    (tmp_path / "deep" / "er" / "unused.txt").write_text("without an image")
+    assert image_folders.scan_folder(tmp_path).others[0].endswith("unused.txt")
 
 
 def test_captions_csv(tmp_path):
@@ -229,11 +231,14 @@ def test_captions_csv(tmp_path):
     for i in range(30):
         write(tmp_path / "p" / f"{i}.png", (8 * i, 0, 0))
         rows.append(f'p/{i}.png, "one, two ""{i % 2}""\nthree"')
-    rows += ["p/0.png,", ",of nothing"]
+    rows += ["p/0.png,", ","]
     (tmp_path / "captions.csv").write_text("\n".join(rows), "utf-8-sig")
     assert pairs(all_splits(tmp_path)) == {8 * i: f'one, two "{i % 2}" three' for i in range(30)}
     write(tmp_path / "p" / "not named.png")
     assert image_folders.scan_folder(tmp_path).left_out == 1
+    (tmp_path / "captions.csv").write_text("image,caption\n,of nothing\n")
+    with pytest.raises(cli.UserError, match="captions.csv, line 2, names no image"):
+        image_folders.scan_folder(tmp_path)
 
 
 def test_objects_of_srn_cars_are_never_split(tmp_path):
@@ -290,7 +295,7 @@ def test_ranges_of_values(tmp_path):
     for name, value, kind in (("a", .8, np.float32), ("b", 50_000, np.float32),
                               ("c", np.nan, np.float32), ("d", 2 ** 30, np.int32)):
         Image.fromarray(np.full((9, 9), value, kind)).save(tmp_path / f"{name}.tif")
-    images, numbers = image_folders.read_images([tmp_path / f"{c}.tif" for c in "abcd"], 8)
+    images, numbers = image_folders.make_images([tmp_path / f"{c}.tif" for c in "abcd"], 8)
     assert numbers == [0, -1, -1, -1] and (images[0] == 204).all()
 
 
@@ -361,7 +366,7 @@ def test_an_image_bomb_is_left_out(tmp_path):
     """A small file that claims to be a huge image, and is no JPEG."""
     Image.new("1", (9500, 9500)).save(tmp_path / "bomb.png")
     write(tmp_path / "a.png", (200, 30, 40))
-    images, numbers = image_folders.read_images([tmp_path / "bomb.png", tmp_path / "a.png"], 8)
+    images, numbers = image_folders.make_images([tmp_path / "bomb.png", tmp_path / "a.png"], 8)
     assert numbers == [-1, 0] and (images[1] == [200, 30, 40]).all()
     assert (tmp_path / "bomb.png").stat().st_size < 100_000
 
@@ -422,7 +427,7 @@ def test_errors_of_the_machine_are_raised(tmp_path, monkeypatch, number):
 
     monkeypatch.setattr(image_folders, "read_image", lost)
     with pytest.raises(OSError, match="cannot be read now"):
-        image_folders.read_images([tmp_path / "a.png"], 8)
+        image_folders.make_images([tmp_path / "a.png"], 8)
 
 
 def test_damaged_metadata_do_not_lose_the_image(tmp_path):

@@ -51,7 +51,8 @@ def fail_with(error):
     (MemoryError(), 2, "smaller --batch, or, in training, --accumulate 2"),
     (torch.OutOfMemoryError("CUDA out of memory.\nTried to"), 2, "--accumulate 2"),
     (RuntimeError("MPS backend out of memory"), 2, "--accumulate 2"),
-    (OSError(12, "Cannot allocate memory"), 2, "--accumulate 2")])
+    (OSError(12, "Cannot allocate memory"), 2, "--accumulate 2"),
+    (cli.UserError("--device cuda cannot be used: out of memory"), 2, "cuda cannot be used: out")])
 def test_an_error_is_one_line_and_code_2(monkeypatch, capsys, error, code, message):
     monkeypatch.setattr(sys, "argv", ["folder/train.py"])
     with pytest.raises(SystemExit, match=str(code)):

@@ -451,6 +451,14 @@ def test_loss_at_start_is_about_chance(stem, tokenizer):
     assert clip.logit_scale(t).flatten().tolist() == pytest.approx([1 / 0.07] * 16)   # for every t
 
 
+def test_a_low_limit_of_the_logit_scale_is_where_it_starts(tokenizer):
+    """Above its limit a clamped scale would have no gradient, and never learn."""
+    clip = CLIP(CLIPConfig(max_logit_scale=5., layers=1), tokenizer)
+    scale = clip.logit_scale()
+    scale.sum().backward()
+    assert scale.item() == pytest.approx(5) and clip.log_scale.grad > 0
+
+
 @pytest.mark.parametrize("loss_of", [
     lambda logits, ids: closed_set_loss(logits, one_each(ids, logits.shape[1]),
                                         torch.arange(16)),
