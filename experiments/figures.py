@@ -103,8 +103,9 @@ def noising(models, path):
     visited = trajectory(partial(sample.generate, models, caption, n=1, size=32))
     rows = noised, *zip(*(visited[t] for t in timesteps))
     labelled_grid([[to_image(x[0], 128) for x in row] for row in rows],
-                  ["noised: x_t  >>>", "sampled: x_t  <<<", "x_0_hat  <<<"],
-                  [f"t = {t}" for t in timesteps]).save(path)
+                  ["noised: x_t  >>>", "guided: x_t  <<<", "guided: x_0_hat  <<<"],
+                  [f"t = {t}" for t in timesteps],
+                  f'A car noised; from other noise one sampled, guided by "{caption}"').save(path)
 
 
 def unet(models, path):
@@ -207,16 +208,20 @@ def eta_recurrence(models, path):
 
 
 def guidance(models, path):
-    """What guidance adds at five timesteps: CLIP with the timestep t, and with t = 0 instead."""
+    """What guidance adds at five timesteps: lookahead, and CLIP on x_t with t or t = 0."""
     visited = trajectory(partial(sample.generate, models, CAPTION, n=1))
     denoise, rows = tinyddpm.denoiser(models.unet, models.alpha_bar), {}
     for t in (920, 720, 520, 320, 120):
         x_t, now = visited[t][0], torch.tensor([t])
-        rows[f"t = {t}"] = [to_image(x[0], 128) for x in (x_t, denoise(x_t, now).clamp(-1, 1))] + [
-            gradient_and_posterior(models, x_t, t_clip) for t_clip in (now, 0 * now)]
+        x_0_hat, t_ahead = denoise(x_t, now).clamp(-1, 1), (guide.T_FRACTION * now).long()
+        eps_hat = tinyddpm.predict_eps(x_t, x_0_hat, models.alpha_bar[t])
+        x_ahead = tinyddpm.q_sample(x_0_hat, t_ahead, eps_hat, models.alpha_bar)
+        rows[f"t = {t}"] = [*(to_image(x[0], 128) for x in (x_t, x_0_hat)), *(
+            gradient_and_posterior(models, x, t_clip)   # lookahead's is proportional to this
+            for x, t_clip in ((x_ahead, t_ahead), (x_t, now), (x_t, 0 * now)))]
     labelled_grid(list(rows.values()), rows, [
-        "x_t", "x_0_hat, unguided", "noise-aware CLIP: gradient, posterior",
-        "noise-unaware CLIP: gradient, posterior"]).save(path)
+        "x_t", "x_0_hat, unguided", *(f"{name}: gradient, posterior" for name in (
+            "lookahead", "noise-aware", "noise-unaware"))]).save(path)
 
 
 def gradient_and_posterior(models, x_t, t):
@@ -243,7 +248,8 @@ def prompts(models, path):
     names = None, "blue van", "yellow and black sports car", "red bus"
     cells = [labelled_grid([[sample_grid(models, name, 16, 4)]], (),
                            [f'"{name}"' if name else "no prompt"]) for name in names]
-    labelled_grid([cells[:2], cells[2:]], gap=0).save(path)
+    labelled_grid([cells[:2], cells[2:]], title="16 samples each, from the same noise",
+                  gap=0).save(path)
 
 
 def heat_map(vector, columns=16, cell=8):
@@ -320,7 +326,8 @@ def interpolations(models, path):
     names = [cars.caption(*row) for row in labels]
     config = sample.SamplingConfig(n=8, method="unclip", scale=1.)
     strips([sample.interpolate(models, x_0[i:i + 2], config) for i in range(3)],
-           [f"{a} to {b}" for a, b in zip(names, names[1:])], path)
+           [f"{a} to {b}: both drawn again, and images between" for a, b in zip(names, names[1:])],
+           path)
 
 
 def text_diffs(models, path):
@@ -333,7 +340,7 @@ def text_diffs(models, path):
         texts = [cars.caption(*some) for some in (row, changed)]
         config = sample.SamplingConfig(n=8, method="unclip", scale=1.)
         images.append(sample.diff(models, x[None], *texts, config))
-        titles.append('"{}" to "{}"'.format(*texts))
+        titles.append('"{}" to "{}": drawn again, then changed, little to much'.format(*texts))
     strips(images, titles, path)
 
 

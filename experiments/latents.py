@@ -347,7 +347,7 @@ def draw_edited(models, path):
         prompt = cars.caption(*changed)
         config = sample.SamplingConfig(n=7)
         images.append([given, *sample.edit(models, x[None], prompt, config)])
-        titles.append(f'{cars.caption(*row)} (left), --edit it "{prompt}"')
+        titles.append(f'{cars.caption(*row)} (left), edited to "{prompt}"')
     figures.strips(images, titles, path)
 
 
@@ -373,7 +373,7 @@ def draw_inverted(models, path):
 
 
 def draw_shared(models, path):
-    """Seven images that go on from one x_t; below, the same x_T with several numbers of steps."""
+    """Seven images that go on from one x_t; below, one x_T with several numbers of steps."""
     denoise, visited = guide.autoguided(models.unet, models.weak, models.alpha_bar, 1.5), {}
     draw = lambda x_t, t, steps, seeds, eta: upsampled(models, tinyddpm.sample(
         denoise, x_t, [data.generator("sampling", 0, 0, 1 + s) for s in seeds],
@@ -382,28 +382,30 @@ def draw_shared(models, path):
                                      (3, 32, 32))
     tinyddpm.sample(denoise, noise[:1], [data.generator("sampling", 0, 0)], models.alpha_bar, 50,
                     callback=lambda t, x_t, x_0_hat: visited.update({t: x_t}))
-    rows = {f"x_t shared at t = {t}": draw(
-        visited[t].expand(7, -1, -1, -1), t, t // 20, range(7), 1.)
-        for t in (1000, 900, 700, 500, 300)}
-    rows |= {f"x_T shared by columns, {n} steps": draw(noise, 1000, n, range(7), 0.)
-             for n in (5, 10, 25, 100)}
-    figures.labelled_grid([[figures.to_image(x, 96, Image.LANCZOS) for x in row]
-                           for row in rows.values()], list(rows)).save(path)
+    by_rows = {f"from t = {t}": draw(visited[t].expand(7, -1, -1, -1), t, t // 20, range(7), 1.)
+               for t in (1000, 900, 700, 500, 300)}
+    by_columns = {f"{n} steps": draw(noise, 1000, n, range(7), 0.) for n in (5, 10, 25, 100)}
+    grids = [figures.labelled_grid([[figures.to_image(x, 96, Image.LANCZOS) for x in row]
+                                    for row in rows.values()], list(rows), title=title)
+             for title, rows in (("each row goes on from one x_t", by_rows),
+                                 ("each column starts at one x_T", by_columns))]
+    figures.labelled_grid([[grid] for grid in grids], gap=0).save(path)
 
 
 def draw_interpolated(models, path):
     """Between two random x_T, and between two inverted cars, with and without a common caption."""
     n, denoise = 9, guide.autoguided(models.unet, models.weak, models.alpha_bar, 1.5)
-    caption = torch.full((n,), models.captions.index("a red bus"))
+    caption = torch.full((n,), models.captions.index("a white and red car"))
     method, plain = guide.METHODS[guide.DEFAULT], tinyddpm.denoiser(models.unet, models.alpha_bar)
     guided = guide.build_denoiser(guide.DEFAULT, models, caption, method.scale, method.interval, 1.)
     noise = tinyddpm.randn_per_image([data.generator("sampling", 0, i) for i in (1, 2)],
                                      (3, 32, 32))
     x_0, _ = figures.render_held_out(32, 2)
-    ends = {"two random x_T": (noise, denoise), 'guided, "red bus"': (noise, guided),
+    ends = {"two random x_T, autoguidance 1.5": (noise, denoise),
+            'two random x_T, "white and red car"': (noise, guided),
             "two cars inverted": (tinyddpm.invert(plain, x_0, noise, models.alpha_bar), plain),
-            "by the same noise": (tinyddpm.invert(plain, x_0, noise[:1].expand_as(noise),
-                                                  models.alpha_bar), plain)}
+            "inverted by the same noise": (tinyddpm.invert(
+                plain, x_0, noise[:1].expand_as(noise), models.alpha_bar), plain)}
     rows = [upsampled(models, tinyddpm.sample(denoise, unclip.slerp_path(x_T, n), None,
                                               models.alpha_bar, 50, eta=0.))
             for x_T, denoise in ends.values()]
