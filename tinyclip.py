@@ -432,7 +432,8 @@ class CLIP(nn.Module):
         self.tokenizer = tokenizer
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config, tokenizer)
-        scale = min(1 / 0.07, config.max_logit_scale)   # sec. 2.5 of the paper
+        # Sec. 2.5 of the paper; at its maximum a clamped scale would have no gradient.
+        scale = min(1 / 0.07, 0.99 * config.max_logit_scale)
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         if config.noise_aware:
             # One number in, so smooth in t: nothing jumps from one sampling step to the next.

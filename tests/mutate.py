@@ -92,7 +92,7 @@ MUTANTS = {"tinyddpm.py": [
     ("text_heads, causal=True)", "text_heads, causal=False)", "padding"),
     ("device=x.device), end_index]", "device=x.device), -1]", "padding"),
     ("min(1 / 0.07,", "min(100,", "at_start"),
-    ("min(1 / 0.07, config.max_logit_scale)", "1 / 0.07", "low_limit"),
+    ("min(1 / 0.07, 0.99 * config.max_logit_scale)", "1 / 0.07", "low_limit"),
     ("nn.init.zeros_(self.log_scale_time.weight)", "pass", "at_start"),
     ("x.device.type, enabled=False)", "x.device.type, torch.bfloat16)", "full_precision"),
     (".clamp(max=math.log(self.config.max_logit_scale))", "", "scaled_cosines"),
