@@ -159,12 +159,12 @@ def load_clip(path, ddpm_content):
         return load_published(path, ddpm_content)
     clip, content = checkpoint.load_model(path, tinyclip.CLIP, "clip")
     sizes = [c["config"]["image_size"] for c in (content, ddpm_content)]
-    ours, its = (set(c["captions"]) for c in (content, ddpm_content))   # CLIP's, the DDPM's
-    if sizes[0] != sizes[1] or not (ours <= its or its <= ours):   # one may have fewer
+    known, trained = (set(c["captions"]) for c in (content, ddpm_content))   # by CLIP, the DDPM
+    if sizes[0] != sizes[1] or not (known <= trained or trained <= known):   # one may have fewer
         raise cli.UserError(
             f"these models do not fit together: CLIP is for {content['data']} at {sizes[0]} "
-            f"pixels, {len(ours):,} captions, the DDPM for {ddpm_content['data']} at {sizes[1]}, "
-            f"{len(its):,}; train both alike")
+            f"pixels, {len(known):,} captions, the DDPM for {ddpm_content['data']} at {sizes[1]}, "
+            f"{len(trained):,}; train both alike")
     return clip, content
 
 
@@ -332,8 +332,8 @@ def resolve_prompt(prompt, models):
 
 # ---- sampling ------------------------------------------------------------------------------------
 
-# In this order: resolve_prompt, above; draw_captions; sample_images, which calls build_denoiser and
-# sample_batches.
+# A prompt becomes images by resolve_prompt, draw_captions and sample_images, which calls
+# build_denoiser and sample_batches.
 
 @dataclass
 class SamplingConfig:
@@ -677,7 +677,7 @@ def resolve_mode(args, parser):
         if getattr(args, name) != parser.get_default(name) and not used:
             raise cli.UserError(f"--{flag} is of no use {where}")
     if args.mode in ("interpolate", "diff") and args.n == 1:
-        raise cli.UserError(f"--{args.mode} draws a way: -n must be 2 or more")
+        raise cli.UserError(f"--{args.mode} needs -n 2 or more, both ends included")
     if not x_T_is_random and args.scale is None:
         args.scale = 1.   # that of the inversion: at others they would not begin with the image
     args.prompts = args.prompts or [None]

@@ -86,7 +86,7 @@ def clip_objective(clip, x_0, caption_ids, tokens, partial_true_of, alpha_bar, g
     partial caption p is true of caption k. Each image is compared with N texts: all K captions and
     at most PARTIAL_PER_STEP partial ones, or of many captions those of the images. clean_fraction
     of the images get t = 0, for guidance by x_0_hat and for the text-to-image term of the loss, the
-    others a timestep in 1..T. PERTURBED_FRACTION are perturbed; perturbation: `norm` of perturb, 0:
+    others a timestep in 1..T. perturbation: `norm` of perturb, for PERTURBED_FRACTION of them; 0 is
     none.
     """
     (B, *_), S, (P, K) = x_0.shape, len(tokens), partial_true_of.shape

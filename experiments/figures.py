@@ -213,12 +213,12 @@ def guidance(models, path):
     denoise, rows = tinyddpm.denoiser(models.unet, models.alpha_bar), {}
     for t in (920, 720, 520, 320, 120):
         x_t, now = visited[t][0], torch.tensor([t])
-        x_0_hat, t_ahead = denoise(x_t, now).clamp(-1, 1), (guide.T_FRACTION * now).long()
-        eps_hat = tinyddpm.predict_eps(x_t, x_0_hat, models.alpha_bar[t])
-        x_ahead = tinyddpm.q_sample(x_0_hat, t_ahead, eps_hat, models.alpha_bar)
+        x_0_hat, points = denoise(x_t, now).clamp(-1, 1), [(x_t, now), (x_t, 0 * now)]
+        guide.lookahead_log_p(   # where it applies CLIP; its gradient is proportional to that there
+            lambda x, t_ahead, _: points.insert(0, (x, t_ahead)), models.alpha_bar,
+            guide.T_FRACTION)(x_t, now, x_0_hat)
         rows[f"t = {t}"] = [*(to_image(x[0], 128) for x in (x_t, x_0_hat)), *(
-            gradient_and_posterior(models, x, t_clip)   # lookahead's is proportional to this
-            for x, t_clip in ((x_ahead, t_ahead), (x_t, now), (x_t, 0 * now)))]
+            gradient_and_posterior(models, x, t_clip) for x, t_clip in points)]
     labelled_grid(list(rows.values()), rows, [
         "x_t", "x_0_hat, unguided", *(f"{name}: gradient, posterior" for name in (
             "lookahead", "noise-aware", "noise-unaware"))]).save(path)

@@ -270,7 +270,7 @@ MUTANTS = {"tinyddpm.py": [
      "class_names"),
     ("=features[K:]", "=features[:-K]", "those_of_their_texts"),
     ('set(captions) <= set(content["captions"])', "True", "judge_is_that"),
-    ('not (ours <= its or its <= ours)', "False", "do_not_fit"),
+    ('not (known <= trained or trained <= known)', "False", "do_not_fit"),
     ("|= models.partial_true_of[index - K]", "|= models.partial_true_of[0]", "less"),
     ("labels[:, 0] = K +", "labels[:, 0] = 0 *", "new_prompt"),
     ('text.split(" or ")', "[text]", "or_allows"),
