@@ -30,7 +30,8 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, weights, lr, weight_decay, momentum=0.95):
-        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__([{"params": weights}],   # maybe none
+                         {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self):

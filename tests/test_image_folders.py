@@ -81,11 +81,12 @@ def two_classes(folder, count=30):
 
 @pytest.mark.parametrize("beside", ["__MACOSX/x/._a.png", "README.md", "LICENSE"])
 def test_a_wrapper_may_have_something_beside_it(tmp_path, beside):
-    """Folders of a zip program and texts are no reason to take the wrapper for a class."""
+    """Texts and folders of a zip program make it no class; what is no zip program's is counted."""
     two_classes(tmp_path / "photos")
     (tmp_path / beside).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / beside).write_bytes(b"a text")
-    assert image_folders.scan_folder(tmp_path).classes == ["cat", "dog"]
+    found = image_folders.scan_folder(tmp_path)
+    assert found.classes == ["cat", "dog"] and found.others == [beside] * ("/" not in beside)
 
 
 def test_a_folder_beside_train_is_a_class_of_its_own(tmp_path):

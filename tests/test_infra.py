@@ -419,6 +419,13 @@ def test_muon_has_momentum():
     assert (path[20] < path[19]).all() and (path[-1] > path[-2]).all()
 
 
+def test_muon_of_a_narrow_network_has_nothing_to_do():
+    optimizer = muon.Muon(muon.split(torch.nn.Linear(16, 16))[0], lr=0.1, weight_decay=0.)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["params"] == []
+
+
 def test_every_parameter_has_one_optimizer_and_only_wide_matrices_have_muon():
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 32, 3), torch.nn.Conv2d(32, 64, 3), torch.nn.GroupNorm(4, 64),
