@@ -25,6 +25,7 @@ ROWS = {   # -> method, flags other than its own
     "contrastive": ("contrastive", SAMPLER), "default": (guide.DEFAULT, {}),
     "classifier-free": ("classifier-free", {}), "latent": ("latent", {})}
 CURVES = {   # one of ROWS -> scales
+    "unconditional": (None,),
     "spherical": (2, 4, 8, 16, 32, 64), "contrastive": (1, 2, 4, 8, 16, 32),
     "default": (16, 32, 64, 128, 256, 512),
     "classifier-free": (1, 1.5, 2, 3, 5, 8)}

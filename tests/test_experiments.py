@@ -1010,7 +1010,8 @@ def class_folders(tmp_path, monkeypatch):
     write_models(tmp_path, data.load("classes", 16, 0))
     monkeypatch.setattr(photographs, "SIZES", (3, 6))
     monkeypatch.setitem(photographs.SAMPLER, "steps", 2)
-    monkeypatch.setattr(photographs, "CURVES", {"default": (1., 2.), "classifier-free": (1.,)})
+    monkeypatch.setattr(photographs, "CURVES", {
+        "unconditional": (None,), "default": (1., 2.), "classifier-free": (1.,)})
 
 
 def test_the_poster_has_its_class_and_all_classes(class_folders):
@@ -1029,7 +1030,7 @@ def test_a_curve_has_a_row_for_each_scale(class_folders):
     with pytest.raises(cli.UserError, match="--each 50"):
         run("curve --each 49")
     assert [(row["method"], row["scale"]) for row in run("curve --each 50", steps=1)] == [
-        ("default", 1.), ("default", 2.)]
+        ("unconditional", None), ("default", 1.), ("default", 2.)]
     assert Path("out/accuracy_kid.png").exists()
 
 
