@@ -326,11 +326,11 @@ NUMBERS = [   # near this text, the README has this figure; results file, row, k
       for kind, text, step in (
           ("decoder", ".634 at step 50", "50"), ("decoder", ".128 at 200", "200"),
           ("decoder", ".069", "4,500"), ("prior", ".971 at step 50", "50"),
-          ("prior", ".402 at 200", "200"), ("prior", ".155", "3,000"),
-          ("upsampler", ".143 at step 50", "50"), ("upsampler", ".104 at 200", "200"),
-          ("upsampler", ".065", "1,500"))),
+          ("prior", ".400 at 200", "200"), ("prior", ".154", "3,000"),
+          ("upsampler", ".141 at step 50", "50"), ("upsampler", ".101 at 200", "200"),
+          ("upsampler", ".063", "1,500"))),
     *(("`python train.py upsampler", text, "model_card", {"file": "upsampler.pt"}, key, one)
-      for text, key in (("29.7", "psnr"), ("23.4", "psnr_bicubic"))),
+      for text, key in (("29.8", "psnr"), ("23.4", "psnr_bicubic"))),
     *(("`python train.py judge`", text, "training_loss", {"model": "judge"}, step, form)
       for text, step, form in (("4.80 at step 50", "50", "{:.2f}".format),
                                (".70 at 200", "200", lambda value: short(value)[:-1]),
