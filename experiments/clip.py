@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 import cars
+import sample
 import tinyddpm
 from experiments import evaluator, metrics
 
@@ -18,8 +19,8 @@ def zero_shot(models, args):
     labels = torch.from_numpy(dataset.caption_labels).to(x_0.device)          # (K, A)
     phrasings = [{"phrasing": phrasing} for phrasing in HELD_OUT_PHRASINGS]
     if models.data == "cars":
-        reworded = models._replace(text_features=models.clip.encode_captions(
-            evaluator.normalized(sum(held_out_phrasings(), []))))
+        reworded = models._replace(text_features=sample.encode_in_wordings(
+            evaluator.normalized(sum(held_out_phrasings(), [])), models))
     for timestep in TIMESTEPS:
         t = torch.full((len(x_0),), timestep, device=x_0.device)
         x_t = tinyddpm.q_sample(x_0, t, eps, models.alpha_bar)

@@ -132,7 +132,8 @@ def zero_shot(models, args):
         "zero-shot, 294 captions": zero_shot_of(models, models.text_features),
         "linear probe, 10,000 images": probe(image_features(models, x)),
         "the judge, 50,000 images": by_judge})
-    phrasings = [models.clip.encode_captions(normalized(texts)) for texts in held_out_phrasings()]
+    phrasings = [sample.encode_in_wordings(normalized(texts), models)
+                 for texts in held_out_phrasings()]
     correct = [(zero_shot_of(models, features) == truth).all(dim=1) for features in phrasings]
     yield row("all attributes", f"zero-shot, {len(phrasings)} phrasings that CLIP never met",
               torch.cat(correct))
