@@ -277,24 +277,28 @@ def of_method(near, name, accuracy, bounds, second, kid, time):
 
 NUMBERS = [   # near this text, the README has this figure; results file, row, keys, format
     *of_method("| unguided", "none", "0.4 %", "0.2 to 1.0", "0.3 %", ".017", "1.0"),
-    *of_method("| best of 64", "best-of-64", "17.3 %", "15.3 to 19.6", "17.3 %", ".020", "64.0"),
-    *of_method("| `noise-unaware`", "noise-unaware", "55.7 %", "52.8 to 58.5", "52.4 %", ".264",
+    *of_method("| best of 64", "best-of-64", "17.6 %", "15.5 to 19.9", "17.0 %", ".022", "64.0"),
+    *of_method("| `noise-unaware`", "noise-unaware", "54.4 %", "51.6 to 57.2", "50.9 %", ".215",
                "1.1"),
-    *of_method("| `noise-aware`", "noise-aware", "92.6 %", "91.0 to 94.0", "91.8 %", ".084",
+    *of_method("| `noise-aware`", "noise-aware", "97.7 %", "96.7 to 98.4", "97.0 %", ".056",
                "1.1"),
-    *of_method("| `x0`", "x0", "85.9 %", "83.8 to 87.8", "83.8 %", ".208", "1.9"),
-    *of_method("| `classifier-free`", "classifier-free", "98.5 %", "97.6 to 99.0", "98.5 %", ".016",
+    *of_method("| `x0`", "x0", "91.5 %", "89.8 to 93.0", "90.4 %", ".129", "1.9"),
+    *of_method("| `classifier-free`", "classifier-free", "99.3 %", "98.7 to 99.7", "98.5 %", ".022",
                "0.9"),
-    *of_method("| `unclip`", "unclip", "98.8 %", "98.0 to 99.3", "98.1 %", ".002", "0.6"),
-    *of_method("| **`lookahead`", "lookahead", "98.5 %", "97.6 to 99.0", "98.1 %", ".035", "1.1"),
-    ("best of 64 random samples", "17.3 %", "guidance", {"method": "best-of-64"},
+    *of_method("| `unclip`", "unclip", "99.2 %", "98.4 to 99.5", "98.7 %", ".002", "0.6"),
+    *of_method("| **`lookahead`", "lookahead", "99.4 %", "98.8 to 99.7", "98.7 %", ".016", "1.1"),
+    ("best of 64 random samples", "17.6 %", "guidance", {"method": "best-of-64"},
      "prompt_accuracy", fraction),
     ("top-1", "99.8 %", "clip_accuracy", {"t": 0}, "top-1", fraction),
     ("at t = 500", "93.9 %", "clip_accuracy", {"t": 500}, "top-1", fraction),
     ("The judge", "99.8 %", "judge", {"camera": "all"}, "prompt_accuracy", fraction),
     *(("then trucks", text, "failures", {"target": target}, "prompt_accuracy", fraction)
       for text, target in (("98.0 %", "body truck"), ("96.4 %", "main white"))),
-    ("Guide by attributes", "97.3 %", "guidance", {"method": "joint"}, "prompt_accuracy", fraction),
+    *(("Perturb CLIP", text, file, row, key, form)
+      for file, row, texts in (
+          ("perturbations", {"direction": "not perturbed"}, ("98.5 %", ".035")),
+          ("guidance", {"method": "lookahead"}, ("99.4 %", ".016")))
+      for text, key, form in zip(texts, ("prompt_accuracy", "kid"), (fraction, short))),
     *(("are wrong", text, "failures", {"target": "all"}, key, "{:,}".format) for text, key in (
         ("1,176", "samples"), ("7", "wrong"), ("4", "second_judge_accepts"),
         ("4", "clip_prob_above_94_percent"))),
