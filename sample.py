@@ -230,8 +230,8 @@ def load_judge(captions, path=None, device="cpu"):
 # Cosines of text features, as measured for the cars: texts that mean the same have nearly 1, the
 # next caption about .8.
 MEANS_THE_SAME, SURE = 0.9, 0.97
-# A prompt is read in each of these. With the last three 98.5 % of phrasings that CLIP never met are
-# read right, without them 94.8 %.
+# Prompt ensembling: a prompt is read in each of these. With the last three 98.5 % of phrasings that
+# CLIP never met are read right, without them 94.8 %.
 WORDINGS = "{}", "a photo of {}", "a picture of {}", "an image of {}"
 
 
@@ -264,7 +264,7 @@ def known_words(text, words):
 
 
 def encode_in_wordings(texts, models):
-    """Encode N texts, each in those WORDINGS whose words CLIP was trained on -> (N, E)"""
+    """Encode N normalised texts, each in all WORDINGS whose words CLIP knows -> (N, E)"""
     known = [template for template in WORDINGS
              if {*template.format("").split()} <= {*models.words}]
     return models.clip.encode_ensemble(

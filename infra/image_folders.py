@@ -61,8 +61,9 @@ def scan_folder(folder):
     own = any(path.suffix.lower() in EXTENSIONS or is_table(path) for path in inside)
     if len(folders) == 1 and not own and any(   # a wrapper, not a single class
             path.is_dir() or is_table(path) for path in folders[0].iterdir()):
-        found = scan_folder(folders[0])
-        return found._replace(others=found.others + [p.name for p in inside if p.is_file()])
+        inner = scan_folder(folders[0])
+        beside = [path.name for path in inside if path.is_file()]
+        return inner._replace(others=inner.others + beside)
     files = _files_in(folder)
     images = [(file, name) for file, name in files if file.suffix.lower() in EXTENSIONS]
     for layout, scan in LAYOUTS.items():   # the last one takes any image

@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, weights, lr, weight_decay, momentum=0.95):
-        super().__init__([{"params": weights}],   # maybe none
+        super().__init__([{"params": weights}],   # may be empty
                          {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()

@@ -435,7 +435,7 @@ def test_repeated_steps_beat_more_steps():
 NOT_MEASURED = re.compile(   # numbers that name something
     r"CIFAR-10|[Ss]cale 1\b|temperature (of )?1\b|equation 4|\(95 % interval\)|50,000 photographs|"
     r"Time: unguided = 1|best of 64|taken twice beat 50|above 60 degrees|^\d\. |\*\*\d\.|"
-    r"\| \d: |then 0, 32 and 128|x_0|at step \d+|at t = \d+|t = 920|chance is 6\.83")
+    r"\| \d: |then 0, 32 and 128|x_0|at step \d+|at t = \d+|t = 720|chance is 6\.83")
 
 
 def test_every_number_is_held():
