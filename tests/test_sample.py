@@ -221,9 +221,9 @@ def test_a_new_prompt_is_encoded_alone(models, encoded, capsys, all_new):
     assert more.captions == [*models.captions, "car of"]
     assert more.caption_labels[294:].tolist() == [[294, -1, -1]]   # no other caption has these
     assert torch.equal(more.text_features[:294], models.text_features)
-    expected = F.normalize(models.clip.encode_captions(
-        [f"{words}car of" for words in ("", "a photo of ", "a picture of ", "an image of ")]), 1)
-    assert torch.allclose(more.text_features[294:], expected.mean(dim=0), atol=1e-5)
+    wordings = ["car of", "a photo of car of", "a picture of car of", "an image of car of"]
+    expected = F.normalize(models.clip.encode_captions(wordings), dim=1).mean(dim=0)
+    assert torch.allclose(more.text_features[294:], expected, atol=1e-5)
     out = capsys.readouterr().out
     assert "left out: 'purple'" in out and "left out: 'wood'" in out and "'car'" not in out
     assert "nothing that CLIP was trained on means 'car of'" in out
