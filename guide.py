@@ -248,18 +248,18 @@ def classifier_free(unet, alpha_bar, cond, scale, interval=(1, math.inf)):
     return extrapolate(denoiser(unet, alpha_bar), denoiser(unet, alpha_bar, cond), scale, interval)
 
 
-def autoguided(unet, weak, alpha_bar, scale):
-    """Autoguidance: extrapolate from a weak U-Net past a better one -> an unconditional denoiser
+def autoguided(unet, weak, alpha_bar, scale, cond=None):
+    """Autoguidance: extrapolate from a weak U-Net past a better one -> a denoiser
 
     weak: a smaller U-Net that was trained for a shorter time on the same images, or None: unet
-    alone; scale: 1 is unet alone
+    alone; scale: 1 is unet alone; cond: (B, cond_dim) for unet, None: unconditional
 
     Karras et al. 2024, sec. 4, where scale is w. The density that a U-Net has learned is too wide:
     it finds blends of images likely, and a weaker one does so more. By (2) the difference of the
     two is (1 - alpha_bar)/sqrt(alpha_bar) grad log(p_unet(x_t) / p_weak(x_t)): it points away from
     what the weak one alone finds likely.
     """
-    denoise = denoiser(unet, alpha_bar)
+    denoise = denoiser(unet, alpha_bar, cond)
     return denoise if weak is None else extrapolate(denoiser(weak, alpha_bar), denoise, scale)
 
 
@@ -373,14 +373,18 @@ def build_denoiser(name, models, targets, scale, interval, autoguidance):
     """Build the denoiser of one of METHODS.
 
     models: a sample.Models, or anything with clip, unet, weak, alpha_bar, text_features,
-    caption_labels; targets: (B,) int, unused by "none", and by "latent", which changes x_T instead;
-    scale, interval: see guided; autoguidance: the scale of autoguided, not of "classifier-free"
+    caption_labels, condition; targets: (B,) int, unused by "none"; scale, interval: see guided;
+    autoguidance: the scale of autoguided, not of "classifier-free"
+
+    A U-Net that is conditional on texts takes the targets' as its condition, and CLIP guides it.
     """
+    cond = None
+    if models.condition == "text" and name != "none":
+        cond = scale_features(models.text_features)[targets]                  # (B, E)
     if name == "classifier-free":
-        cond = scale_features(models.text_features)[targets]
         return classifier_free(models.unet, models.alpha_bar, cond, scale, interval)
-    denoise = autoguided(models.unet, models.weak, models.alpha_bar, autoguidance)
-    if name in ("none", "latent"):
+    denoise = autoguided(models.unet, models.weak, models.alpha_bar, autoguidance, cond)
+    if name in ("none", "latent"):   # "latent" changes x_T instead
         return denoise
     method = METHODS[name]
     log_p = method.make_log_p(models.clip, models.text_features, targets, models.caption_labels)

@@ -108,9 +108,9 @@ def cache_path(guidance, indices, models, args):
     device = models.alpha_bar.device.type
     settings = (device, torch.is_autocast_enabled(device), torch.__version__, guidance, args.steps,
                 args.eta, args.recurrence, args.seed, args.batch, indices.tolist(),
-                models.captions, models.caption_labels.tolist(), models.templates, SOURCE,
-                *((m.config, checkpoint.weights_checksum(m))
-                  for m in (models.clip, models.unet, models.weak, models.prior) if m))
+                models.captions, models.caption_labels.tolist(), models.templates, models.condition,
+                SOURCE, *((m.config, checkpoint.weights_checksum(m))
+                          for m in (models.clip, models.unet, models.weak, models.prior) if m))
     return data.CACHE / f"samples-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}.npz"
 
 

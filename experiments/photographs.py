@@ -19,16 +19,19 @@ from judge import predict
 
 CLASS = "airplane"                # the poster's
 SIZES = 100, 2000                 # images of a row
-SAMPLER = {"steps": 50, "eta": 1., "recurrence": 1, "autoguidance": 1.}   # of the first three ROWS
-ROWS = {   # -> method, flags other than its own
-    "unconditional": ("none", SAMPLER), "spherical": ("spherical", SAMPLER),
-    "contrastive": ("contrastive", SAMPLER), "default": (guide.DEFAULT, {}),
-    "classifier-free": ("classifier-free", {}), "latent": ("latent", {})}
+# Of all rows but "latent". Photographs lose their texture if steps are repeated.
+SAMPLER = {"steps": 50, "eta": 1., "recurrence": 1, "autoguidance": 1.}
+ROWS = {   # -> method, its scale here, flags other than its own
+    "unconditional": ("none", None, SAMPLER), "spherical": ("spherical", None, SAMPLER),
+    "contrastive": ("contrastive", None, SAMPLER), "lookahead": ("lookahead", 24., SAMPLER),
+    "latent": ("latent", None, {}), "classifier-free": ("classifier-free", None, SAMPLER),
+    "conditional lookahead": ("lookahead", 8., SAMPLER)}
+CONDITIONAL = "classifier-free", "conditional lookahead"   # the other rows: no condition
 CURVES = {   # one of ROWS -> scales
     "unconditional": (None,),
     "spherical": (2, 4, 8, 16, 32, 64), "contrastive": (1, 2, 4, 8, 16, 32),
-    "default": (16, 32, 64, 128, 256, 512),
-    "classifier-free": (1, 1.5, 2, 3, 5, 8)}
+    "lookahead": (6, 12, 24, 48, 96, 192),
+    "classifier-free": (1, 1.5, 2, 3, 5, 8), "conditional lookahead": (2, 4, 8, 16, 32, 64)}
 
 
 def pixel_features(x):
@@ -84,15 +87,16 @@ class Photographs:
 
 
 def available(models, names):
-    """Leave out classifier-free guidance if this DDPM is not conditional on texts"""
-    return [name for name in names if name != "classifier-free" or models.condition == "text"]
+    """Leave out CONDITIONAL if this DDPM is not conditional on texts"""
+    return [name for name in names if name not in CONDITIONAL or models.condition == "text"]
 
 
 def draw(name, indices, models, args, scale=None):
     """Samples by one of ROWS, from the cache if they were made before -> evaluator.Samples"""
-    method, flags = ROWS[name]
+    method, own_scale, flags = ROWS[name]
+    models = models._replace(condition=models.condition if name in CONDITIONAL else None)
     return evaluator.sample_cached(method, indices, models, Namespace(**{**vars(args), **flags}),
-                                   scale)
+                                   scale or own_scale)
 
 
 def save_by_class(path, x, targets, names):
@@ -106,8 +110,7 @@ def poster(models, args):
     """A poster's table: airplanes and all classes, 100 and 2,000 images, prompt accuracy, KID.
 
     All rows are compared with training images, as the validation split has too few; real: other
-    ones of these. relative_time: unconditional = 1. All rows are of one U-Net; a conditional one
-    takes no condition but in classifier-free.
+    ones of these. relative_time: unconditional = 1. All rows are of one U-Net.
     """
     photographs, K = Photographs(models, args), len(models.captions)
     classes, numbers = list(map(sample.class_name, models.captions)), torch.arange(SIZES[-1])

@@ -1011,13 +1011,13 @@ def class_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(photographs, "SIZES", (3, 6))
     monkeypatch.setitem(photographs.SAMPLER, "steps", 2)
     monkeypatch.setattr(photographs, "CURVES", {
-        "unconditional": (None,), "default": (1., 2.), "classifier-free": (1.,)})
+        "unconditional": (None,), "lookahead": (1., 2.), "classifier-free": (1.,)})
 
 
 def test_the_poster_has_its_class_and_all_classes(class_folders):
     """Each n has a row of real images and one of each way that this DDPM allows."""
     rows = run("poster", steps=1)
-    ways = ["real", *(way for way in photographs.ROWS if way != "classifier-free")]
+    ways = ["real", *(way for way in photographs.ROWS if way not in photographs.CONDITIONAL)]
     assert [(row["captions"], row["n"], row["method"]) for row in rows] == [
         (captions, n, way) for captions in ("airplane", "all") for n in (3, 6) for way in ways]
     assert [row["relative_time"] for row in rows if row["method"] == "unconditional"] == [1.] * 4
@@ -1030,7 +1030,7 @@ def test_a_curve_has_a_row_for_each_scale(class_folders):
     with pytest.raises(cli.UserError, match="--each 50"):
         run("curve --each 49")
     assert [(row["method"], row["scale"]) for row in run("curve --each 50", steps=1)] == [
-        ("unconditional", None), ("default", 1.), ("default", 2.)]
+        ("unconditional", None), ("lookahead", 1.), ("lookahead", 2.)]
     assert Path("out/accuracy_kid.png").exists()
 
 

@@ -35,7 +35,7 @@ def gaussian_denoiser(alpha_bar, mean, var):
 @pytest.fixture
 def models(clip, unet, text_features, alpha_bar):
     return SimpleNamespace(clip=clip, unet=unet, weak=None, alpha_bar=alpha_bar,
-                           text_features=text_features, caption_labels=LABELS)
+                           text_features=text_features, caption_labels=LABELS, condition=None)
 
 
 @pytest.fixture
@@ -48,6 +48,8 @@ def weak():
 def build(name, models, targets, scale=None, interval=None, autoguidance=1.):
     """guide.build_denoiser, with the scale and interval of METHODS unless given."""
     own = guide.METHODS[name]
+    if name == "classifier-free":
+        models = SimpleNamespace(**{**vars(models), "condition": "text"})
     return guide.build_denoiser(name, models, targets, own.scale if scale is None else scale,
                                 interval or own.interval, autoguidance)
 
@@ -331,18 +333,21 @@ def test_classifier_free_is_a_line_through_two_estimates(unet, alpha_bar):
 
 
 def test_the_condition_is_the_targets_text_feature(models):
-    """The classifier-free method uses text features of length sqrt(E), of the target captions,
-    whatever their length was."""
-    models.text_features = 7 * models.text_features
+    """Of length sqrt(E), whatever it was; in guidance by CLIP too, if the U-Net takes it."""
+    models.condition, models.text_features = "text", 7 * models.text_features
     cond = guide.scale_features(models.text_features)
     assert torch.allclose(cond.norm(dim=1), torch.full((294,), 4.))           # sqrt(16)
     assert torch.allclose(cond / 4, models.text_features / models.text_features.norm(
         dim=1, keepdim=True), atol=1e-6)
     x, t, targets = torch.randn(2, *SHAPE), torch.tensor([400, 400]), torch.tensor([3, 100])
     with torch.no_grad():
-        out = build("classifier-free", models, targets, scale=1.)(x, t)
         expected = tinyddpm.denoiser(models.unet, models.alpha_bar, cond[[3, 100]])(x, t)
-    assert torch.isfinite(out).all() and torch.allclose(out, expected, atol=1e-5)
+        for name, scale in (("classifier-free", 1.), ("lookahead", 0.), ("latent", 0.)):
+            out = build(name, models, targets, scale=scale)(x, t)
+            assert torch.isfinite(out).all() and torch.allclose(out, expected, atol=1e-5)
+        assert not torch.allclose(build("none", models, targets)(x, t), expected, atol=1e-3)
+        models.condition = None
+        assert not torch.allclose(build("lookahead", models, targets, 0.)(x, t), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("t", [1, 400, 990])
