@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 import data
-import guide
 import sample
 from experiments import evaluator, figures, metrics
 from infra import cli, plot
@@ -21,10 +20,10 @@ CLASS = "airplane"                # the poster's
 SIZES = 100, 2000                 # images of a row
 # Of all rows but "latent". Photographs lose their texture if steps are repeated.
 SAMPLER = {"steps": 50, "eta": 1., "recurrence": 1, "autoguidance": 1.}
-ROWS = {   # -> method, its scale here, flags other than its own
-    "unconditional": ("none", None, SAMPLER), "spherical": ("spherical", None, SAMPLER),
-    "contrastive": ("contrastive", None, SAMPLER), "lookahead": ("lookahead", 24., SAMPLER),
-    "latent": ("latent", None, {}), "classifier-free": ("classifier-free", None, SAMPLER),
+ROWS = {   # -> method, the scale of its lowest KID in the curve, flags other than its own
+    "unconditional": ("none", None, SAMPLER), "spherical": ("spherical", 2., SAMPLER),
+    "contrastive": ("contrastive", 4., SAMPLER), "lookahead": ("lookahead", 24., SAMPLER),
+    "latent": ("latent", None, {}), "classifier-free": ("classifier-free", 1.5, SAMPLER),
     "conditional lookahead": ("lookahead", 8., SAMPLER)}
 CONDITIONAL = "classifier-free", "conditional lookahead"   # the other rows: no condition
 CURVES = {   # one of ROWS -> scales
