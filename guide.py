@@ -373,22 +373,22 @@ def build_denoiser(name, models, targets, scale, interval, autoguidance):
     """Build the denoiser of one of METHODS.
 
     models: a sample.Models, or anything with clip, unet, weak, alpha_bar, text_features,
-    caption_labels, condition; targets: (B,) int, unused by "none"; scale, interval: see guided;
-    autoguidance: the scale of autoguided, not of "classifier-free"
+    caption_labels, condition; targets: (B,) int, unused by "none", and by "latent", which changes
+    x_T instead; scale, interval: see guided; autoguidance: the scale of autoguided, not of
+    "classifier-free"
 
     A U-Net that is conditional on texts takes the targets' as its condition, and CLIP guides it.
     """
-    cond = None
-    if models.condition == "text" and name != "none":
-        cond = scale_features(models.text_features)[targets]                  # (B, E)
+    unet, weak, alpha_bar = models.unet, models.weak, models.alpha_bar
+    if name in ("none", "latent"):
+        return autoguided(unet, weak, alpha_bar, autoguidance)
+    cond = scale_features(models.text_features)[targets] if models.condition == "text" else None
     if name == "classifier-free":
-        return classifier_free(models.unet, models.alpha_bar, cond, scale, interval)
-    denoise = autoguided(models.unet, models.weak, models.alpha_bar, autoguidance, cond)
-    if name in ("none", "latent"):   # "latent" changes x_T instead
-        return denoise
+        return classifier_free(unet, alpha_bar, cond, scale, interval)
     method = METHODS[name]
+    denoise = autoguided(unet, weak, alpha_bar, autoguidance, cond)
     log_p = method.make_log_p(models.clip, models.text_features, targets, models.caption_labels)
-    return guided(denoise, log_p, models.alpha_bar, scale, interval, method.through_unet)
+    return guided(denoise, log_p, alpha_bar, scale, interval, method.through_unet)
 
 
 if __name__ == "__main__":   # a mixture of two Gaussians in the plane, where p(x | left) is known

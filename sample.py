@@ -200,6 +200,8 @@ def load_models(clip=None, ddpm=None, weak=None, prior=None, upsampler=None, dev
                             "that one with --clip")
     condition = None if ddpm_content.get("clip") != checksum else (
         "image" if ddpm_content["kind"] == "decoder" else "text")
+    if condition is None and "clip" in ddpm_content:
+        print(f"the condition of {ddpm_path} is not used: it is another CLIP's")
     if condition == "image":
         prior, prior_content = load_fitting(
             "prior", unclip.Prior, lambda content: content["clip"] == checksum, prior, device)

@@ -95,7 +95,7 @@ def draw(name, indices, models, args, scale=None):
     method, own_scale, flags = ROWS[name]
     models = models._replace(condition=models.condition if name in CONDITIONAL else None)
     return evaluator.sample_cached(method, indices, models, Namespace(**{**vars(args), **flags}),
-                                   scale or own_scale)
+                                   own_scale if scale is None else scale)
 
 
 def save_by_class(path, x, targets, names):

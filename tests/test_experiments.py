@@ -1026,6 +1026,23 @@ def test_the_poster_has_its_class_and_all_classes(class_folders):
             assert image.height > 2 * 64   # a row for each class
 
 
+def test_only_some_rows_take_the_condition(monkeypatch):
+    """All rows are of one U-Net; the curve's scale is used, else a row's own."""
+    monkeypatch.setattr(evaluator, "sample_cached", lambda *arguments: arguments)
+    models = sample.Models(*[None] * 5)._replace(condition="text")
+    draw = lambda name, scale=None: photographs.draw(
+        name, None, models, argparse.Namespace(steps=9), scale)
+    for name, (method, scale, flags) in photographs.ROWS.items():
+        drawn = draw(name)
+        assert drawn[0] == method and drawn[4] == scale
+        assert drawn[2].condition == ("text" if name in photographs.CONDITIONAL else None)
+        assert drawn[3].steps == flags.get("steps", 9)
+    assert draw("lookahead", 3.)[4] == 3.
+    none = models._replace(condition=None)
+    assert photographs.available(models, photographs.ROWS) == list(photographs.ROWS)
+    assert not set(photographs.available(none, photographs.ROWS)) & set(photographs.CONDITIONAL)
+
+
 def test_a_curve_has_a_row_for_each_scale(class_folders):
     with pytest.raises(cli.UserError, match="--each 50"):
         run("curve --each 49")

@@ -138,7 +138,11 @@ def test_models_that_do_not_fit_are_refused(here, capsys):
     content["weights"]["log_scale"] += 1
     torch.save(content, "other.pt")
     conditional = {"clip": "other.pt", "ddpm": "runs/conditional/weights.pt"}
+    sample.load_models()
+    sample.load_models(ddpm="runs/conditional/weights.pt")
+    assert "condition" not in capsys.readouterr().out
     sample.load_models(**conditional)   # without its condition it fits any CLIP of the same data
+    assert "weights.pt is not used: it is another CLIP's" in capsys.readouterr().out
     with pytest.raises(cli.UserError, match="conditional/weights.pt is conditional on .* another"):
         sample.load_models(**conditional, method="classifier-free")
     with pytest.raises(cli.UserError, match="this DDPM knows no texts of this CLIP"):
