@@ -1026,3 +1026,15 @@ def test_the_shipped_clip_reads_english(shipped):
     found = (F.normalize(features, dim=1) @ F.normalize(known, dim=1).T).argmax(dim=1)
     correct = (found.view(-1, 294) == torch.arange(294)).float().mean(dim=1)  # (20,)
     assert correct.mean() > 0.95
+
+
+def test_the_shipped_models_of_photographs(tmp_path, monkeypatch):
+    """CLIP finds them in what the U-Net draws of a class, with its text as the condition; they name
+    no folder of the machine that trained them."""
+    monkeypatch.chdir(tmp_path)
+    paths = [sample.SHIPPED / f"photos/{name}.pt" for name in ("clip", "ddpm")]
+    models = sample.load_models(*paths)
+    assert models.condition == "text" and models.data == "./photos"
+    x_0 = sample.generate(models, "horse", n=8, method="classifier-free", scale=2., steps=10)
+    horse = models.captions.index("a photo of a horse")
+    assert models.clip.caption_probs(x_0, models.text_features)[:, horse].mean() > 0.5
