@@ -391,8 +391,8 @@ CONSTANTS = [   # near this text, the README has this figure; what it has to be,
         ("training_loss", "model", "clip"), ("training_loss", "model", "ddpm")))),
     ("An unconditional diffusion model", "74", lambda: str(minutes(
         ("model_card", "file", "ddpm.pt")))),
-    ("The trained models come in", "(28 MB)", lambda: "({:.0f} MB)".format(
-        sum(path.stat().st_size for path in (ROOT / "weights").glob("*.pt")) / 1e6)),
+    ("The trained models come in", "(43 MB)", lambda: "({:.0f} MB)".format(
+        sum(path.stat().st_size for path in (ROOT / "weights").rglob("*.pt")) / 1e6)),
     ("Nothing has to be downloaded", "50,000", lambda: f"{train.TrainConfig().images:,}"),
     ("top-1 among", "294 captions", lambda: f"{len(cars.CAPTIONS)} captions"),
     ("From t = 0", "0 to 1000", lambda: f"0 to {tinyddpm.T}"),

@@ -1029,8 +1029,8 @@ def test_the_shipped_clip_reads_english(shipped):
 
 
 def test_the_shipped_models_of_photographs(tmp_path, monkeypatch):
-    """CLIP finds them in what the U-Net draws of a class, with its text as the condition; they name
-    no folder of the machine that trained them."""
+    """CLIP recognises what the U-Net draws for a class, with its text as the condition; they
+    name no folder of the machine that trained them."""
     monkeypatch.chdir(tmp_path)
     paths = [sample.SHIPPED / f"photos/{name}.pt" for name in ("clip", "ddpm")]
     models = sample.load_models(*paths)
